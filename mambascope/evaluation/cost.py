@@ -1,0 +1,285 @@
+"""Closed-form cost of Vim and MambaScope: parameters and multiply-adds per stage.
+
+Symbols: d ``embed_dim``, E = ``expand``·d inner width, N ``d_state``, R ``dt_rank``, K ``d_conv``, L tokens with CLS.
+Multiply-adds per token and layer::
+
+    d·2E + E·d                                 in_proj and out_proj
+    K·E + E·(R+2N) + R·E + 9·E·N + 2·E         per scan direction: conv, x_proj, dt_proj, scan, D term and gate
+
+plus ``in_chans·patch²·d`` for every patch that is embedded. The published fine stage embeds every patch of the
+full-size image and projects every coarse output, also those of cells it then leaves out; so does this count. The model
+in this package skips them: :func:`skipped_macs` says how much that saves (about 1 %). Left out, as in the published
+tables: classifier head, norms, activations, residual additions, position tables, resizing and ranking the cells.
+
+Two conventions, both in GFLOPs = multiply-adds / 1e9 as the field writes it:
+
+- ``one_direction`` counts a single scan direction. It reproduces the published tables.
+- ``both_directions`` counts what a bidirectional block really does. It is the honest figure.
+
+``python -m mambascope.evaluation.cost MODEL`` prints the table for one model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, ScopeConfig, VimConfig, with_overrides
+from mambascope.models.selection import num_selected
+
+CONVENTIONS = ("one_direction", "both_directions")
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Multiply-adds of one image, split by stage.
+
+    A plain Vim has one stage: it is held in ``fine``; ``coarse`` and ``reuse`` are 0.
+
+    Attributes:
+        convention: ``"one_direction"`` or ``"both_directions"``.
+        params: learned parameters of the whole model.
+        tokens_coarse, tokens_fine: sequence lengths including CLS (``tokens_coarse`` 0 for a plain Vim).
+        coarse, reuse, fine: multiply-adds of the coarse pass, the feature-reuse projection and the fine pass.
+    """
+
+    convention: str
+    params: int
+    tokens_coarse: int
+    tokens_fine: int
+    coarse: int
+    reuse: int
+    fine: int
+
+    @property
+    def refined(self) -> int:
+        """Multiply-adds of an image that goes through both stages."""
+        return self.coarse + self.reuse + self.fine
+
+    def expected(self, share: float) -> float:
+        """Mean multiply-adds per image when `share` of the images (0 to 1) is refined."""
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"share must be in [0, 1], got {share!r}")
+        return self.coarse + share * (self.reuse + self.fine)
+
+    def gflops(self, share: float = 1.0) -> float:
+        """:meth:`expected` in GFLOPs (multiply-adds / 1e9)."""
+        return self.expected(share) / 1e9
+
+
+def _hw(config: VimConfig, img_size: int | Sequence[int] | None) -> tuple[int, int]:
+    if img_size is None:
+        return config.image_hw
+    return with_overrides(config, {"img_size": img_size if isinstance(img_size, int) else tuple(img_size)}).image_hw
+
+
+def vim_grid(config: VimConfig, img_size: int | Sequence[int] | None = None) -> tuple[int, int]:
+    """Patch grid (rows, columns) of a plain Vim; sizes that do not fit are padded at the right and bottom."""
+    rows, cols = (
+        1 + max(0, math.ceil((side - config.patch_size) / config.patch_stride)) for side in _hw(config, img_size)
+    )
+    return rows, cols
+
+
+def scope_grid(config: ScopeConfig, img_size: int | Sequence[int] | None = None) -> tuple[int, int]:
+    """Coarse grid (rows, columns); the fine grid has twice as many of both. Sizes are padded to 2·``patch_size``."""
+    cell = 2 * config.patch_size
+    h, w = _hw(config, img_size)
+    return math.ceil(h / cell), math.ceil(w / cell)
+
+
+def encoder_macs(config: VimConfig, tokens: int, patches: int, convention: str = "one_direction") -> int:
+    """Multiply-adds of embedding `patches` patches and running `tokens` tokens (CLS included) through the encoder."""
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
+    d, e, n, k, r = config.embed_dim, config.inner_dim, config.d_state, config.d_conv, config.rank
+    direction = k * e + e * (r + 2 * n) + r * e + 9 * e * n + 2 * e
+    per_token = d * 2 * e + e * d + direction * (2 if convention == "both_directions" else 1)
+    return tokens * config.depth * per_token + patches * config.in_chans * config.patch_size**2 * d
+
+
+def reuse_macs(config: ScopeConfig, cells: int) -> int:
+    """Multiply-adds of the feature-reuse projection on `cells` coarse outputs (with ``reuse_cls``: and CLS)."""
+    rows, d = cells + int(config.reuse_cls), config.embed_dim
+    return {"mlp": rows * 2 * int(config.reuse_ratio * d) * d, "linear": rows * d * d, "off": 0}[config.reuse]
+
+
+def count_parameters(config: VimConfig) -> int:
+    """Parameters of the model that `config` describes (tables are sized by ``config.img_size``)."""
+    d, e, n, k, r = config.embed_dim, config.inner_dim, config.d_state, config.d_conv, config.rank
+    mixer = 3 * e * d + 2 * (e * n + e + e * k + e + (r + 2 * n) * e + e * r + e)
+    fine_patches = math.prod(vim_grid(config))
+    total = config.depth * (mixer + d) + d  # blocks with their norm gains, final norm
+    total += config.in_chans * config.patch_size**2 * d + d  # patch embedding
+    total += d * config.num_classes + config.num_classes if config.num_classes else 0
+    if isinstance(config, ScopeConfig):
+        cells = math.prod(scope_grid(config))
+        fine_patches = 4 * cells
+        total += (cells + 1) * d  # coarse position table
+        hidden = int(config.reuse_ratio * d)
+        total += {"mlp": 2 * d + 2 * d * hidden + hidden + d, "linear": 2 * d + d * d + d, "off": 0}[config.reuse]
+    return total + d + (fine_patches + 1) * d  # CLS, position table
+
+
+def stage_macs(
+    config: VimConfig,
+    img_size: int | Sequence[int] | None = None,
+    alpha: float | None = None,
+    convention: str = "one_direction",
+) -> StageCost:
+    """Cost of one image under `config`.
+
+    Args:
+        config: a :class:`VimConfig` or :class:`ScopeConfig`.
+        img_size: side or (height, width) in pixels; default ``config.img_size``.
+        alpha: share of the cells that the fine stage refines, 0 to 1; default ``config.alpha``. MambaScope only.
+        convention: ``"one_direction"`` (published) or ``"both_directions"`` (honest).
+
+    Raises:
+        ValueError: an argument outside what is accepted, or `alpha` for a plain Vim.
+    """
+    params = count_parameters(config)
+    if not isinstance(config, ScopeConfig):
+        if alpha is not None:
+            raise ValueError("alpha applies to MambaScope models only; a plain Vim has one stage")
+        patches = math.prod(vim_grid(config, img_size))
+        total = encoder_macs(config, patches + 1, patches, convention)
+        return StageCost(convention, params, 0, patches + 1, 0, 0, total)
+    cells = math.prod(scope_grid(config, img_size))
+    alpha = config.alpha if alpha is None else alpha
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
+    k = num_selected(alpha, cells)
+    tokens_fine = 1 + 4 * k + (cells - k)
+    return StageCost(
+        convention=convention,
+        params=params,
+        tokens_coarse=cells + 1,
+        tokens_fine=tokens_fine,
+        coarse=encoder_macs(config, cells + 1, cells, convention),
+        reuse=reuse_macs(config, cells),
+        fine=encoder_macs(config, tokens_fine, 4 * cells, convention),
+    )
+
+
+def skipped_macs(config: ScopeConfig, img_size: int | Sequence[int] | None = None, alpha: float | None = None) -> int:
+    """Multiply-adds in :func:`stage_macs` that the model here does not spend on the cells it leaves out."""
+    cells = math.prod(scope_grid(config, img_size))
+    others = cells - num_selected(config.alpha if alpha is None else alpha, cells)
+    embedding = 4 * others * config.in_chans * config.patch_size**2 * config.embed_dim
+    return embedding + reuse_macs(config, cells) - reuse_macs(config, cells - others)
+
+
+def plain_vim(config: VimConfig) -> VimConfig:
+    """The one-stage Vim of the same sizes: what MambaScope is compared with."""
+    return VimConfig(**{field.name: getattr(config, field.name) for field in fields(VimConfig)})
+
+
+def model_config(name: str, **overrides: Any) -> VimConfig:
+    """Config of the registered model `name` with fields replaced.
+
+    Raises:
+        ValueError: unknown model (the message lists the known ones) or a field that is unknown or out of range.
+    """
+    known: dict[str, VimConfig] = {**VIM_CONFIGS, **SCOPE_CONFIGS}
+    if name not in known:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(known))}")
+    return with_overrides(known[name], overrides)
+
+
+def format_gflops(macs: float) -> str:
+    """Multiply-adds as GFLOPs: two decimals as in the published tables, four below 0.1 GFLOPs."""
+    value = macs / 1e9
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.4f}"
+
+
+def cost_rows(
+    config: VimConfig, img_size: int | Sequence[int] | None = None, shares: Sequence[float] = ()
+) -> list[dict]:
+    """Rows of the cost table: ``stage``, ``tokens``, and multiply-adds per convention."""
+    one, both = (stage_macs(config, img_size, convention=c) for c in CONVENTIONS)
+    rows: list[dict] = []
+
+    def add(stage: str, tokens: int | None, a: float, b: float) -> None:
+        rows.append({"stage": stage, "tokens": tokens, CONVENTIONS[0]: a, CONVENTIONS[1]: b})
+
+    if not isinstance(config, ScopeConfig):
+        add("all", one.tokens_fine, one.fine, both.fine)
+        return rows
+    add("coarse", one.tokens_coarse, one.coarse, both.coarse)
+    add("feature reuse", None, one.reuse, both.reuse)
+    add(f"fine (alpha {config.alpha:g})", one.tokens_fine, one.fine, both.fine)
+    add("coarse + reuse + fine", one.tokens_coarse + one.tokens_fine, one.refined, both.refined)
+    for share in shares:
+        add(f"expected, {share:.0%} refined", None, one.expected(share), both.expected(share))
+    plain = plain_vim(config)
+    vim_one, vim_both = (stage_macs(plain, img_size, convention=c) for c in CONVENTIONS)
+    add("plain Vim, full size", vim_one.tokens_fine, vim_one.fine, vim_both.fine)
+    return rows
+
+
+def format_cost(name: str, config: VimConfig, rows: Sequence[dict], img_size: Sequence[int]) -> str:
+    """The table that the command prints."""
+    lines = [
+        f"{name}  {img_size[0]}x{img_size[1]}  {count_parameters(config):,} parameters",
+        "GFLOPs (multiply-adds / 1e9) per image; one direction = as published, both directions = what is computed",
+        f"{'stage':<24}{'tokens':>8}{'one direction':>16}{'both directions':>18}",
+    ]
+    for row in rows:
+        tokens = "" if row["tokens"] is None else str(row["tokens"])
+        cells = [format_gflops(row[c]) for c in CONVENTIONS]
+        lines.append(f"{row['stage']:<24}{tokens:>8}{cells[0]:>16}{cells[1]:>18}")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mambascope.evaluation.cost", description="Parameters and GFLOPs of a model, per stage."
+    )
+    parser.add_argument("model", help="a registered name, e.g. mambascope_small_patch16_224")
+    parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width, in pixels")
+    parser.add_argument("--alpha", type=float, help="share of the cells that the fine stage refines, 0 to 1")
+    parser.add_argument("--patch", type=int, dest="patch_size", help="patch size in pixels")
+    parser.add_argument("--num-classes", type=int, help="classes of the head (parameters only)")
+    parser.add_argument(
+        "--share",
+        type=float,
+        nargs="+",
+        default=[0.25, 0.5, 0.75],
+        help="shares of refined images for the expected cost",
+    )
+    parser.add_argument("--json", action="store_true", help="print the numbers (multiply-adds) as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; bad input ends with one line on stderr and status 2."""
+    args = _parser().parse_args(argv)
+    try:
+        overrides: dict[str, Any] = {
+            key: getattr(args, key) for key in ("alpha", "patch_size", "num_classes") if getattr(args, key) is not None
+        }
+        if args.img_size is not None:
+            size = args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size)
+            overrides["img_size"] = size
+        if "alpha" in overrides and args.model in VIM_CONFIGS:
+            raise ValueError("--alpha applies to MambaScope models only; a plain Vim has one stage")
+        config = model_config(args.model, **overrides)
+        rows = cost_rows(config, shares=args.share)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps({"model": args.model, "parameters": count_parameters(config), "rows": rows}, indent=2))
+    else:
+        print(format_cost(args.model, config, rows, config.image_hw))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
