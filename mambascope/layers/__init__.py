@@ -1,0 +1,22 @@
+"""Building blocks of the encoders: norm, bidirectional mixer, block, patch and position embedding, feature reuse."""
+
+from mambascope.layers.block import VimBlock
+from mambascope.layers.mixer import BidirectionalMamba, ScoreOptions
+from mambascope.layers.norm import RMSNorm
+from mambascope.layers.patch_embed import PatchEmbed, pad_to
+from mambascope.layers.pos_embed import cls_index, insert_cls, remove_cls, resample_pos_embed
+from mambascope.layers.reuse import FeatureReuse
+
+__all__ = [
+    "BidirectionalMamba",
+    "FeatureReuse",
+    "PatchEmbed",
+    "RMSNorm",
+    "ScoreOptions",
+    "VimBlock",
+    "cls_index",
+    "insert_cls",
+    "pad_to",
+    "remove_cls",
+    "resample_pos_embed",
+]

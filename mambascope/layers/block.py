@@ -1,0 +1,36 @@
+"""Pre-norm block with the residual stream carried beside the hidden tokens."""
+
+from __future__ import annotations
+
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from mambascope.layers.mixer import BidirectionalMamba, ScoreOptions
+from mambascope.layers.norm import RMSNorm
+
+
+class VimBlock(nn.Module):
+    """``residual += hidden; hidden = drop_path(mixer(RMSNorm(residual)))``.
+
+    The block's own output is dropped, which is where it joins the residual stream: in the next block's addition.
+
+    Args:
+        mixer: The token mixer.
+        dim: Model width d.
+        norm_eps: Epsilon of the RMSNorm.
+        drop_path: Probability of dropping this block's output for a whole image.
+    """
+
+    def __init__(self, mixer: BidirectionalMamba, dim: int, norm_eps: float = 1e-5, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, norm_eps)
+        self.mixer = mixer
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None, score: ScoreOptions | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the branch output [B, L, d], the residual stream it joins [B, L, d] and the token scores [B, L]."""
+        normed, residual = self.norm(hidden, residual)
+        out, scores = self.mixer(normed, score)
+        return self.drop_path(out), residual, scores

@@ -1,0 +1,201 @@
+"""Vim's bidirectional Mamba mixer (spec of Vim, arXiv 2401.09417, algorithm 1).
+
+Shape letters: B batch, L tokens, D model width, E inner width, N states, R dt rank, K conv width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambascope.ops import ScanDirection, bidirectional_conv, bidirectional_scan, selective_scan
+
+SCORE_METRICS = ("max", "l2", "mean", "clip", "softplus", "topk")
+SCORE_SOURCES = ("pre_gate", "post_gate")
+SCORE_DIRECTIONS = ("sum", "forward", "backward")
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How a token's importance is read from the SSM output (MambaScope eq. 11, Table 4).
+
+    Attributes:
+        metric: Reduction over channels. ``max``: largest softplus (the paper's choice); ``l2``: Euclidean norm;
+            ``mean``: plain mean (the paper's "no clip"); ``clip``: mean of ``max(y, 0)``; ``softplus``: mean softplus;
+            ``topk``: mean softplus of the ``topk`` largest channels.
+        source: ``pre_gate`` (SSM output including the D term) or ``post_gate`` (after ``SiLU(z)``).
+        direction: ``sum`` of both re-aligned directions, or one of them.
+        topk: Channels taken by ``topk``.
+    """
+
+    metric: str = "max"
+    source: str = "pre_gate"
+    direction: str = "sum"
+    topk: int = 16
+
+    def __post_init__(self) -> None:
+        for name, value, accepted in (
+            ("score_metric", self.metric, SCORE_METRICS),
+            ("score_source", self.source, SCORE_SOURCES),
+            ("score_direction", self.direction, SCORE_DIRECTIONS),
+        ):
+            if value not in accepted:
+                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
+        if self.topk < 1:
+            raise ValueError(f"score_topk must be at least 1, got {self.topk}")
+
+    @property
+    def fused(self) -> bool:
+        """Whether the scan itself can return the score (no extra [B, L, E] tensor)."""
+        return (self.metric, self.source, self.direction) == ("max", "pre_gate", "sum")
+
+    def reduce(self, y_BLE: Tensor) -> Tensor:
+        """Reduces SSM outputs [B, L, E] over channels to scores [B, L]."""
+        y = y_BLE.float()
+        if self.metric == "max":
+            return F.softplus(y.amax(-1))
+        if self.metric == "l2":
+            return y.norm(dim=-1)
+        if self.metric == "mean":
+            return y.mean(-1)
+        if self.metric == "clip":
+            return y.clamp_min(0).mean(-1)
+        if self.metric == "softplus":
+            return F.softplus(y).mean(-1)
+        return F.softplus(y).topk(min(self.topk, y.shape[-1]), dim=-1).values.mean(-1)
+
+
+def _at_least_fp32(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+class BidirectionalMamba(nn.Module):
+    """One selective scan from each side, summed, gated once and halved.
+
+    State-dict names are those of the official Vim (``*_b`` and ``A_b_log`` belong to the backward direction).
+
+    Args:
+        dim: Model width D.
+        d_state: States N per channel.
+        d_conv: Width K of the causal depthwise convolution.
+        expand: Inner width E as a multiple of D.
+        dt_rank: Rank R of the step-size projection; ``None`` means ``ceil(D / 16)``.
+        depth: Number of blocks in the encoder; scales the output projection's initial weights by ``1/sqrt(depth)``.
+        scan_backend: Name of the scan backend, ``None`` for the automatic choice.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        depth: int = 1,
+        scan_backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        inner = expand * dim
+        rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        self.depth = depth
+        self.scan_backend = scan_backend
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
+        self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(rank, inner)
+        self.A_log = nn.Parameter(torch.empty(inner, d_state))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.conv1d_b = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
+        self.x_proj_b = nn.Linear(inner, rank + 2 * d_state, bias=False)
+        self.dt_proj_b = nn.Linear(rank, inner)
+        self.A_b_log = nn.Parameter(torch.empty(inner, d_state))
+        self.D_b = nn.Parameter(torch.empty(inner))
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Mamba's initialisation; linear and convolution layers keep PyTorch's default, as the official code does."""
+        for dt_proj, a_log, d_skip in ((self.dt_proj, self.A_log, self.D), (self.dt_proj_b, self.A_b_log, self.D_b)):
+            inner, rank = dt_proj.weight.shape
+            nn.init.uniform_(dt_proj.weight, -(rank**-0.5), rank**-0.5)
+            low, high = math.log(1e-3), math.log(0.1)
+            dt = torch.exp(torch.rand(inner) * (high - low) + low).clamp(min=1e-4)
+            dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+            a_log.copy_(torch.log(torch.arange(1, a_log.shape[1] + 1, dtype=torch.float32)).expand_as(a_log))
+            d_skip.fill_(1.0)
+        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
+        self.out_proj.weight.div_(math.sqrt(self.depth))
+
+    def forward(self, u_BLD: Tensor, score: ScoreOptions | None = None) -> tuple[Tensor, Tensor | None]:
+        """Mixes tokens [B, L, D].
+
+        Returns:
+            The mixed tokens [B, L, D] and, if ``score`` is given, each token's importance [B, L] (detached, fp32).
+        """
+        x_BLE, z_BLE = self.in_proj(u_BLD).chunk(2, dim=-1)
+        x_f, x_b = bidirectional_conv(
+            x_BLE,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.conv1d_b.weight,
+            self.conv1d_b.bias,
+            backend=self.scan_backend,
+        )
+        forward = ScanDirection(
+            x_f,
+            self.x_proj(x_f),
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            -torch.exp(_at_least_fp32(self.A_log)),
+            _at_least_fp32(self.D),
+        )
+        backward = ScanDirection(
+            x_b,
+            self.x_proj_b(x_b),
+            self.dt_proj_b.weight,
+            self.dt_proj_b.bias,
+            -torch.exp(_at_least_fp32(self.A_b_log)),
+            _at_least_fp32(self.D_b),
+        )
+        if score is None:
+            y = bidirectional_scan(forward, backward, z_BLE, scale=0.5, backend=self.scan_backend)
+            return self.out_proj(y), None
+        if score.fused:
+            y, top = bidirectional_scan(
+                forward, backward, z_BLE, scale=0.5, return_score=True, backend=self.scan_backend
+            )
+            # softplus is monotone: the largest softplus is the softplus of the largest output
+            return self.out_proj(y), F.softplus(top)
+        return self._forward_scored(forward, backward, z_BLE, score)
+
+    def _forward_scored(
+        self, forward: ScanDirection, backward: ScanDirection, z_BLE: Tensor, score: ScoreOptions
+    ) -> tuple[Tensor, Tensor]:
+        """The ablation variants of the score: both directions' outputs are materialised."""
+        y_f, y_b = self._scan(forward, reverse=False), self._scan(backward, reverse=True)
+        gate = F.silu(_at_least_fp32(z_BLE))
+        out = self.out_proj(((y_f + y_b) * gate * 0.5).to(z_BLE.dtype))
+        with torch.no_grad():
+            y = {"sum": y_f + y_b, "forward": y_f, "backward": y_b}[score.direction]
+            return out, score.reduce(y * gate if score.source == "post_gate" else y)
+
+    def _scan(self, direction: ScanDirection, *, reverse: bool) -> Tensor:
+        n = direction.A.shape[1]
+        dt, b, c = direction.proj.split([direction.proj.shape[-1] - 2 * n, n, n], dim=-1)
+        return selective_scan(
+            direction.x,
+            dt,
+            direction.A,
+            b,
+            c,
+            direction.D,
+            dt_weight=direction.dt_weight,
+            dt_bias=direction.dt_bias,
+            reverse=reverse,
+            backend=self.scan_backend,
+        )

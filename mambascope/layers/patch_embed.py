@@ -1,0 +1,65 @@
+"""Patch embedding: the whole image, or only the pixels of selected cells."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def pad_to(x: Tensor, multiple: int) -> Tensor:
+    """Pads images [B, C, H, W] with zeros on the right and at the bottom to multiples of ``multiple`` pixels."""
+    height, width = x.shape[-2:]
+    pad_h, pad_w = -height % multiple, -width % multiple
+    return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of square patches, with the official Vim's optional overlap.
+
+    Args:
+        patch_size: Side of a patch in pixels.
+        stride: Distance between patches; smaller than ``patch_size`` makes them overlap.
+        in_chans: Image channels.
+        embed_dim: Model width d.
+    """
+
+    def __init__(self, patch_size: int, stride: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.stride = stride
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride)
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches for an image of this size, after padding."""
+        rows, cols = (max(0, -(-(side - self.patch_size) // self.stride)) + 1 for side in (height, width))
+        return rows, cols
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Pads images [B, C, H, W] on the right and at the bottom so that the patches cover them."""
+        rows, cols = self.grid_size(*x.shape[-2:])
+        pad_h = (rows - 1) * self.stride + self.patch_size - x.shape[-2]
+        pad_w = (cols - 1) * self.stride + self.patch_size - x.shape[-1]
+        return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embeds images [B, C, H, W] as tokens [B, rows * cols, d] in raster order."""
+        return self.proj(self.pad(x)).flatten(2).transpose(1, 2)
+
+    def embed_cells(self, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """Embeds the four patches of the named 2x2-patch cells only; other pixels are not read.
+
+        Args:
+            x: Images [B, C, H, W], H and W multiples of two patches.
+            rows: Cell rows [B, k].
+            cols: Cell columns [B, k].
+
+        Returns:
+            Tokens [B, k, 4, d], children in the order (0,0), (0,1), (1,0), (1,1).
+        """
+        batch, chans, height, width = x.shape
+        p = self.patch_size
+        # [B, cell rows, cell cols, child row, child col, C, p, p] as a view: indexing copies the selected pixels alone
+        view = x.view(batch, chans, height // (2 * p), 2, p, width // (2 * p), 2, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
+        index = rows.new_tensor(range(batch)).unsqueeze(1)
+        pixels = view[index, rows, cols].flatten(5).flatten(2, 3).flatten(3)
+        return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
