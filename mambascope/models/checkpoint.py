@@ -1,0 +1,275 @@
+"""Weights in and out: official Vim ``.pth``, Lightning ``.ckpt`` and our ``.safetensors``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mambascope._version import __version__
+from mambascope.layers import resample_pos_embed
+from mambascope.models.configs import ScopeConfig, VimConfig, with_overrides
+from mambascope.models.scope import MambaScope
+from mambascope.models.vim import VisionMamba
+
+_POSITION_TABLES = ("pos_embed", "pos_embed_coarse")
+_PREFIXES = ("_orig_mod.", "module.", "model.")
+_ARCHITECTURES: dict[str, type[VisionMamba]] = {"vim": VisionMamba, "mambascope": MambaScope}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not fit the model."""
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor.
+
+    Attributes:
+        matched: Loaded as they are.
+        resampled: Position tables brought to another grid.
+        new: Parameters of the model that keep their initial values.
+        unused: Tensors of the file that the model has no place for.
+    """
+
+    matched: list[str] = field(default_factory=list)
+    resampled: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = []
+        for name in ("matched", "resampled", "new", "unused"):
+            keys = getattr(self, name)
+            shown = "" if name == "matched" else ": " + ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
+            lines.append(f"{name:>9} {len(keys):4d}{shown if keys else ''}")
+        return "\n".join(lines)
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a checkpoint without running any code from it.
+
+    Args:
+        path: A ``.safetensors`` file, a Lightning ``.ckpt``, or a ``.pth``/``.pt`` with the weights at the top or under
+            ``model`` (as the official Vim) or ``state_dict``.
+
+    Returns:
+        The state dict with plain module names, and the file's description (``architecture`` and ``config`` if known).
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, holds no weights or would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist" if not path.exists() else f"{path} is not a file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        # the official files carry their training arguments; a Namespace only holds values
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
+        raise CheckpointError(f"checkpoint {path} was refused: it holds more than tensors ({reason})") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}, not weights")
+    description = content.get("mambascope", {})
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    if not state:
+        raise CheckpointError(
+            f"checkpoint {path} holds no weights; expected tensors at the top, under 'model' or 'state_dict'"
+        )
+    return _without_prefixes(state), dict(description)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
+    try:
+        description = json.loads(metadata.get("mambascope", "{}"))
+    except json.JSONDecodeError:
+        raise CheckpointError(f"checkpoint {path} has a damaged description") from None
+    return state, description
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Strips what compile, DDP and LightningModule put before every name; drops the module's other tensors."""
+    changed = True
+    while changed:
+        changed = False
+        for prefix in _PREFIXES:
+            if any(k == prefix + "cls_token" or (k.startswith(prefix) and k.endswith("cls_token")) for k in state):
+                state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                changed = True
+    return state
+
+
+def _table_grid(rows: int, config: Mapping[str, Any], coarse: bool) -> tuple[int, int] | None:
+    """Grid of a position table with this many patch rows: from the file's config, else a square."""
+    if config.get("img_size") is not None:
+        size = config["img_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        patch = config["patch_size"]
+        if "alpha" in config:
+            grid = (-(-height // (2 * patch)), -(-width // (2 * patch)))
+            grid = grid if coarse else (2 * grid[0], 2 * grid[1])
+        else:
+            stride = config.get("stride") or patch
+            grid = (max(0, -(-(height - patch) // stride)) + 1, max(0, -(-(width - patch) // stride)) + 1)
+        if grid[0] * grid[1] == rows:
+            return grid
+    side = math.isqrt(rows)
+    return (side, side) if side * side == rows else None
+
+
+def load_checkpoint(
+    model: VisionMamba, path: str | os.PathLike[str], strict: bool = True, verbose: bool = True
+) -> LoadReport:
+    """Loads weights into a model; position tables are resampled to the model's grids.
+
+    A plain Vim starts a MambaScope: its position table also gives the coarse one, and feature reuse stays new.
+
+    Args:
+        model: A :class:`VisionMamba` or :class:`MambaScope`.
+        path: See :func:`read_state_dict`.
+        strict: Whether tensors that are missing, left over or of another shape are an error.
+        verbose: Whether to print the report.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or does not fit and ``strict`` is set. The model is then unchanged.
+    """
+    source, description = read_state_dict(path)
+    config = description.get("config", {})
+    target = model.state_dict()
+    loaded: dict[str, Tensor] = {}
+    report = LoadReport()
+    problems: list[str] = []
+    start = isinstance(model, MambaScope) and not any(k.startswith(("reuse.", "pos_embed_coarse")) for k in source)
+    for name, wanted in target.items():
+        found = source.get(name)
+        coarse = name == "pos_embed_coarse"
+        if coarse and found is None and start:
+            found = source.get("pos_embed")
+        if name in _POSITION_TABLES and found is not None and found.ndim == 3 and found.shape[2] == wanted.shape[2]:
+            new_grid = (model.grid[0] // 2, model.grid[1] // 2) if coarse else model.grid
+            old_grid = _table_grid(found.shape[1] - 1, config, coarse and not start)
+            if old_grid is None:
+                problems.append(f"{name} has {found.shape[1] - 1} rows, which is no square grid")
+            elif old_grid == new_grid:
+                loaded[name] = found
+                report.matched.append(name)
+            else:
+                loaded[name] = resample_pos_embed(found, old_grid, new_grid, model.config.cls_position)
+                report.resampled.append(name)
+        elif found is not None and found.shape == wanted.shape:
+            loaded[name] = found
+            report.matched.append(name)
+        else:
+            report.new.append(name)
+            if found is not None:
+                problems.append(f"{name} is {list(found.shape)} in the file and {list(wanted.shape)} in the model")
+            elif not (start and name.startswith("reuse.")):
+                problems.append(f"{name} is missing")
+    report.unused = [k for k in source if k not in loaded]
+    problems += [f"{k} has no place in the model" for k in report.unused if k not in target]
+    if not report.matched:
+        problems.insert(0, "no tensor of the file has a place in the model")
+    if problems and (strict or not report.matched):
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckpointError(
+            f"checkpoint {path} does not fit {type(model).__name__} (pass strict=False to load what fits): "
+            f"{'; '.join(problems[:4])}{more}"
+        )
+    with torch.no_grad():
+        for name, value in loaded.items():
+            target[name].copy_(value)
+    if verbose:
+        print(f"{path}\n{report}")
+    return report
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary name beside ``path``, renamed to it when the block succeeds; a failure changes nothing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes private files
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_safetensors(model: VisionMamba, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
+    """Writes weights with the model's config, so that :func:`load_model` can rebuild it.
+
+    Args:
+        model: The model; ``alpha`` and ``threshold`` are stored as they are set now.
+        path: File to write, atomically.
+        extra: More JSON-serialisable facts (labels, transform, figures).
+    """
+    config = asdict(model.config)
+    architecture = "vim"
+    if isinstance(model, MambaScope):
+        architecture = "mambascope"
+        config.update(alpha=model.alpha, threshold=model.threshold)
+    description = {"architecture": architecture, "config": config, "version": __version__, **(extra or {})}
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save(state, metadata={"mambascope": json.dumps(description)}))
+
+
+def load_model(path: str | os.PathLike[str]) -> VisionMamba:
+    """Builds the model that a file of ours describes and loads its weights; the model is in evaluation mode.
+
+    The file's description is at ``model.description``.
+
+    Raises:
+        CheckpointError: If the file cannot be read or does not say which model it belongs to.
+    """
+    state, description = read_state_dict(path)
+    architecture = description.get("architecture")
+    if architecture not in _ARCHITECTURES or not isinstance(description.get("config"), Mapping):
+        raise CheckpointError(
+            f"checkpoint {path} does not describe its model; create the model with timm.create_model and call "
+            "load_checkpoint"
+        )
+    base: VimConfig = ScopeConfig() if architecture == "mambascope" else VimConfig()
+    try:
+        model = _ARCHITECTURES[architecture](with_overrides(base, dict(description["config"])))
+        model.load_state_dict(state)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} does not fit its own description: {str(error).splitlines()[0]}"
+        ) from None
+    model.description = description  # type: ignore[assignment]
+    return model.eval()

@@ -1,0 +1,219 @@
+"""Sizes and options of every model: the single source that timm entries, Lightning YAML and OpenMMLab configs use."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeVar
+
+from mambascope.layers.mixer import ScoreOptions
+from mambascope.layers.pos_embed import CLS_POSITIONS
+from mambascope.layers.reuse import REUSE_KINDS
+
+GLOBAL_POOLS = ("token", "avg", "")
+CELL_ORDERS = ("cell", "raster")
+FINE_ORDERS = ("important_first", "important_last")
+COARSE_INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+
+
+def _choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(repr(a) for a in accepted)}, got {value!r}")
+
+
+def _positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _share(name: str, value: float, *, below_one: bool = False) -> None:
+    if not 0 <= value <= 1 or (below_one and value == 1):
+        raise ValueError(f"{name} must lie in [0, 1{')' if below_one else ']'}, got {value}")
+
+
+@dataclass(frozen=True)
+class VimConfig:
+    """Vision Mamba (Vim, arXiv 2401.09417).
+
+    Attributes:
+        img_size: Image side in pixels, or (height, width), for which the position table is made. Other sizes work too.
+        patch_size: Side of a patch in pixels.
+        stride: Distance between patches in pixels; ``None`` means ``patch_size``.
+        in_chans: Image channels.
+        num_classes: Classes of the head; 0 for none.
+        embed_dim: Model width d.
+        depth: Number of blocks.
+        d_state: SSM states N per channel.
+        d_conv: Width of the causal convolution.
+        expand: Inner width E as a multiple of d.
+        dt_rank: Rank of the step-size projection; ``None`` means ``ceil(d / 16)``.
+        drop_rate: Dropout before the head.
+        drop_path_rate: Stochastic depth of the last block; earlier blocks rise to it linearly.
+        norm_eps: Epsilon of the RMSNorms.
+        cls_position: Place of the CLS token among the patches: ``first``, ``middle`` or ``last``.
+        global_pool: What the head reads: the CLS ``token``, the ``avg`` of all tokens, or ``""`` for no pooling.
+        scan_backend: Scan backend by name; ``None`` for the automatic choice.
+    """
+
+    img_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    stride: int | None = None
+    in_chans: int = 3
+    num_classes: int = 1000
+    embed_dim: int = 192
+    depth: int = 24
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    dt_rank: int | None = None
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    norm_eps: float = 1e-5
+    cls_position: str = "middle"
+    global_pool: str = "token"
+    scan_backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.img_size, list):  # YAML and JSON have no tuples
+            object.__setattr__(self, "img_size", tuple(self.img_size))
+        sizes = self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
+        if len(sizes) != 2 or any(not isinstance(s, int) or s < 1 for s in sizes):
+            raise ValueError(f"img_size must be a positive integer or (height, width), got {self.img_size!r}")
+        for name in ("patch_size", "in_chans", "embed_dim", "depth", "d_state", "d_conv", "expand"):
+            _positive(name, getattr(self, name))
+        for name in ("stride", "dt_rank"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        if self.stride is not None and self.stride > self.patch_size:
+            raise ValueError(f"stride must not exceed patch_size {self.patch_size}, got {self.stride}")
+        if not isinstance(self.num_classes, int) or self.num_classes < 0:
+            raise ValueError(f"num_classes must be an integer >= 0, got {self.num_classes!r}")
+        _share("drop_rate", self.drop_rate, below_one=True)
+        _share("drop_path_rate", self.drop_path_rate, below_one=True)
+        _choice("cls_position", self.cls_position, CLS_POSITIONS)
+        _choice("global_pool", self.global_pool, GLOBAL_POOLS)
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
+
+    @property
+    def patch_stride(self) -> int:
+        """Distance between patches in pixels."""
+        return self.stride or self.patch_size
+
+    @property
+    def inner_dim(self) -> int:
+        """Inner width E."""
+        return self.expand * self.embed_dim
+
+    @property
+    def rank(self) -> int:
+        """Rank R of the step-size projection."""
+        return self.dt_rank or math.ceil(self.embed_dim / 16)
+
+
+@dataclass(frozen=True)
+class ScopeConfig(VimConfig):
+    """MambaScope (arXiv 2512.00647): the Vim encoder read twice, coarse first.
+
+    Attributes:
+        alpha: Share of coarse cells that the fine stage re-reads (section 3.3). 0 is the coarse model alone.
+        beta: Momentum of the importance average over layers (eq. 12, Table 6).
+        threshold: Confidence eta at which the coarse answer is accepted. ``<= 0`` always, ``>= 1`` never.
+        score_metric: Token importance: ``max``, ``l2``, ``mean``, ``clip``, ``softplus`` or ``topk`` (Table 4).
+        score_topk: Channels averaged by ``topk``.
+        score_source: SSM output ``pre_gate`` or ``post_gate``.
+        score_direction: ``sum`` of both directions, ``forward`` or ``backward``.
+        score_layers: How many of the last layers take part; ``None`` is the last half (Table 6).
+        score_stride: Every how many of them.
+        fine_cls: Place of the CLS token in the fine sequence (Table 7).
+        fine_order: ``important_first`` or ``important_last`` (Table 7).
+        cell_order: Fine tokens ``cell`` by cell, or in ``raster`` order over the image.
+        reuse: Feature reuse by ``mlp``, ``linear`` or ``off`` (Figure 5).
+        reuse_ratio: Hidden width of the reuse MLP as a multiple of d.
+        reuse_cls: Whether the coarse CLS output is reused too (Figure 5).
+        coarse_interpolation: How the half-size image is made: ``bilinear``, ``bicubic`` or ``nearest``.
+    """
+
+    alpha: float = 0.7
+    beta: float = 0.99
+    threshold: float = 0.8
+    score_metric: str = "max"
+    score_topk: int = 16
+    score_source: str = "pre_gate"
+    score_direction: str = "sum"
+    score_layers: int | None = None
+    score_stride: int = 2
+    fine_cls: str = "first"
+    fine_order: str = "important_first"
+    cell_order: str = "cell"
+    reuse: str = "mlp"
+    reuse_ratio: float = 4.0
+    reuse_cls: bool = False
+    coarse_interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stride not in (None, self.patch_size):
+            raise ValueError(
+                f"stride must equal patch_size {self.patch_size} in MambaScope (a cell owns four patches), "
+                f"got {self.stride}"
+            )
+        _share("alpha", self.alpha)
+        _share("beta", self.beta, below_one=True)
+        if not isinstance(self.threshold, (int, float)) or math.isnan(self.threshold):
+            raise ValueError(f"threshold must be a number, got {self.threshold!r}")
+        _ = self.score  # checks the metric, source and direction
+        if self.score_layers is not None and not 1 <= self.score_layers <= self.depth:
+            raise ValueError(f"score_layers must lie in 1..{self.depth} (the depth), got {self.score_layers}")
+        _positive("score_stride", self.score_stride)
+        _choice("fine_cls", self.fine_cls, CLS_POSITIONS)
+        _choice("fine_order", self.fine_order, FINE_ORDERS)
+        _choice("cell_order", self.cell_order, CELL_ORDERS)
+        _choice("reuse", self.reuse, REUSE_KINDS)
+        _choice("coarse_interpolation", self.coarse_interpolation, COARSE_INTERPOLATIONS)
+        if self.reuse_cls and self.reuse == "off":
+            raise ValueError("reuse_cls needs reuse to be 'mlp' or 'linear', got reuse='off'")
+
+    @property
+    def score(self) -> ScoreOptions:
+        """The token score's options."""
+        return ScoreOptions(self.score_metric, self.score_source, self.score_direction, self.score_topk)
+
+    @property
+    def taking_part(self) -> tuple[int, ...]:
+        """Indices of the layers whose scores enter the importance average."""
+        last = self.depth - self.depth // 2 if self.score_layers is None else self.score_layers
+        return tuple(range(self.depth - last, self.depth, self.score_stride))
+
+
+VIM_CONFIGS: dict[str, VimConfig] = {
+    "vim_tiny_patch16_224": VimConfig(embed_dim=192),
+    "vim_small_patch16_224": VimConfig(embed_dim=384),
+    "vim_base_patch16_224": VimConfig(embed_dim=768),
+    "vim_nano_patch8_64": VimConfig(img_size=64, patch_size=8, embed_dim=96, depth=6, num_classes=10),
+}
+
+SCOPE_CONFIGS: dict[str, ScopeConfig] = {
+    name.replace("vim_", "mambascope_"): ScopeConfig(**asdict(config)) for name, config in VIM_CONFIGS.items()
+}
+
+ConfigT = TypeVar("ConfigT", bound=VimConfig)
+
+
+def with_overrides(config: ConfigT, overrides: dict[str, Any]) -> ConfigT:
+    """Returns ``config`` with some fields replaced.
+
+    Raises:
+        ValueError: If a key is not a field of the config; the message lists the accepted ones.
+    """
+    known = {f.name for f in fields(config)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ValueError(
+            f"unknown model argument{'s' * (len(unknown) > 1)} {', '.join(unknown)}; "
+            f"{type(config).__name__} accepts {', '.join(sorted(known))}"
+        )
+    return replace(config, **overrides)

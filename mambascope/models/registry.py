@@ -1,0 +1,126 @@
+"""timm entries: after ``import mambascope``, ``timm.create_model("mambascope_tiny_patch16_224", num_classes=10)``.
+
+Every field of the model's config is accepted as a keyword.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, VimConfig, with_overrides
+from mambascope.models.scope import MambaScope
+from mambascope.models.vim import VisionMamba
+
+__all__ = [
+    "mambascope_base_patch16_224",
+    "mambascope_nano_patch8_64",
+    "mambascope_small_patch16_224",
+    "mambascope_tiny_patch16_224",
+    "vim_base_patch16_224",
+    "vim_nano_patch8_64",
+    "vim_small_patch16_224",
+    "vim_tiny_patch16_224",
+]
+
+
+def _default_cfg(config: VimConfig) -> dict[str, Any]:
+    small = config.image_hw[0] < 128
+    return {
+        "url": "",
+        "num_classes": config.num_classes,
+        "input_size": (config.in_chans, *config.image_hw),
+        "fixed_input_size": False,
+        "pool_size": None,
+        "crop_pct": 1.0 if small else 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_INCEPTION_MEAN if small else IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_INCEPTION_STD if small else IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {name: _default_cfg(cfg) for name, cfg in {**VIM_CONFIGS, **SCOPE_CONFIGS}.items()}
+)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
+    if pretrained:
+        raise ValueError(
+            f"no pretrained weights are published for {variant}; load your own with "
+            "mambascope.models.checkpoint.load_checkpoint(model, path)"
+        )
+    if "scan_backend" in kwargs and kwargs["scan_backend"] is not None:
+        from mambascope.ops import check_backend
+
+        check_backend(kwargs["scan_backend"])
+    scope = variant in SCOPE_CONFIGS
+    base: VimConfig = SCOPE_CONFIGS[variant] if scope else VIM_CONFIGS[variant]
+    timm_only = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "out_indices", "feature_cls")
+    overrides = {k: v for k, v in kwargs.items() if k not in timm_only}
+    config = with_overrides(base, overrides)
+    rest = {k: v for k, v in kwargs.items() if k in timm_only}
+    # four maps, evenly spaced, as the dense heads of ViT-like backbones expect
+    indices = tuple(config.depth * (i + 1) // 4 - 1 for i in range(4)) if config.depth >= 4 else (config.depth - 1,)
+    return build_model_with_cfg(
+        MambaScope if scope else VisionMamba,
+        variant,
+        pretrained,
+        config=config,
+        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
+        **rest,
+    )
+
+
+@register_model
+def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-T: width 192, 7.1 M parameters."""
+    return _create("vim_tiny_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-S: width 384, 25.8 M parameters."""
+    return _create("vim_small_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-B: width 768, 97.6 M parameters."""
+    return _create("vim_base_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def vim_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """The small Vim of the built-in data."""
+    return _create("vim_nano_patch8_64", pretrained, **kwargs)
+
+
+@register_model
+def mambascope_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """MambaScope-T: width 192, 7.5 M parameters."""
+    return _create("mambascope_tiny_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def mambascope_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """MambaScope-S: width 384, 27.0 M parameters."""
+    return _create("mambascope_small_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def mambascope_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """MambaScope-B: width 768, 102.4 M parameters."""
+    return _create("mambascope_base_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def mambascope_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """The small MambaScope of the built-in data."""
+    return _create("mambascope_nano_patch8_64", pretrained, **kwargs)

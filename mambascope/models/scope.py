@@ -1,0 +1,350 @@
+"""MambaScope (arXiv 2512.00647): a Vim that looks coarsely first and re-reads only what it needs.
+
+Shape letters: B batch, M coarse cells, k selected cells, L tokens, d model width, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambascope.layers import FeatureReuse, cls_index, insert_cls, pad_to, remove_cls, resample_pos_embed
+from mambascope.models.configs import ScopeConfig, with_overrides
+from mambascope.models.exit import check_threshold, confidence, exit_mask
+from mambascope.models.selection import average_importance, children, gather_rows, num_selected, select_cells
+from mambascope.models.vim import VisionMamba
+
+
+class StageLogits(NamedTuple):
+    """Logits [B, C] of both stages for the same images."""
+
+    coarse: Tensor
+    fine: Tensor
+
+
+@dataclass
+class CoarseState:
+    """What the coarse stage leaves for the decision and for the fine stage.
+
+    Attributes:
+        logits: [B, C].
+        cls: Normalised CLS output [B, d].
+        features: Normalised patch outputs [B, M, d].
+        tokens: Patch embeddings plus coarse positions [B, M, d], as they entered the encoder.
+        importance: Averaged importance of each cell [B, M], without gradient.
+        grid: Rows and columns of the coarse grid.
+        taken: Requested block outputs [B, M + 1, d].
+    """
+
+    logits: Tensor
+    cls: Tensor
+    features: Tensor
+    tokens: Tensor
+    importance: Tensor
+    grid: tuple[int, int]
+    taken: list[Tensor]
+
+    def index_select(self, rows: Tensor) -> CoarseState:
+        """The state of some of the images, ``rows`` [n] int64."""
+        picked = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("logits", "cls", "features", "tokens", "importance"):
+            picked[name] = picked[name].index_select(0, rows)
+        picked["taken"] = [t.index_select(0, rows) for t in self.taken]
+        return CoarseState(**picked)
+
+
+@dataclass
+class FineState:
+    """What the fine stage returns.
+
+    Attributes:
+        logits: [B, C].
+        cls: Normalised CLS output [B, d].
+        tokens: Normalised sequence [B, L, d] in the order it was read.
+        selected: Re-read cells [B, k], ascending.
+        others: The remaining cells [B, M - k], ascending.
+        taken: Requested block outputs [B, L, d].
+    """
+
+    logits: Tensor
+    cls: Tensor
+    tokens: Tensor
+    selected: Tensor
+    others: Tensor
+    taken: list[Tensor]
+
+    @property
+    def length(self) -> int:
+        """Tokens in the fine sequence, CLS included."""
+        return self.tokens.shape[1]
+
+
+@dataclass
+class ScopeOutput:
+    """Result of dynamic inference.
+
+    Attributes:
+        logits: Final logits [B, C]: coarse where the image exited, fine elsewhere.
+        coarse_logits: [B, C].
+        confidence: Largest coarse probability [B].
+        exited: Whether the coarse answer was accepted [B], bool.
+        importance: Importance of each coarse cell [B, M].
+        selected: Re-read cells [B, k]; rows of -1 for images that exited.
+        tokens: Tokens used by each image over both stages, CLS included [B], int64.
+        grid: Rows and columns of the coarse grid.
+    """
+
+    logits: Tensor
+    coarse_logits: Tensor
+    confidence: Tensor
+    exited: Tensor
+    importance: Tensor
+    selected: Tensor
+    tokens: Tensor
+    grid: tuple[int, int]
+
+
+class MambaScope(VisionMamba):
+    """One Vim encoder for a half-size look and, where that is not enough, a second look at the important cells.
+
+    In evaluation ``forward`` returns logits at ``self.threshold``; in training it returns both stages' logits.
+
+    Attributes:
+        alpha: Share of cells to re-read; may be changed at any time.
+        threshold: Confidence at which the coarse answer is accepted; may be changed at any time.
+        fine_calls: Images that went through the fine stage since it was last set to 0.
+    """
+
+    config_class = ScopeConfig
+    config: ScopeConfig
+
+    def __init__(self, config: ScopeConfig | None = None, **overrides: Any) -> None:
+        super().__init__(config, **overrides)
+        config = self.config
+        self.alpha = config.alpha
+        self.threshold = config.threshold
+        self.fine_calls = 0
+        cells = (self.grid[0] // 2) * (self.grid[1] // 2)
+        self.pos_embed_coarse = nn.Parameter(torch.zeros(1, cells + 1, config.embed_dim))
+        nn.init.trunc_normal_(self.pos_embed_coarse, std=0.02)
+        self.reuse = None if config.reuse == "off" else FeatureReuse(config.embed_dim, config.reuse, config.reuse_ratio)
+
+    def _trained_grid(self, config: Any) -> tuple[int, int]:
+        rows, cols = (-(-side // (2 * config.patch_size)) for side in config.image_hw)
+        return 2 * rows, 2 * cols
+
+    # ---- the two stages ------------------------------------------------------------------------------------------
+
+    def _prepare(self, x: Tensor) -> Tensor:
+        """Pads images to whole cells."""
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(x.shape)}")
+        return pad_to(x, 2 * self.config.patch_size)
+
+    def _half(self, x: Tensor) -> Tensor:
+        """The half-size image."""
+        mode = self.config.coarse_interpolation
+        if mode == "bilinear":
+            return F.avg_pool2d(x, 2)  # what bilinear sampling at one half is, and cheaper
+        corners = None if mode == "nearest" else False
+        return F.interpolate(x, scale_factor=0.5, mode=mode, align_corners=corners)
+
+    def forward_coarse(self, x: Tensor, take: tuple[int, ...] | list[int] = ()) -> CoarseState:
+        """First look (section 3.2): the half-size image through the encoder.
+
+        Args:
+            x: Images [B, C, H, W] at full size.
+            take: Blocks whose outputs are wanted.
+        """
+        patches, grid = self._embed(self._half(self._prepare(x)))
+        position = self.config.cls_position
+        trained = (self.grid[0] // 2, self.grid[1] // 2)
+        table = resample_pos_embed(self.pos_embed_coarse, trained, grid, position)
+        tokens = insert_cls(patches, self.cls_token, position) + table
+        layers = self.config.taking_part
+        out, scores, taken = self.encode(tokens, score=self.config.score, score_layers=layers, take=take)
+        with torch.no_grad():
+            importance = average_importance((remove_cls(s.detach(), position) for s in scores), self.config.beta)
+        at = cls_index(patches.shape[1], position)
+        cls = out[:, at]
+        return CoarseState(
+            logits=self.classify(cls),
+            cls=cls,
+            features=remove_cls(out, position),
+            tokens=remove_cls(tokens, position),
+            importance=importance,
+            grid=grid,
+            taken=taken,
+        )
+
+    def _fine_tokens(self, x: Tensor, coarse: CoarseState, selected: Tensor) -> Tensor:
+        """Embeddings [B, 4k, d] of the selected cells' patches with positions and reused features."""
+        cols = coarse.grid[1]
+        fine_grid = (2 * coarse.grid[0], 2 * cols)
+        tokens = self.patch_embed.embed_cells(x, selected // cols, selected % cols)
+        position = self.config.cls_position
+        table = remove_cls(resample_pos_embed(self.pos_embed, self.grid, fine_grid, position), position)
+        patches = children(selected, coarse.grid)
+        tokens = tokens + gather_rows(table, patches.flatten(1)).unflatten(1, patches.shape[1:])
+        if self.reuse is not None:
+            tokens = tokens + self.reuse(gather_rows(coarse.features, selected)).unsqueeze(2)
+        tokens = tokens.flatten(1, 2)
+        if self.config.cell_order == "raster":
+            tokens = gather_rows(tokens, patches.flatten(1).argsort(dim=1))
+        return tokens
+
+    def _fine_sequence(self, x: Tensor, coarse: CoarseState, alpha: float | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The fine stage's input [B, L, d], the selected cells [B, k] and the others [B, M - k] (eq. 13-16)."""
+        selected, others = select_cells(coarse.importance, self.alpha if alpha is None else alpha)
+        fine = self._fine_tokens(self._prepare(x), coarse, selected)
+        rest = gather_rows(coarse.tokens, others).to(fine.dtype)
+        parts = [fine, rest] if self.config.fine_order == "important_first" else [rest, fine]
+        sequence = torch.cat(parts, dim=1)
+        row = cls_index(self.pos_embed.shape[1] - 1, self.config.cls_position)
+        cls = self.cls_token + self.pos_embed[:, row : row + 1]
+        if self.reuse is not None and self.config.reuse_cls:
+            cls = cls + self.reuse(coarse.cls).unsqueeze(1)
+        return insert_cls(sequence, cls, self.config.fine_cls), selected, others
+
+    def forward_fine(
+        self, x: Tensor, coarse: CoarseState, alpha: float | None = None, take: tuple[int, ...] | list[int] = ()
+    ) -> FineState:
+        """Second look (section 3.3): selected cells at full resolution, the others as coarse tokens.
+
+        Args:
+            x: Images [B, C, H, W] at full size.
+            coarse: The same images' coarse state.
+            alpha: Share of cells to re-read; ``None`` for ``self.alpha``.
+            take: Blocks whose outputs are wanted.
+        """
+        sequence, selected, others = self._fine_sequence(x, coarse, alpha)
+        self.fine_calls += x.shape[0]
+        tokens, _, taken = self.encode(sequence, take=take)
+        cls = tokens[:, cls_index(tokens.shape[1] - 1, self.config.fine_cls)]
+        return FineState(self.classify(cls), cls, tokens, selected, others, taken)
+
+    def forward_both(self, x: Tensor, alpha: float | None = None) -> StageLogits:
+        """Both stages for every image, as in training (section 3.5)."""
+        coarse = self.forward_coarse(x)
+        return StageLogits(coarse.logits, self.forward_fine(x, coarse, alpha).logits)
+
+    def forward_scope(self, x: Tensor, threshold: float | None = None, alpha: float | None = None) -> ScopeOutput:
+        """Dynamic inference: the fine stage runs on the images whose coarse confidence is below the threshold only.
+
+        Synchronises with the host once per batch, and not at all when the threshold alone decides.
+
+        Args:
+            x: Images [B, C, H, W].
+            threshold: Confidence eta; ``None`` for ``self.threshold``.
+            alpha: Share of cells to re-read; ``None`` for ``self.alpha``. 0 accepts every coarse answer.
+        """
+        threshold = check_threshold(self.threshold if threshold is None else threshold)
+        alpha = self.alpha if alpha is None else alpha
+        coarse = self.forward_coarse(x)
+        batch, cells = coarse.importance.shape
+        conf = confidence(coarse.logits)
+        chosen = num_selected(alpha, cells)
+        exited = exit_mask(conf, threshold if chosen else 0.0)
+        selected = torch.full((batch, chosen), -1, dtype=torch.long, device=x.device)
+        tokens = torch.full((batch,), cells + 1, dtype=torch.long, device=x.device)
+        output = ScopeOutput(
+            coarse.logits, coarse.logits, conf, exited, coarse.importance, selected, tokens, coarse.grid
+        )
+        if threshold <= 0 or chosen == 0 or batch == 0:
+            return output
+        if threshold >= 1:
+            fine = self.forward_fine(x, coarse, alpha)
+            output.logits, output.selected, output.tokens = fine.logits, fine.selected, tokens + fine.length
+            return output
+        rows = exited.logical_not().nonzero().squeeze(1)  # the one synchronisation
+        if rows.numel():
+            fine = self.forward_fine(x.index_select(0, rows), coarse.index_select(rows), alpha)
+            output.logits = coarse.logits.index_copy(0, rows, fine.logits.to(coarse.logits.dtype))
+            output.selected = selected.index_copy(0, rows, fine.selected)
+            output.tokens = tokens.index_add(0, rows, tokens.new_full(rows.shape, fine.length))
+        return output
+
+    # ---- timm's model contract -----------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Any:
+        """Training: :class:`StageLogits`. Evaluation: logits [B, C] at ``self.threshold``."""
+        return self.forward_both(x) if self.training else self.forward_scope(x).logits
+
+    def _cls_position(self) -> str:
+        return self.config.fine_cls
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised tokens [B, L, d] of the fine stage for every image, in the order they were read."""
+        return self.forward_fine(x, self.forward_coarse(x)).tokens
+
+    def fine_map(self, tokens: Tensor, fine: FineState, grid: tuple[int, int]) -> Tensor:
+        """Scatters a fine sequence onto the full-size grid (section 5.2).
+
+        Fine tokens go to their patches; a cell that was not re-read gives its coarse token to its four patches.
+
+        Args:
+            tokens: Sequence [B, L, d] in the fine stage's order.
+            fine: The state with the cells.
+            grid: Rows and columns of the coarse grid.
+
+        Returns:
+            Map [B, d, 2 * rows, 2 * cols].
+        """
+        body = remove_cls(tokens, self.config.fine_cls)
+        count = 4 * fine.selected.shape[1]
+        if self.config.fine_order == "important_first":
+            own, rest = body[:, :count], body[:, count:]
+        else:
+            rest, own = body[:, : body.shape[1] - count], body[:, body.shape[1] - count :]
+        where = children(fine.selected, grid).flatten(1)
+        if self.config.cell_order == "raster":
+            where = where.sort(dim=1).values
+        index = torch.cat([where, children(fine.others, grid).flatten(1)], dim=1)
+        values = torch.cat([own, rest.repeat_interleave(4, dim=1)], dim=1)
+        out = torch.empty_like(values).scatter(1, index.unsqueeze(-1).expand_as(values), values)
+        return out.transpose(1, 2).unflatten(2, (2 * grid[0], 2 * grid[1]))
+
+    def _intermediates(
+        self, x: Tensor, take: list[int], stop: int | None, norm: bool
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Fine maps of the layers ``take``; the coarse pass needs every block, so nothing stops early."""
+        coarse = self.forward_coarse(x)
+        fine = self.forward_fine(x, coarse, take=take)
+        taken = [self.norm_f(t)[0] for t in fine.taken] if norm else fine.taken
+        maps = [self.fine_map(t, fine, coarse.grid).contiguous() for t in taken]
+        at = cls_index(fine.length - 1, self.config.fine_cls)
+        return fine.tokens, maps, [t[:, at : at + 1] for t in taken]
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the head only: the coarse pass needs every block and the final norm."""
+        from timm.models import feature_take_indices
+
+        take, _ = feature_take_indices(len(self.layers), indices)
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def _resample_tables(self) -> None:
+        old = (self.grid[0] // 2, self.grid[1] // 2)
+        super()._resample_tables()
+        new = (self.grid[0] // 2, self.grid[1] // 2)
+        self.pos_embed_coarse = self._resampled(self.pos_embed_coarse, old, new)
+
+    def set_alpha(self, alpha: float) -> None:
+        """Sets the share of cells to re-read; raises ``ValueError`` outside [0, 1]."""
+        with_overrides(self.config, {"alpha": alpha})
+        self.alpha = alpha
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups for layer-wise learning rates; the reuse branch goes with the head."""
+        return {
+            "stem": r"^cls_token|pos_embed|patch_embed",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f|^reuse", (99999,))],
+        }

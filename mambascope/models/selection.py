@@ -1,0 +1,67 @@
+"""Which coarse cells are read again, and in which order their tokens enter the fine stage (MambaScope eq. 11-16).
+
+Shape letters: B batch, M coarse cells, k selected cells. Pure functions without parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def num_selected(alpha: float, num_cells: int) -> int:
+    """``k = ceil(alpha * M)`` (eq. 13), safe against binary rounding: 0.7 of 10 cells is 7."""
+    return min(num_cells, math.ceil(alpha * num_cells - 1e-9))
+
+
+def average_importance(scores: Iterable[Tensor], beta: float) -> Tensor:
+    """Momentum average of the layers' scores [B, M], starting from zero: ``S <- beta S + (1 - beta) s`` (eq. 12)."""
+    total: Tensor | None = None
+    for score in scores:
+        total = (1 - beta) * score if total is None else beta * total + (1 - beta) * score
+    if total is None:
+        raise ValueError("scores must come from at least one layer")
+    return total
+
+
+def select_cells(importance_BM: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Splits the cells into the ``k`` most important ones and the others (eq. 13).
+
+    Ties go to the lower index.
+
+    Args:
+        importance_BM: Scores [B, M].
+        alpha: Share to select, in [0, 1].
+
+    Returns:
+        Selected cells [B, k] and the others [B, M - k], int64, each in raster order.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    count = num_selected(alpha, importance_BM.shape[1])
+    order = torch.sort(importance_BM, dim=1, descending=True, stable=True).indices
+    return order[:, :count].sort(dim=1).values, order[:, count:].sort(dim=1).values
+
+
+def children(cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Fine raster indices [..., 4] of the patches that each coarse cell [...] owns.
+
+    Args:
+        cells: Raster indices on the coarse grid.
+        grid: Rows and columns of the coarse grid.
+    """
+    cols = grid[1]
+    row, col = cells // cols, cells % cols
+    corner = (4 * cols) * row + 2 * col  # two fine rows of 2 * cols patches per coarse row
+    offsets = torch.tensor([0, 1, 2 * cols, 2 * cols + 1], device=cells.device)
+    return corner.unsqueeze(-1) + offsets
+
+
+def gather_rows(rows_BMd: Tensor, index_Bk: Tensor) -> Tensor:
+    """Takes rows [B, k, d] by index [B, k] out of [B, M, d] or of one shared table [1, M, d]."""
+    if rows_BMd.shape[0] == 1:
+        return rows_BMd[0][index_Bk]
+    return rows_BMd.gather(1, index_Bk.unsqueeze(-1).expand(-1, -1, rows_BMd.shape[-1]))

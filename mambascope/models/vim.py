@@ -1,0 +1,315 @@
+"""Vision Mamba (Vim, arXiv 2401.09417) with timm's model contract.
+
+Loads the official checkpoints: state-dict names and shapes are theirs. Shape letters: B batch, M patches, L tokens
+(M + 1), d model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import resample_patch_embed, trunc_normal_
+from timm.models import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mambascope.layers import (
+    BidirectionalMamba,
+    PatchEmbed,
+    RMSNorm,
+    ScoreOptions,
+    VimBlock,
+    cls_index,
+    insert_cls,
+    remove_cls,
+    resample_pos_embed,
+)
+from mambascope.models.configs import GLOBAL_POOLS, VimConfig, with_overrides
+
+
+class VisionMamba(nn.Module):
+    """Vim encoder with a linear classifier on the CLS token.
+
+    Args:
+        config: Sizes and options; defaults to Vim-T.
+        **overrides: Any field of the config, e.g. ``num_classes=10``.
+
+    Raises:
+        ValueError: If an override is not a field of the config or has a value that is not accepted.
+    """
+
+    config_class: type[VimConfig] = VimConfig
+
+    def __init__(self, config: VimConfig | None = None, **overrides: Any) -> None:
+        super().__init__()
+        config = with_overrides(config or self.config_class(), overrides)
+        self.config = config
+        self.num_classes = config.num_classes
+        self.in_chans = config.in_chans
+        self.embed_dim = self.num_features = self.head_hidden_size = config.embed_dim
+        self.global_pool = config.global_pool
+        self.num_prefix_tokens = 1
+        self.grad_checkpointing = False
+        dim = config.embed_dim
+
+        self.patch_embed = PatchEmbed(config.patch_size, config.patch_stride, config.in_chans, dim)
+        self.grid = self._trained_grid(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1] + 1, dim))
+        rates = torch.linspace(0, config.drop_path_rate, config.depth).tolist()
+        self.layers = nn.ModuleList(
+            VimBlock(
+                BidirectionalMamba(
+                    dim,
+                    config.d_state,
+                    config.d_conv,
+                    config.expand,
+                    config.dt_rank,
+                    depth=config.depth,
+                    scan_backend=config.scan_backend,
+                ),
+                dim,
+                config.norm_eps,
+                rate,
+            )
+            for rate in rates
+        )
+        self.norm_f: nn.Module = RMSNorm(dim, config.norm_eps)
+        self.head_drop = nn.Dropout(config.drop_rate)
+        self.head: nn.Module = self._make_head(config.num_classes)
+        self.feature_info = [
+            {"module": f"layers.{i}", "num_chs": dim, "reduction": config.patch_stride} for i in range(config.depth)
+        ]
+        self.init_weights()
+
+    def _trained_grid(self, config: VimConfig) -> tuple[int, int]:
+        return self.patch_embed.grid_size(*config.image_hw)
+
+    def _make_head(self, num_classes: int) -> nn.Module:
+        if num_classes == 0:
+            return nn.Identity()
+        head = nn.Linear(self.embed_dim, num_classes)
+        trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        return head
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Patch embedding LeCun normal, CLS and positions truncated normal 0.02; the mixers initialise themselves."""
+        weight = self.patch_embed.proj.weight
+        # a truncated normal (at two deviations) has 0.8796 of the deviation it is drawn with
+        trunc_normal_(weight, std=weight[0].numel() ** -0.5 / 0.87962566103423978)
+        nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
+        trunc_normal_(self.cls_token, std=0.02)
+        trunc_normal_(self.pos_embed, std=0.02)
+
+    # ---- encoder -------------------------------------------------------------------------------------------------
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Patch tokens without positions [B, M, d] and their grid."""
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(x.shape)}")
+        return self.patch_embed(x), self.patch_embed.grid_size(*x.shape[-2:])
+
+    def _tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The encoder's input [B, M + 1, d]: patches, CLS and positions."""
+        patches, grid = self._embed(x)
+        position = self.config.cls_position
+        table = resample_pos_embed(self.pos_embed, self.grid, grid, position)
+        return insert_cls(patches, self.cls_token, position) + table, grid
+
+    def encode(
+        self,
+        tokens: Tensor,
+        *,
+        score: ScoreOptions | None = None,
+        score_layers: tuple[int, ...] = (),
+        take: tuple[int, ...] | list[int] = (),
+        stop_after: int | None = None,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Runs the blocks and the final norm.
+
+        Args:
+            tokens: [B, L, d].
+            score: How token scores are computed in the layers named by ``score_layers``.
+            score_layers: Layers that return scores.
+            take: Layers whose output (the residual stream after the block) is returned.
+            stop_after: Last block to run; the final norm is then skipped.
+
+        Returns:
+            Normalised output [B, L, d] (unnormalised if stopped early), scores [B, L] of ``score_layers`` in order,
+            outputs [B, L, d] of ``take`` in ascending order.
+        """
+        scores: list[Tensor] = []
+        taken: list[Tensor] = []
+        hidden, residual = tokens, None
+        last = len(self.layers) - 1 if stop_after is None else stop_after
+        for i, block in enumerate(self.layers[: last + 1]):
+            layer_score = score if i in score_layers else None
+            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                hidden, residual, s = checkpoint(block, hidden, residual, layer_score, use_reentrant=False)
+            else:
+                hidden, residual, s = block(hidden, residual, layer_score)
+            if s is not None:
+                scores.append(s)
+            if i in take:
+                taken.append(residual + hidden)
+        if stop_after is not None:
+            return residual + hidden, scores, taken
+        out, _ = self.norm_f(hidden, residual)
+        return out, scores, taken
+
+    # ---- timm's model contract -----------------------------------------------------------------------------------
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised tokens [B, M + 1, d] of images [B, C, H, W], CLS at its place among the patches."""
+        tokens, _ = self._tokens(x)
+        return self.encode(tokens)[0]
+
+    def _cls_position(self) -> str:
+        """Where CLS sits in what ``forward_features`` returns."""
+        return self.config.cls_position
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Reads the CLS row (or the mean) of tokens [B, L, d] as [B, d]; all tokens if ``global_pool`` is empty."""
+        if self.global_pool == "token":
+            return tokens[:, cls_index(tokens.shape[1] - 1, self._cls_position())]
+        return tokens.mean(1) if self.global_pool == "avg" else tokens
+
+    def classify(self, feature: Tensor) -> Tensor:
+        """Logits [B, C] of a pooled feature [B, d]."""
+        return self.head(self.head_drop(feature))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits [B, C] (or the pooled feature [B, d]) from ``forward_features``' output."""
+        pooled = self.pool(x)
+        return pooled if pre_logits else self.classify(pooled)
+
+    def forward(self, x: Tensor) -> Any:
+        """Logits [B, C] of images [B, C, H, W] of any size."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """Outputs of several blocks, with timm's arguments.
+
+        Args:
+            x: Images [B, C, H, W].
+            indices: Last n blocks if an int, all if ``None``, else the named ones.
+            return_prefix_tokens: Pair each map with its CLS token [B, 1, d].
+            norm: Apply the final norm to each map.
+            stop_early: Stop after the last block needed.
+            output_fmt: ``NCHW`` maps or ``NLC`` tokens without CLS.
+            intermediates_only: Leave out the final features.
+            output_dict: Return a dictionary.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.layers), indices)
+        stop = last if stop_early and intermediates_only else None
+        final, maps, prefixes = self._intermediates(x, take, stop, norm)
+        if output_fmt == "NLC":
+            maps = [m.flatten(2).transpose(1, 2) for m in maps]
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": maps}
+            if return_prefix_tokens:
+                result["image_intermediates_prefix"] = prefixes
+            return result if intermediates_only else {**result, "image_features": final}
+        paired = list(zip(maps, prefixes, strict=True)) if return_prefix_tokens else maps
+        return paired if intermediates_only else (final, paired)
+
+    def _intermediates(
+        self, x: Tensor, take: list[int], stop: int | None, norm: bool
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Final features, NCHW maps and CLS rows [B, 1, d] of the layers ``take``."""
+        tokens, grid = self._tokens(x)
+        final, _, taken = self.encode(tokens, take=take, stop_after=stop)
+        if norm:
+            taken = [self.norm_f(t)[0] for t in taken]
+        position = self.config.cls_position
+        at = cls_index(tokens.shape[1] - 1, position)
+        maps = [remove_cls(t, position).transpose(1, 2).unflatten(2, grid).contiguous() for t in taken]
+        return final, maps, [t[:, at : at + 1] for t in taken]
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes blocks after the last one needed; returns the kept feature indices."""
+        take, last = feature_take_indices(len(self.layers), indices)
+        self.layers = self.layers[: last + 1]
+        if prune_norm:
+            self.norm_f = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier by a new one (0 classes: none)."""
+        if global_pool is not None and global_pool not in GLOBAL_POOLS:
+            raise ValueError(f"global_pool must be one of {GLOBAL_POOLS}, got {global_pool!r}")
+        if global_pool is not None:
+            self.global_pool = global_pool
+        self.config = with_overrides(self.config, {"num_classes": num_classes, "global_pool": self.global_pool})
+        self.num_classes = num_classes
+        self.head = self._make_head(num_classes).to(self.cls_token)
+
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
+        """Resamples the position tables (and the patch kernel) for another image or patch size."""
+        changes: dict[str, Any] = {}
+        if img_size is not None:
+            changes["img_size"] = img_size if isinstance(img_size, int) else tuple(img_size)
+        if patch_size is not None and patch_size != self.config.patch_size:
+            changes["patch_size"], changes["stride"] = patch_size, None
+            with torch.no_grad():
+                proj = self.patch_embed.proj
+                kernel = resample_patch_embed(proj.weight, [patch_size, patch_size])
+                embed = PatchEmbed(patch_size, patch_size, self.in_chans, self.embed_dim).to(kernel)
+                embed.proj.weight.copy_(kernel)
+                embed.proj.bias.copy_(proj.bias)  # type: ignore[union-attr, arg-type]
+            self.patch_embed = embed
+        self.config = with_overrides(self.config, changes)
+        self._resample_tables()
+        for info in self.feature_info:
+            info["reduction"] = self.config.patch_stride
+
+    def _resample_tables(self) -> None:
+        new = self._trained_grid(self.config)
+        self.pos_embed = self._resampled(self.pos_embed, self.grid, new)
+        self.grid = new
+
+    def _resampled(self, table: nn.Parameter, old: tuple[int, int], new: tuple[int, int]) -> nn.Parameter:
+        resampled = resample_pos_embed(table.detach(), old, new, self.config.cls_position)
+        return nn.Parameter(resampled.clone(), requires_grad=table.requires_grad)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay beyond biases and gains: CLS, positions, A_log and D."""
+        tails = ("cls_token", "pos_embed", "pos_embed_coarse", "A_log", "A_b_log", "D", "D_b")
+        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in tails}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups for layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|pos_embed|patch_embed",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
