@@ -73,6 +73,9 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
         variant,
         pretrained,
         config=config,
+        # timm would fill these from the default_cfg and so override the config
+        num_classes=config.num_classes,
+        in_chans=config.in_chans,
         feature_cfg={"out_indices": indices, "feature_cls": "getter"},
         **rest,
     )

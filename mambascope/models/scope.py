@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from mambascope.layers import FeatureReuse, cls_index, insert_cls, pad_to, remove_cls, resample_pos_embed
@@ -169,11 +170,9 @@ class MambaScope(VisionMamba):
         out, scores, taken = self.encode(tokens, score=self.config.score, score_layers=layers, take=take)
         with torch.no_grad():
             importance = average_importance((remove_cls(s.detach(), position) for s in scores), self.config.beta)
-        at = cls_index(patches.shape[1], position)
-        cls = out[:, at]
         return CoarseState(
-            logits=self.classify(cls),
-            cls=cls,
+            logits=self.classify(self.pool(out, position)),
+            cls=out[:, cls_index(patches.shape[1], position)],
             features=remove_cls(out, position),
             tokens=remove_cls(tokens, position),
             importance=importance,
@@ -225,7 +224,7 @@ class MambaScope(VisionMamba):
         self.fine_calls += x.shape[0]
         tokens, _, taken = self.encode(sequence, take=take)
         cls = tokens[:, cls_index(tokens.shape[1] - 1, self.config.fine_cls)]
-        return FineState(self.classify(cls), cls, tokens, selected, others, taken)
+        return FineState(self.classify(self.pool(tokens)), cls, tokens, selected, others, taken)
 
     def forward_both(self, x: Tensor, alpha: float | None = None) -> StageLogits:
         """Both stages for every image, as in training (section 3.5)."""
@@ -323,8 +322,6 @@ class MambaScope(VisionMamba):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Removes the head only: the coarse pass needs every block and the final norm."""
-        from timm.models import feature_take_indices
-
         take, _ = feature_take_indices(len(self.layers), indices)
         if prune_head:
             self.reset_classifier(0, "")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from timm.layers import resample_patch_embed, trunc_normal_
-from timm.models import feature_take_indices
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,7 +57,7 @@ class VisionMamba(nn.Module):
         self.grid = self._trained_grid(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1] + 1, dim))
-        rates = torch.linspace(0, config.drop_path_rate, config.depth).tolist()
+        rates = [config.drop_path_rate * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.layers = nn.ModuleList(
             VimBlock(
                 BidirectionalMamba(
@@ -155,7 +155,7 @@ class VisionMamba(nn.Module):
                 scores.append(s)
             if i in take:
                 taken.append(residual + hidden)
-        if stop_after is not None:
+        if stop_after is not None or isinstance(self.norm_f, nn.Identity):
             return residual + hidden, scores, taken
         out, _ = self.norm_f(hidden, residual)
         return out, scores, taken
@@ -171,10 +171,10 @@ class VisionMamba(nn.Module):
         """Where CLS sits in what ``forward_features`` returns."""
         return self.config.cls_position
 
-    def pool(self, tokens: Tensor) -> Tensor:
+    def pool(self, tokens: Tensor, position: str | None = None) -> Tensor:
         """Reads the CLS row (or the mean) of tokens [B, L, d] as [B, d]; all tokens if ``global_pool`` is empty."""
         if self.global_pool == "token":
-            return tokens[:, cls_index(tokens.shape[1] - 1, self._cls_position())]
+            return tokens[:, cls_index(tokens.shape[1] - 1, position or self._cls_position())]
         return tokens.mean(1) if self.global_pool == "avg" else tokens
 
     def classify(self, feature: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def test_loss_and_gradients(golden, backend):
     assert relative_error(loss.detach(), tensors["loss"][0]) < 1e-5
     params = dict(model.named_parameters())
     names = [k.removeprefix("grad.") for k in tensors if k.startswith("grad.")]
-    assert len(names) == 6
+    assert len(names) == 9
     for name in names:
         grad = image.grad if name == "input" else params[name].grad
         assert relative_error(grad, tensors[f"grad.{name}"]) < 1e-3, name
