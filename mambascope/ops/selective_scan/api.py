@@ -1,0 +1,188 @@
+"""Public scan functions: check the arguments, then call the implementation.
+
+Shape letters: B batch, L tokens, E inner width, N states, R dt rank.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from mambascope.ops._checks import check_sequence, check_tensor
+from mambascope.ops.backends import check_backend
+from mambascope.ops.selective_scan.reference import gate_reference, scan_reference
+
+
+class ScanDirection(NamedTuple):
+    """What one direction of a bidirectional mixer feeds its scan.
+
+    Attributes:
+        x: Tokens after convolution and SiLU [B, L, E].
+        proj: Output of ``x_proj`` [B, L, R + 2N], read as ``dt_low | B | C``.
+        dt_weight: [E, R].
+        dt_bias: [E].
+        A: [E, N], negative.
+        D: [E].
+    """
+
+    x: Tensor
+    proj: Tensor
+    dt_weight: Tensor
+    dt_bias: Tensor
+    A: Tensor
+    D: Tensor
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    dt_weight: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Selective scan over the token axis (Mamba, arXiv 2312.00752, eq. 2 and 4).
+
+    ``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t``, ``y_t = (h_t . C_t + D x_t) * SiLU(z_t)``.
+
+    Every argument may be a strided view whose last dimension is contiguous. State, softplus and gate are computed in
+    fp32 (fp64 for fp64 `x`) whatever the input dtypes, also under autocast. Differentiable in every tensor.
+
+    Args:
+        x: [B, L, E].
+        dt: Step sizes before bias and softplus [B, L, E], or their low-rank form [B, L, R] if `dt_weight` is given.
+        A: [E, N], negative.
+        B: [B, L, N].
+        C: [B, L, N].
+        D: Skip weight [E].
+        z: Gate [B, L, E].
+        dt_weight: [E, R]; ``dt @ dt_weight.T`` is used as `dt`.
+        dt_bias: [E], added to `dt`.
+        dt_softplus: Whether softplus is applied to `dt`.
+        reverse: Walk from the last token to the first. The output keeps the original order.
+        backend: Name of a backend, ``None`` for ``MAMBASCOPE_SCAN_BACKEND`` or the automatic choice.
+
+    Returns:
+        y [B, L, E] in the dtype of `x`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or an unknown backend.
+    """
+    check_backend(backend)
+    check_sequence("x", x, "[B, L, E]")
+    batch, length, width = x.shape
+    if not isinstance(A, Tensor) or A.dim() != 2:
+        raise ValueError(f"A must be [E, N], got {list(A.shape) if isinstance(A, Tensor) else type(A).__name__}")
+    states = A.shape[1]
+    check_tensor("A", A, "[E, N]", (width, states), x)
+    if dt_weight is None:
+        check_tensor("dt", dt, "[B, L, E]", (batch, length, width), x)
+    else:
+        check_sequence("dt", dt, "[B, L, R]")
+        check_tensor("dt", dt, "[B, L, R]", (batch, length, dt.shape[-1]), x)
+        check_tensor("dt_weight", dt_weight, "[E, R]", (width, dt.shape[-1]), x)
+    check_tensor("B", B, "[B, L, N]", (batch, length, states), x)
+    check_tensor("C", C, "[B, L, N]", (batch, length, states), x)
+    if D is not None:
+        check_tensor("D", D, "[E]", (width,), x)
+    if z is not None:
+        check_tensor("z", z, "[B, L, E]", (batch, length, width), x)
+    if dt_bias is not None:
+        check_tensor("dt_bias", dt_bias, "[E]", (width,), x)
+    with torch.autocast(x.device.type, enabled=False):
+        y = scan_reference(
+            x, dt, A, B, C, D, dt_weight_ER=dt_weight, dt_bias_E=dt_bias, dt_softplus=dt_softplus, reverse=reverse
+        )
+        return gate_reference(y, z).to(x.dtype)
+
+
+@overload
+def bidirectional_scan(
+    forward: ScanDirection,
+    backward: ScanDirection,
+    z: Tensor | None,
+    *,
+    scale: float = 0.5,
+    return_score: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def bidirectional_scan(
+    forward: ScanDirection,
+    backward: ScanDirection,
+    z: Tensor | None,
+    *,
+    scale: float = 0.5,
+    return_score: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def bidirectional_scan(
+    forward: ScanDirection,
+    backward: ScanDirection,
+    z: Tensor | None,
+    *,
+    scale: float = 0.5,
+    return_score: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Both directions of a Vim mixer in one call: ``scale * (y_f + y_b) * SiLU(z)`` (Vim, arXiv 2401.09417, alg. 1).
+
+    Args:
+        forward: Inputs of the walk from the first token to the last.
+        backward: Inputs of the walk from the last token to the first, in the original token order.
+        z: Gate [B, L, E], or ``None``.
+        scale: Factor of the sum; 0.5 in Vim.
+        return_score: Also return the token score.
+        backend: Name of a backend, ``None`` for ``MAMBASCOPE_SCAN_BACKEND`` or the automatic choice.
+
+    Returns:
+        The mixed tokens [B, L, E] in the dtype of ``forward.x``; with `return_score` also the score [B, L] fp32 (fp64
+        for fp64 inputs), ``max over channels of (y_f + y_b)`` before gate and scale, without gradient (MambaScope,
+        eq. 11: the caller applies softplus, which is monotone).
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or an unknown backend.
+    """
+    check_backend(backend)
+    check_sequence("forward.x", forward.x, "[B, L, E]")
+    batch, length, width = forward.x.shape
+    if not isinstance(forward.A, Tensor) or forward.A.dim() != 2:
+        raise ValueError("forward.A must be [E, N]")
+    states = forward.A.shape[1]
+    if not isinstance(forward.dt_weight, Tensor) or forward.dt_weight.dim() != 2:
+        raise ValueError("forward.dt_weight must be [E, R]")
+    rank = forward.dt_weight.shape[1]
+    for side, direction in (("forward", forward), ("backward", backward)):
+        check_tensor(f"{side}.x", direction.x, "[B, L, E]", (batch, length, width), forward.x)
+        check_tensor(f"{side}.proj", direction.proj, "[B, L, R + 2N]", (batch, length, rank + 2 * states), forward.x)
+        check_tensor(f"{side}.dt_weight", direction.dt_weight, "[E, R]", (width, rank), forward.x)
+        check_tensor(f"{side}.dt_bias", direction.dt_bias, "[E]", (width,), forward.x)
+        check_tensor(f"{side}.A", direction.A, "[E, N]", (width, states), forward.x)
+        check_tensor(f"{side}.D", direction.D, "[E]", (width,), forward.x)
+    if backward.x.dtype != forward.x.dtype:
+        raise ValueError(f"backward.x must be {forward.x.dtype} as forward.x is, got {backward.x.dtype}")
+    if z is not None:
+        check_tensor("z", z, "[B, L, E]", (batch, length, width), forward.x)
+    with torch.autocast(forward.x.device.type, enabled=False):
+        sides = []
+        for d, reverse in ((forward, False), (backward, True)):
+            dt, b, c = d.proj.split([rank, states, states], dim=-1)
+            sides.append(
+                scan_reference(d.x, dt, d.A, b, c, d.D, dt_weight_ER=d.dt_weight, dt_bias_E=d.dt_bias, reverse=reverse)
+            )
+        y = sides[0] + sides[1]
+        out = (gate_reference(y, z) * scale).to(forward.x.dtype)
+        return (out, y.detach().amax(-1)) if return_score else out
