@@ -6,4 +6,14 @@ Importing the package registers its models with timm.
 from mambascope._version import __version__
 from mambascope.models import MambaScope, ScopeConfig, VimConfig, VisionMamba, load_checkpoint, load_model
 
-__all__ = ["MambaScope", "ScopeConfig", "VimConfig", "VisionMamba", "__version__", "load_checkpoint", "load_model"]
+load = load_model
+
+__all__ = [
+    "MambaScope",
+    "ScopeConfig",
+    "VimConfig",
+    "VisionMamba",
+    "__version__",
+    "load",
+    "load_checkpoint",
+]

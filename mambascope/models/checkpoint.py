@@ -229,20 +229,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def describe(model: VisionMamba, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a file says about its model: architecture, config as it is set now, and the model's own description."""
+    config = asdict(model.config)
+    architecture = "vim"
+    if isinstance(model, MambaScope):
+        architecture = "mambascope"
+        config.update(alpha=model.alpha, threshold=model.threshold)
+    known = {"architecture": architecture, "config": config, "version": __version__}
+    return {**model.description, **(extra or {}), **known}
+
+
 def save_safetensors(model: VisionMamba, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
     """Writes weights with the model's config, so that :func:`load_model` can rebuild it.
 
     Args:
         model: The model; ``alpha`` and ``threshold`` are stored as they are set now.
         path: File to write, atomically.
-        extra: More JSON-serialisable facts (labels, transform, figures).
+        extra: More JSON-serialisable facts (labels, transform, figures), added to ``model.description``.
     """
-    config = asdict(model.config)
-    architecture = "vim"
-    if isinstance(model, MambaScope):
-        architecture = "mambascope"
-        config.update(alpha=model.alpha, threshold=model.threshold)
-    description = {"architecture": architecture, "config": config, "version": __version__, **(extra or {})}
+    description = describe(model, extra)
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(state, metadata={"mambascope": json.dumps(description)}))
@@ -271,5 +277,5 @@ def load_model(path: str | os.PathLike[str]) -> VisionMamba:
         raise CheckpointError(
             f"checkpoint {path} does not fit its own description: {str(error).splitlines()[0]}"
         ) from None
-    model.description = description  # type: ignore[assignment]
+    model.description = description
     return model.eval()

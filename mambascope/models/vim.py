@@ -26,9 +26,10 @@ from mambascope.layers import (
     resample_pos_embed,
 )
 from mambascope.models.configs import GLOBAL_POOLS, VimConfig, with_overrides
+from mambascope.models.hub import HubMixin
 
 
-class VisionMamba(nn.Module):
+class VisionMamba(nn.Module, HubMixin):
     """Vim encoder with a linear classifier on the CLS token.
 
     Args:
@@ -45,6 +46,7 @@ class VisionMamba(nn.Module):
         super().__init__()
         config = with_overrides(config or self.config_class(), overrides)
         self.config = config
+        self.description: dict[str, Any] = {}
         self.num_classes = config.num_classes
         self.in_chans = config.in_chans
         self.embed_dim = self.num_features = self.head_hidden_size = config.embed_dim

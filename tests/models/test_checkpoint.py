@@ -6,7 +6,8 @@ import os
 import pytest
 import torch
 
-from mambascope import MambaScope, VisionMamba, load_checkpoint, load_model
+from mambascope import MambaScope, VisionMamba, load_checkpoint
+from mambascope import load as load_model
 from mambascope.layers import remove_cls, resample_pos_embed
 from mambascope.models.checkpoint import CheckpointError, read_state_dict, save_safetensors
 

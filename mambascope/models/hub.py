@@ -1,0 +1,136 @@
+"""Models as folders and on the Hugging Face Hub: ``from_pretrained``, ``save_pretrained``, ``push_to_hub``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HFValidationError
+
+WEIGHTS = "model.safetensors"
+
+_CARD = """---
+library_name: mambascope
+pipeline_tag: image-classification
+license: apache-2.0
+tags:
+- mambascope
+- vision-mamba
+---
+
+# {title}
+
+{architecture} with {parameters:,} parameters for images of {size}. Weights: `{weights}`.
+
+```python
+import mambascope
+
+model = mambascope.load("{weights}")  # or {class_name}.from_pretrained("this folder or its hub id")
+transform, labels = model.transform(), model.labels
+```
+{figures}"""
+
+
+class HubMixin(ModelHubMixin):
+    """Saves and loads a model together with its config, transform, labels, threshold and figures.
+
+    Attributes:
+        description: What the weights file says besides the config: ``labels``, ``transform``, ``report``, ...
+    """
+
+    description: dict[str, Any]
+
+    @property
+    def labels(self) -> list[str] | None:
+        """Class names, if the file has them."""
+        return self.description.get("labels")
+
+    def transform(self, is_training: bool = False) -> Callable[[Any], Any]:
+        """The preprocessing the weights were trained with: from a PIL image to a tensor [C, H, W]."""
+        from timm.data import create_transform, resolve_data_config
+
+        stored = self.description.get("transform") or {}
+        config = resolve_data_config({**stored, "img_size": None}, model=self)  # type: ignore[arg-type]
+        return create_transform(**{**config, **stored}, is_training=is_training)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Loads a folder written by :meth:`save_pretrained`, or a hub id.
+
+        Raises:
+            CheckpointError: If there is no such folder or hub model, or its weights belong to another class.
+        """
+        from mambascope.models.checkpoint import CheckpointError
+
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except CheckpointError:
+            raise
+        except (OSError, HFValidationError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path} is neither a folder with {WEIGHTS} nor a model on the hub ({reason})"
+            ) from None
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **model_kwargs: Any,  # the parsed config.json, which the weights file holds too
+    ) -> Any:
+        from mambascope.models.checkpoint import CheckpointError, load_model
+
+        path = Path(model_id) / WEIGHTS
+        if not Path(model_id).is_dir():
+            path = Path(
+                hf_hub_download(
+                    model_id,
+                    WEIGHTS,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+            )
+        model = load_model(path)
+        if not isinstance(model, cls):
+            raise CheckpointError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
+        return model
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from mambascope.models.checkpoint import atomic_path, describe, save_safetensors
+
+        save_safetensors(self, save_directory / WEIGHTS)  # type: ignore[arg-type]
+        with atomic_path(save_directory / "config.json") as temporary:
+            temporary.write_text(json.dumps(describe(self), indent=2))  # type: ignore[arg-type]
+        with atomic_path(save_directory / "README.md") as temporary:
+            temporary.write_text(self._card(save_directory.resolve().name))
+
+    def _card(self, title: str) -> str:
+        """The model card, with the figures of the report if there is one."""
+        rows = self.description.get("report", {}).get("table", [])
+        figures = ""
+        if rows:
+            columns = list(rows[0])
+            lines = [columns, ["---"] * len(columns), *([str(row.get(c, "")) for c in columns] for row in rows)]
+            figures = "\n## Figures\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        height, width = self.config.image_hw  # type: ignore[attr-defined]
+        return _CARD.format(
+            title=title,
+            architecture=type(self).__name__,
+            class_name=type(self).__name__,
+            parameters=sum(p.numel() for p in self.parameters()),  # type: ignore[attr-defined]
+            size=f"{height}x{width} pixels",
+            weights=WEIGHTS,
+            figures=figures,
+        )
