@@ -1,0 +1,160 @@
+"""One pass of both stages over a data set: what the threshold sweep, the report and the plots start from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mambascope.evaluation.sweep import StageRecord
+from mambascope.models.exit import confidence
+from mambascope.models.scope import MambaScope
+
+
+@dataclass
+class Collected:
+    """Answers on every image, and a random sample of the images themselves.
+
+    Attributes:
+        record: both stages' answers on N images. For a one-stage model both are the same.
+        images: sample [K, C, H, W] as the model takes them, on the CPU.
+        labels: their labels [K] int64.
+        index: their places in the data [K] int64.
+    """
+
+    record: StageRecord
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts `model` in evaluation mode without gradients, and back as it was."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def unpack(batch: Any) -> tuple[Tensor, Tensor]:
+    """Images and labels of a loader's batch.
+
+    Raises:
+        ValueError: the batch is not (images [B, C, H, W], labels [B]).
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        raise ValueError(f"a loader for evaluation must give (images, labels), got {type(batch).__name__}")
+    images, labels = batch[0], torch.as_tensor(batch[1])
+    if not isinstance(images, Tensor) or images.ndim != 4 or labels.shape != images.shape[:1]:
+        shapes = [list(getattr(part, "shape", [])) for part in (images, labels)]
+        raise ValueError(f"a loader for evaluation must give images [B, C, H, W] and labels [B], got {shapes}")
+    return images, labels
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device
+
+
+def stage_logits(model: nn.Module, images: Tensor, alpha: float | None = None) -> tuple[Tensor, Tensor]:
+    """Coarse and fine logits [B, C] of every image; a one-stage model answers twice the same."""
+    if isinstance(model, MambaScope):
+        both = model.forward_both(images, alpha)
+        return both.coarse, both.fine
+    logits = model(images)
+    return logits, logits
+
+
+def _stage(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    logits = logits.float()
+    own = logits.gather(1, labels.unsqueeze(1))
+    top5 = (logits > own).sum(1) < 5
+    return confidence(logits).double().cpu().numpy(), logits.argmax(1).cpu().numpy(), top5.cpu().numpy()
+
+
+def collect(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    keep: int = 0,
+    seed: int = 0,
+    alpha: float | None = None,
+    progress: bool = True,
+    description: str = "both stages",
+) -> Collected:
+    """Runs both stages once on every image.
+
+    Memory does not grow with the number of classes: only the answers and `keep` images stay.
+
+    Args:
+        model: a MambaScope (or a one-stage classifier), on any device.
+        loader: gives (images [B, C, H, W], labels [B]).
+        keep: images to sample uniformly from the whole loader, in loader order.
+        seed: of that sample.
+        alpha: share of cells to refine; ``None`` for the model's.
+        progress: whether to show a progress bar.
+        description: its label.
+
+    Raises:
+        ValueError: the loader is empty or gives something else, a label is no class of the model, or a logit is NaN
+            or inf.
+    """
+    device = model_device(model)
+    rng = np.random.default_rng(seed)
+    parts: list[StageRecord] = []
+    sample: list[tuple[int, Tensor, int]] = []
+    seen = 0
+    with evaluating(model), tqdm(loader, desc=description, unit="batch", disable=not progress, leave=False) as bar:
+        for batch in bar:
+            images, labels = unpack(batch)
+            coarse, fine = stage_logits(model, images.to(device), alpha)
+            classes = coarse.shape[1]
+            odd = labels[(labels < 0) | (labels >= classes)]
+            if len(odd):
+                raise ValueError(
+                    f"label {int(odd[0])} in the data is no class of the model, which has {classes} classes"
+                )
+            if not (bool(coarse.isfinite().all()) and bool(fine.isfinite().all())):
+                raise ValueError(f"the model returned NaN or inf for an image among {seen}..{seen + len(labels) - 1}")
+            y = labels.to(device).long()
+            (c_conf, c_pred, c_top5), (f_conf, f_pred, f_top5) = _stage(coarse, y), _stage(fine, y)
+            parts.append(StageRecord(y.cpu().numpy(), c_conf, c_pred, c_top5, f_conf, f_pred, f_top5))
+            _reservoir(sample, images, labels, seen, keep, rng)
+            seen += len(labels)
+    record = StageRecord.concatenate([p for p in parts if len(p)])
+    sample.sort(key=lambda item: item[0])
+    return Collected(
+        record=record,
+        images=torch.stack([image for _, image, _ in sample]) if sample else torch.empty(0),
+        labels=torch.tensor([label for _, _, label in sample], dtype=torch.long),
+        index=torch.tensor([index for index, _, _ in sample], dtype=torch.long),
+    )
+
+
+def _reservoir(
+    sample: list[tuple[int, Tensor, int]],
+    images: Tensor,
+    labels: Tensor,
+    seen: int,
+    keep: int,
+    rng: np.random.Generator,
+) -> None:
+    """Algorithm R: after any number of images each of them is in the sample with the same probability."""
+    for i in range(len(labels) if keep else 0):
+        place = len(sample) if len(sample) < keep else int(rng.integers(0, seen + i + 1))
+        if place < keep:
+            item = (seen + i, images[i].detach().cpu().clone(), int(labels[i]))
+            if place == len(sample):
+                sample.append(item)
+            else:
+                sample[place] = item

@@ -1,0 +1,241 @@
+"""Measured time per image: real dynamic inference on real images, not a formula.
+
+All modes are timed in one interleaved run (mode A, B, C, then B, C, A, …), so that clock drift and other load meet all
+modes alike; the figure is the median over the rounds. CUDA is synchronised before every clock reading.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mambascope.evaluation.collect import evaluating, model_device
+from mambascope.evaluation.engine import ScopePredictor
+from mambascope.models.scope import MambaScope
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Time of one mode.
+
+    Attributes:
+        mode: ``"coarse"``, ``"refine_all"``, ``"dynamic"`` or a caller's name.
+        batch_size: images per call.
+        images: images per round.
+        rounds: timed rounds.
+        ms: median milliseconds per image.
+        ms_low, ms_high: quartiles over the rounds.
+        threshold: η of a dynamic mode.
+        share_refined: share of the timed images that were refined.
+    """
+
+    mode: str
+    batch_size: int
+    images: int
+    rounds: int
+    ms: float
+    ms_low: float
+    ms_high: float
+    threshold: float | None = None
+    share_refined: float | None = None
+
+    @property
+    def images_per_s(self) -> float:
+        """Images per second."""
+        return 1e3 / self.ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and the rate, for JSON."""
+        return {**asdict(self), "images_per_s": self.images_per_s}
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    runs: dict[str, Callable[[], Any]],
+    device: torch.device,
+    *,
+    rounds: int,
+    warmup: int = 1,
+    progress: str | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of every run in every round; the order rotates from round to round.
+
+    Args:
+        runs: what to time, by name.
+        device: synchronised before every clock reading.
+        rounds: timed rounds, at least 1.
+        warmup: rounds before them that are not timed.
+        progress: label of a progress bar; ``None`` for none.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    steps = range(-warmup, rounds)
+    for step in tqdm(steps, desc=progress, unit="round", disable=progress is None, leave=False):
+        for offset in range(len(names)):
+            name = names[(step + offset) % len(names)]
+            synchronize(device)
+            start = time.perf_counter()
+            runs[name]()
+            synchronize(device)
+            if step >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, statistics.median(values), high
+
+
+def _batches(images: Tensor, batch_size: int) -> list[Tensor]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not len(images):
+        raise ValueError("there are no images to time")
+    # whole batches only: a small last one would be timed as if it were full
+    count = max(1, len(images) // batch_size) * batch_size
+    return list(images[:count].split(batch_size))
+
+
+def measure_scope(
+    model: MambaScope,
+    images: Tensor,
+    thresholds: Iterable[float],
+    *,
+    batch_size: int,
+    alpha: float | None = None,
+    rounds: int = 7,
+    progress: bool = False,
+) -> list[Timing]:
+    """Times the coarse stage alone, refining everything, and dynamic inference at `thresholds`.
+
+    Args:
+        model: on the device to measure.
+        images: real images [K, C, H, W]; moved to the model's device beforehand, so that loading is not timed.
+        thresholds: η of the dynamic modes.
+        batch_size: images per call; images beyond the last whole batch are left out.
+        alpha: share of cells to refine; ``None`` for the model's.
+        rounds: timed rounds; each mode runs through all images once per round.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Timings: ``coarse`` (η = 0), ``refine_all`` (η = 1), then one ``dynamic`` per threshold, in order.
+    """
+    device = model_device(model)
+    batches = _batches(images.to(device), batch_size)
+    total = sum(len(b) for b in batches)
+    settings = [("coarse", 0.0), ("refine_all", 1.0), *(("dynamic", float(t)) for t in thresholds)]
+
+    def runner(threshold: float) -> Callable[[], None]:
+        def run() -> None:
+            for batch in batches:
+                model.forward_scope(batch, threshold, alpha)
+
+        return run
+
+    with evaluating(model):
+        shares = []
+        for _, threshold in settings:
+            exits = [model.forward_scope(batch, threshold, alpha).exited for batch in batches]
+            shares.append(1 - float(torch.cat(exits).double().mean()))
+        seconds = interleaved(
+            {str(i): runner(t) for i, (_, t) in enumerate(settings)},
+            device,
+            rounds=rounds,
+            warmup=0,  # the pass over the shares has warmed everything up
+            progress=f"timing, batch {batch_size}" if progress else None,
+        )
+    timings = []
+    for i, ((mode, threshold), share) in enumerate(zip(settings, shares, strict=True)):
+        eta = threshold if mode == "dynamic" else None
+        timings.append(_timing(mode, batch_size, total, seconds[str(i)], eta, share))
+    return timings
+
+
+def _timing(
+    mode: str,
+    batch_size: int,
+    images: int,
+    seconds: Sequence[float],
+    threshold: float | None = None,
+    share: float | None = None,
+) -> Timing:
+    low, mid, high = (1e3 * s / images for s in quartiles(seconds))
+    return Timing(mode, batch_size, images, len(seconds), mid, low, high, threshold, share)
+
+
+def compare_engine(
+    model: MambaScope,
+    images: Tensor,
+    threshold: float,
+    *,
+    batch_size: int,
+    fine_batch_size: int = 64,
+    rounds: int = 7,
+    progress: bool = False,
+) -> tuple[Timing, Timing]:
+    """Times splitting every batch on its own (``split``) against :class:`ScopePredictor` (``engine``) in one run.
+
+    Args:
+        model: on the device to measure.
+        images: real images [K, C, H, W].
+        threshold: η.
+        batch_size: images per coarse pass.
+        fine_batch_size: images per fine pass of the engine.
+        rounds: timed rounds.
+        progress: whether to show a progress bar.
+    """
+    device = model_device(model)
+    batches = _batches(images.to(device), batch_size)
+    total = sum(len(b) for b in batches)
+    engine = ScopePredictor(model, threshold=threshold, fine_batch_size=fine_batch_size)
+
+    def split() -> None:
+        for batch in batches:
+            model.forward_scope(batch, threshold)
+
+    def stream() -> None:
+        for _ in engine.stream((batch, None) for batch in batches):
+            pass
+
+    with evaluating(model):
+        label = f"split against engine, batch {batch_size}" if progress else None
+        seconds = interleaved({"split": split, "engine": stream}, device, rounds=rounds, progress=label)
+    share = sum(engine.fine_batches) / total
+    first, second = (_timing(name, batch_size, total, seconds[name], threshold, share) for name in ("split", "engine"))
+    return first, second
+
+
+def measure_model(
+    model: nn.Module, images: Tensor, *, batch_size: int, rounds: int = 7, progress: bool = False
+) -> Timing:
+    """Times a one-stage model on `images` [K, C, H, W]; see :func:`measure_scope`."""
+    device = model_device(model)
+    batches = _batches(images.to(device), batch_size)
+    total = sum(len(b) for b in batches)
+
+    def run() -> None:
+        for batch in batches:
+            model(batch)
+
+    with evaluating(model):
+        label = f"timing, batch {batch_size}" if progress else None
+        seconds = interleaved({"all": run}, device, rounds=rounds, progress=label)["all"]
+    return _timing("all", batch_size, total, seconds)
