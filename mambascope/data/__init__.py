@@ -1,0 +1,27 @@
+"""Data: the built-in ScopeDigits, ImageNet-like folders and archives, and loaders that resume exactly.
+
+Importing this package is cheap; Lightning and scikit-learn are imported when a name needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mambascope.data.errors import DataError
+
+if TYPE_CHECKING:
+    from mambascope.data.scopedigits import ScopeDigits, ScopeDigitsConfig
+
+_LAZY = {
+    "ScopeDigits": "mambascope.data.scopedigits",
+    "ScopeDigitsConfig": "mambascope.data.scopedigits",
+}
+
+__all__ = ["DataError", "ScopeDigits", "ScopeDigitsConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
