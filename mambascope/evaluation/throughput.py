@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -104,6 +105,34 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, statistics.median(values), high
 
 
+def representative(sample: np.ndarray, everything: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Picks images to time whose confidences are spread like those of all images, so that their shares refined agree.
+
+    Args:
+        sample: coarse confidences of the images at hand [K].
+        everything: coarse confidences of all images [N].
+        count: images wanted, at most K.
+        seed: of the order in which they are returned (mixed, so that every batch is like the others).
+
+    Returns:
+        Indices into `sample` [min(count, K)].
+    """
+    count = min(count, len(sample))
+    order = np.argsort(sample, kind="stable")
+    ranks = np.sort(everything)
+    # middle rank where confidences are equal
+    low, high = (np.searchsorted(ranks, sample[order], side=side) for side in ("left", "right"))
+    quantile = (low + high) / (2 * len(ranks))
+    picked: list[int] = []
+    start = 0
+    for j in range(count):
+        stop = len(order) - (count - j) + 1  # leave enough for the others
+        start += int(np.argmin(np.abs(quantile[start:stop] - (j + 0.5) / count)))
+        picked.append(int(order[start]))
+        start += 1
+    return np.random.default_rng(seed).permutation(np.array(picked, dtype=int))
+
+
 def _batches(images: Tensor, batch_size: int) -> list[Tensor]:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -122,6 +151,7 @@ def measure_scope(
     batch_size: int,
     alpha: float | None = None,
     rounds: int = 7,
+    max_seconds: float | None = None,
     progress: bool = False,
 ) -> list[Timing]:
     """Times the coarse stage alone, refining everything, and dynamic inference at `thresholds`.
@@ -133,6 +163,7 @@ def measure_scope(
         batch_size: images per call; images beyond the last whole batch are left out.
         alpha: share of cells to refine; ``None`` for the model's.
         rounds: timed rounds; each mode runs through all images once per round.
+        max_seconds: rough limit for everything; fewer rounds (at least 3) and then fewer images are timed to keep it.
         progress: whether to show a progress bar.
 
     Returns:
@@ -151,6 +182,9 @@ def measure_scope(
         return run
 
     with evaluating(model):
+        if max_seconds is not None:
+            batches, rounds = _fit(model, batches, alpha, len(settings), rounds, max_seconds)
+            total = sum(len(b) for b in batches)
         shares = []
         for _, threshold in settings:
             exits = [model.forward_scope(batch, threshold, alpha).exited for batch in batches]
@@ -167,6 +201,23 @@ def measure_scope(
         eta = threshold if mode == "dynamic" else None
         timings.append(_timing(mode, batch_size, total, seconds[str(i)], eta, share))
     return timings
+
+
+def _fit(
+    model: MambaScope, batches: list[Tensor], alpha: float | None, modes: int, rounds: int, max_seconds: float
+) -> tuple[list[Tensor], int]:
+    """Batches and rounds that take about `max_seconds` for `modes` modes, judged by one batch through both stages."""
+    device = model_device(model)
+    model.forward_scope(batches[0], 1.0, alpha)
+    synchronize(device)
+    start = time.perf_counter()
+    model.forward_scope(batches[0], 1.0, alpha)
+    synchronize(device)
+    # modes between coarse only and everything refined cost two thirds of the latter, and one pass is for warming up
+    step = max(1e-9, (time.perf_counter() - start) * modes * 2 / 3)
+    rounds = max(min(rounds, 3), min(rounds, int(max_seconds / (step * len(batches))) - 1))
+    keep = max(1, min(len(batches), int(max_seconds / (step * (rounds + 1)))))
+    return batches[:keep], rounds
 
 
 def _timing(

@@ -19,7 +19,7 @@ def plot_frontier(
     curve: SweepCurve,
     path: str | os.PathLike[str],
     *,
-    chosen: int | None = None,
+    chosen: SweepCurve | None = None,
     convention: str = "both_directions",
     timings: Sequence[Timing] = (),
     timed_top1: Sequence[float] = (),
@@ -31,7 +31,7 @@ def plot_frontier(
     Args:
         curve: the sweep.
         path: PNG to write.
-        chosen: index of the chosen threshold on the curve.
+        chosen: the sweep at the chosen threshold alone.
         convention: which GFLOPs.
         timings: measured modes (``coarse``, ``refine_all``, ``dynamic``), one panel per batch size.
         timed_top1: top-1 (0 to 1) of each of them.
@@ -45,7 +45,7 @@ def plot_frontier(
         _gflops_panel(axes[0], curve, chosen, convention, published)
         for ax, size in zip(axes[1:], sizes, strict=True):
             own = [(t, y) for t, y in zip(timings, timed_top1, strict=True) if t.batch_size == size]
-            _time_panel(ax, own, size, curve, None if chosen is None else float(curve.threshold[chosen]))
+            _time_panel(ax, own, size, curve, None if chosen is None else float(chosen.threshold[0]))
         axes[0].set_ylabel("top-1 accuracy (%)")
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
@@ -86,15 +86,15 @@ def _saving(cost: float, full: float) -> str:
 
 
 def _gflops_panel(
-    ax: Axes, curve: SweepCurve, chosen: int | None, convention: str, published: Sequence[PublishedRow]
+    ax: Axes, curve: SweepCurve, chosen: SweepCurve | None, convention: str, published: Sequence[PublishedRow]
 ) -> None:
     x, y = curve.gflops[convention], 100 * curve.top1
     ax.plot(x, y, color=style.DYNAMIC, label="dynamic, every η", zorder=3)
     _ends(ax, (x[0], x[-1]), (y[0], y[-1]))
     if chosen is not None:
-        text = f"η = {curve.threshold[chosen]:.3f}: {y[chosen]:.1f} %\n{_saving(x[chosen], x[-1])}"
-        ax.plot(x[chosen], y[chosen], "*", color=style.DYNAMIC, ms=16, mec="white", mew=0.8, zorder=6)
-        _callout(ax, x[chosen], y[chosen], text)
+        cost, top1 = float(chosen.gflops[convention][0]), 100 * float(chosen.top1[0])
+        ax.plot(cost, top1, "*", color=style.DYNAMIC, ms=16, mec="white", mew=0.8, zorder=6)
+        _callout(ax, cost, top1, f"η = {chosen.threshold[0]:.3f}: {top1:.1f} %\n{_saving(cost, float(x[-1]))}")
     for row in published:
         ax.plot([row.gflops], [row.top1], "x", color=style.MUTED, ms=6, zorder=2)
         ax.annotate(row.label, (row.gflops, row.top1), xytext=(4, 3), textcoords="offset points", fontsize=7)

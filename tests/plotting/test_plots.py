@@ -118,6 +118,7 @@ def test_frontier_with_and_without_measured_times_and_published_rows(tmp_path, r
     curve = sweep(record, {c: stage_macs(config, convention=c) for c in CONVENTIONS})
     chosen = pick_acc_drop(curve, 0.01)
     eta = float(curve.threshold[chosen])
+    at_eta = sweep(record, {c: stage_macs(config, convention=c) for c in CONVENTIONS}, thresholds=[eta])
     timings = [
         Timing(mode, batch, 64, 3, ms, 0.9 * ms, 1.1 * ms, threshold, share)
         for batch in (1, 32)
@@ -128,7 +129,7 @@ def test_frontier_with_and_without_measured_times_and_published_rows(tmp_path, r
         )
     ]
     top1 = [curve.top1[0], curve.top1[-1], curve.top1[chosen]] * 2
-    timed = plot_frontier(curve, tmp_path / "timed.png", chosen=chosen, timings=timings, timed_top1=top1, title="T")
+    timed = plot_frontier(curve, tmp_path / "timed.png", chosen=at_eta, timings=timings, timed_top1=top1, title="T")
     plain = plot_frontier(curve, tmp_path / "plain.png")
     assert_picture(timed, min_width=1500)
     assert_picture(plain)

@@ -1,0 +1,98 @@
+"""From the model's tensors to examples that can be drawn. Imports matplotlib through ``mambascope.plotting``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mambascope.evaluation.collect import evaluating, model_device
+from mambascope.models.exit import confidence
+from mambascope.models.scope import MambaScope, ScopeOutput
+from mambascope.plotting import Example
+
+
+def normalisation(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation per channel that the model's input was normalised with."""
+    stored = getattr(model, "description", {}).get("transform") or {}
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    mean = stored.get("mean") or cfg.get("mean") or (0.0, 0.0, 0.0)
+    std = stored.get("std") or cfg.get("std") or (1.0, 1.0, 1.0)
+    return mean, std
+
+
+def to_rgb(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Undoes the normalisation of an image [C, H, W]; returns RGB [H, W, 3], 0 to 1. Grey becomes three channels."""
+    channels = image.shape[0]
+    picture = image.detach().float().cpu()
+    if len(mean) == channels == len(std):
+        picture = picture * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    if channels < 3:
+        picture = picture[:1].expand(3, -1, -1)
+    return picture[:3].clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def class_name(index: int, names: Sequence[str] | None) -> str:
+    """The name of a class, or its number."""
+    return str(names[index]) if names is not None and index < len(names) else str(index)
+
+
+def make_examples(
+    model: MambaScope,
+    images: Tensor,
+    output: ScopeOutput,
+    *,
+    labels: Tensor | None = None,
+    class_names: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Example]:
+    """One drawable example per image.
+
+    Args:
+        model: gives the patch size and, unless given, the normalisation.
+        images: [B, C, H, W] as the model took them.
+        output: what it made of them.
+        labels: right answers [B], if known.
+        class_names: names of the classes.
+        mean, std: normalisation of `images`; default: the model's.
+        names: file names.
+    """
+    own_mean, own_std = normalisation(model)
+    mean, std = mean or own_mean, std or own_std
+    final = confidence(output.logits).tolist()
+    predicted, coarse = output.logits.argmax(1).tolist(), output.coarse_logits.argmax(1).tolist()
+    examples = []
+    for i, exited in enumerate(output.exited.tolist()):
+        examples.append(
+            Example(
+                image=to_rgb(images[i], mean, std),
+                importance=output.importance[i].float().cpu().numpy().reshape(output.grid),
+                selected=np.array([], dtype=int) if exited else output.selected[i].cpu().numpy(),
+                exited=exited,
+                predicted=class_name(predicted[i], class_names),
+                coarse_predicted=class_name(coarse[i], class_names),
+                confidence=float(output.confidence[i]),
+                fine_confidence=None if exited else final[i],
+                true=None if labels is None else class_name(int(labels[i]), class_names),
+                tokens=int(output.tokens[i]),
+                cell=2 * model.config.patch_size,
+                name=names[i] if names else None,
+            )
+        )
+    return examples
+
+
+def run_scope(model: MambaScope, images: Tensor, threshold: float, batch_size: int = 64) -> ScopeOutput:
+    """Dynamic inference on images [B, C, H, W] in small batches; the result is on the CPU."""
+    device = model_device(model)
+    with evaluating(model):
+        parts = [model.forward_scope(part.to(device), threshold) for part in images.split(batch_size)]
+    joined = {
+        name: torch.cat([getattr(part, name) for part in parts]).cpu()
+        for name in ("logits", "coarse_logits", "confidence", "exited", "importance", "selected", "tokens")
+    }
+    return ScopeOutput(**joined, grid=parts[0].grid)

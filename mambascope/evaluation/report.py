@@ -1,0 +1,471 @@
+"""The report folder: what a trained model is worth, in numbers and pictures.
+
+Choice of the threshold η: of all that keep top-1 within `target_drop` (default half a point) of refining every
+image, the one that refines the fewest images. It is made on the calibration data if there are any, otherwise on the
+evaluation data themselves; the report says which. With the latter the accuracy at η is slightly optimistic.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mambascope.evaluation import sweep as sw
+from mambascope.evaluation.collect import Collected, collect, model_device
+from mambascope.evaluation.cost import CONVENTIONS, StageCost, plain_vim, stage_macs
+from mambascope.evaluation.published import rows_for
+from mambascope.evaluation.throughput import Timing, measure_model, measure_scope, representative
+from mambascope.models.checkpoint import atomic_path
+from mambascope.models.exit import check_threshold
+from mambascope.models.scope import MambaScope
+from mambascope.models.vim import VisionMamba
+
+CURVE_POINTS = 201  # thresholds in the files; the choice is made on all
+PICTURE_IMAGES = 192  # candidates for the figures
+
+
+@dataclass(frozen=True)
+class Report:
+    """A written report.
+
+    Attributes:
+        directory: where its files are.
+        threshold: the chosen η; ``None`` for a one-stage model.
+        table: the printed table.
+        data: everything in ``report.json``.
+    """
+
+    directory: Path
+    threshold: float | None
+    table: str
+    data: dict[str, Any]
+
+
+def machine_info(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on, and with which versions."""
+    import timm
+
+    from mambascope._version import __version__
+    from mambascope.ops import report as backend_report
+
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = [line for line in cpuinfo.read_text(errors="replace").splitlines() if line.startswith("model name")]
+        cpu = lines[0].partition(":")[2].strip() if lines else cpu
+    info = {
+        "device": str(device.type),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "scan_backends": backend_report().splitlines(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "numpy": np.__version__,
+            "mambascope": __version__,
+        },
+    }
+    if device.type == "cuda":
+        info["gpu"] = torch.cuda.get_device_name(device)
+    return info
+
+
+def costs_of(model: VisionMamba, img_size: Sequence[int] | None = None) -> dict[str, StageCost]:
+    """Cost per convention at the model's current alpha, for images of (height, width); default: its configured size."""
+    alpha = model.alpha if isinstance(model, MambaScope) else None
+    return {c: stage_macs(model.config, img_size, alpha, c) for c in CONVENTIONS}
+
+
+def write_report(
+    model: VisionMamba,
+    data: Any,
+    out_dir: str | os.PathLike[str],
+    *,
+    class_names: Sequence[str] | None = None,
+    metrics_csv: str | os.PathLike[str] | None = None,
+    calibration_loader: Iterable[Any] | None = None,
+    threshold: float | None = None,
+    target_drop: float = 0.005,
+    measure_thresholds: Sequence[float] = (),
+    batch_sizes: Sequence[int] = (64, 1),
+    timing_images: int = 384,
+    rounds: int = 7,
+    max_seconds: float = 20.0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    name: str | None = None,
+    published: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+    print_table: bool = True,
+) -> Report:
+    """Evaluates `model` and writes ``report.json``, ``report.txt``, ``curve.csv`` and the figures to `out_dir`.
+
+    Args:
+        model: a MambaScope, or a one-stage classifier (then there is no threshold and no curve). Left unchanged: set
+            ``model.threshold = report.threshold`` to use the choice.
+        data: a loader of (images [B, C, H, W], labels [B]), or a data module with ``val_dataloader()``.
+        out_dir: folder; made if missing. Files in it are replaced one by one, never half-written.
+        class_names: names of the classes for the figures; default: the model's, else numbers.
+        metrics_csv: Lightning's CSV log, for the training curves.
+        calibration_loader: data on which η is chosen; default: the evaluation data.
+        threshold: use this η instead of choosing one.
+        target_drop: accepted loss of top-1 against refining every image (0.005 is half a point).
+        measure_thresholds: more η whose time is measured.
+        batch_sizes: images per call of the timings; the first one is that of the printed table's first column.
+        timing_images: images to time (at least 1), sampled from `data` so that their confidences are spread like those
+            of all; small batches are timed on a quarter of them.
+        rounds: timed rounds, at most.
+        max_seconds: rough limit for the timing of each batch size.
+        mean, std: normalisation of the images, to show them; default: the model's.
+        name: of the model.
+        published: whether the frontier carries the published ImageNet rows of this size, marked as such.
+        seed: of the sample.
+        progress: whether to show progress bars.
+        print_table: whether to print the table.
+
+    Raises:
+        ValueError: bad data, see :func:`mambascope.evaluation.collect.collect`, or an argument out of range.
+        OSError: the folder cannot be written.
+    """
+    if target_drop < 0 or target_drop > 1:
+        raise ValueError(f"target_drop must be in [0, 1] (0.005 is half a point), got {target_drop!r}")
+    if timing_images < 1:
+        raise ValueError(f"timing_images must be at least 1, got {timing_images}")
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    loader = data.val_dataloader() if hasattr(data, "val_dataloader") else data
+    class_names = class_names or getattr(model, "labels", None)
+    name = name or (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
+    found = collect(
+        model, loader, keep=timing_images + timing_images // 2, seed=seed, progress=progress, description="evaluating"
+    )
+    base = {
+        "model": name,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "images": len(found.record),
+        "config": asdict(model.config),
+        "machine": machine_info(model_device(model)),
+    }
+    # loaders may be sorted by class: timed batches and pictures are mixed
+    order = torch.randperm(len(found.images), generator=torch.Generator().manual_seed(seed))
+    found.images, found.labels, found.index = found.images[order], found.labels[order], found.index[order]
+    if not isinstance(model, MambaScope):
+        return _write_one_stage(model, found, out, base, batch_sizes, rounds, metrics_csv, progress, print_table)
+
+    size = tuple(found.images.shape[-2:])
+    costs = costs_of(model, size)
+    curve = sw.sweep(found.record, costs)
+    eta, choice = _choose(model, found, curve, calibration_loader, threshold, target_drop, progress)
+    etas = list(dict.fromkeys([eta, *map(float, measure_thresholds)]))
+    timings = measure_all(
+        model, found, etas, batch_sizes, timing_images, rounds=rounds, max_seconds=max_seconds, progress=progress
+    )
+    points = [top1_at(found.record, t) for t in timings]
+    results = _results(found.record, costs, eta, timings)
+    table = _table(results, eta)
+    data_out = {
+        **base,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "alpha": model.alpha,
+        "threshold": eta,
+        "choice": choice,
+        "results": results,
+        "savings": _savings(results),
+        "gate": _gate(found.record, results["dynamic"]),
+        "cost": _cost_section(model, costs, size),
+        "timings": [{**t.to_dict(), "top1": y} for t, y in zip(timings, points, strict=True)],
+        "curve": _curve_section(curve),
+        "table": _card_rows(results, eta),
+    }
+    look = {"class_names": class_names, "mean": mean, "std": std}
+    plot_timings = list(zip(timings, points, strict=True))
+    files = _frontier(curve, sw.sweep(found.record, costs, thresholds=[eta]), plot_timings, out, name, published)
+    files += _pictures(model, found, eta, out, look, name) + _curves(metrics_csv, out, name)
+    _write_text(out / "curve.csv", _curve_csv(curve))
+    _write_text(out / "report.txt", table + "\n")
+    data_out["files"] = sorted([*files, "curve.csv", "report.txt", "report.json"])
+    _write_json(out / "report.json", data_out)
+    if print_table:
+        print(table)
+    return Report(out, eta, table, data_out)
+
+
+def _choose(
+    model: MambaScope,
+    found: Collected,
+    curve: sw.SweepCurve,
+    calibration: Iterable[Any] | None,
+    threshold: float | None,
+    target_drop: float,
+    progress: bool,
+) -> tuple[float, dict[str, Any]]:
+    """η and how it came about."""
+    if threshold is not None:
+        return check_threshold(threshold), {"rule": "given", "data": None}
+    source, count = "evaluation data", len(found.record)
+    if calibration is not None:
+        record = collect(model, calibration, progress=progress, description="calibrating").record
+        curve, source, count = sw.sweep(record), "calibration data", len(record)
+    index = sw.pick_acc_drop(curve, target_drop)
+    return float(curve.threshold[index]), {
+        "rule": "fewest refined images with top-1 at most target_drop below refining every image",
+        "target_drop": target_drop,
+        "data": source,
+        "images": count,
+    }
+
+
+def measure_all(
+    model: MambaScope,
+    found: Collected,
+    thresholds: Sequence[float],
+    batch_sizes: Sequence[int],
+    count: int = 384,
+    *,
+    rounds: int = 7,
+    max_seconds: float | None = None,
+    progress: bool = False,
+) -> list[Timing]:
+    """Times all modes at every batch size on about `count` sampled images; larger batches shrink to the sample."""
+    timings: list[Timing] = []
+    sampled = found.record.confidence[found.index.numpy()]
+    count = min(count, len(sampled))
+    for size in dict.fromkeys(min(int(s), count) for s in batch_sizes):
+        # single images take several times longer each: a quarter of the sample is enough
+        wanted = count // size * size if size > 8 else max(size, count // 4)
+        picked = representative(sampled, found.record.confidence, wanted)
+        timings += measure_scope(
+            model,
+            found.images[torch.from_numpy(picked)],
+            thresholds,
+            batch_size=size,
+            rounds=rounds,
+            max_seconds=max_seconds,
+            progress=progress,
+        )
+    return timings
+
+
+def top1_at(record: sw.StageRecord, timing: Timing) -> float:
+    """Top-1 on all images of the mode that was timed."""
+    eta = {"coarse": 0.0, "refine_all": 1.0}.get(timing.mode, timing.threshold)
+    return float(sw.sweep(record, thresholds=[1.0 if eta is None else eta]).top1[0])
+
+
+def _results(
+    record: sw.StageRecord, costs: dict[str, StageCost], eta: float, timings: Sequence[Timing]
+) -> dict[str, dict[str, Any]]:
+    """Accuracy, share, GFLOPs and measured time of the three ways to run the model."""
+    results: dict[str, dict[str, Any]] = {}
+    for mode, at in (("coarse", 0.0), ("refine_all", 1.0), ("dynamic", eta)):
+        row: dict[str, Any] = sw.sweep(record, costs, thresholds=[at]).row(0)
+        row = {key: None if value != value else value for key, value in row.items()}  # NaN is no JSON
+        for t in timings:
+            if t.mode == mode and (mode != "dynamic" or t.threshold == eta):
+                row[f"ms_batch_{t.batch_size}"] = t.ms
+                row[f"share_timed_batch_{t.batch_size}"] = t.share_refined
+        results[mode] = row
+    return results
+
+
+def _savings(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """What the dynamic result saves against refining every image, as a share of the latter (0 to 1)."""
+    full, dynamic = results["refine_all"], results["dynamic"]
+    keys = [k for k in full if k.startswith(("gflops_", "ms_"))]
+    return {**{k: 1 - dynamic[k] / full[k] for k in keys}, "top1_drop": full["top1"] - dynamic["top1"]}
+
+
+def _gate(record: sw.StageRecord, dynamic: dict[str, Any]) -> dict[str, float]:
+    share = dynamic["share_refined"]
+    coarse, fine = record.coarse_correct.mean(), record.fine_correct.mean()
+    return {
+        "calibration_error_coarse": sw.calibration_error(record.confidence, record.coarse_correct),
+        "calibration_error_fine": sw.calibration_error(record.fine_confidence, record.fine_correct),
+        "oracle_top1": sw.oracle_top1(record),
+        "random_gate_top1_at_same_share": float(coarse + share * (fine - coarse)),
+    }
+
+
+def _cost_section(model: MambaScope, costs: dict[str, StageCost], size: Sequence[int]) -> dict[str, Any]:
+    vim = plain_vim(model.config)
+    return {
+        "unit": "multiply-adds per image; GFLOPs = multiply-adds / 1e9",
+        "image_size": list(size),
+        **{c: {**asdict(cost), "plain_vim": stage_macs(vim, size, convention=c).fine} for c, cost in costs.items()},
+    }
+
+
+def _curve_section(curve: sw.SweepCurve) -> list[dict[str, Any]]:
+    thin = curve.thinned(CURVE_POINTS)
+    rows = (thin.row(i) for i in range(len(thin)))
+    return [{key: None if value != value else round(value, 6) for key, value in row.items()} for row in rows]
+
+
+def _curve_csv(curve: sw.SweepCurve) -> str:
+    thin = curve.thinned(CURVE_POINTS)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(thin.row(0)), lineterminator="\n")
+    writer.writeheader()
+    for i in range(len(thin)):
+        writer.writerow({k: "" if v != v else f"{v:.6g}" for k, v in thin.row(i).items()})
+    return text.getvalue()
+
+
+def _labels(eta: float) -> dict[str, str]:
+    return {"coarse": "coarse only", "refine_all": "refine everything", "dynamic": f"dynamic, η = {eta:.3f}"}
+
+
+def _gflops(value: float) -> str:
+    return f"{value:.2f}" if value >= 1 else f"{value:.4f}"
+
+
+def _card_rows(results: dict[str, dict[str, Any]], eta: float) -> list[dict[str, str]]:
+    """The table as rows of text, for a model card."""
+    rows = []
+    for mode, label in _labels(eta).items():
+        r = results[mode]
+        row = {"mode": label, "top-1": f"{100 * r['top1']:.2f} %", "refined": f"{100 * r['share_refined']:.0f} %"}
+        row |= {f"GFLOPs ({c.replace('_', ' ')})": _gflops(r[f"gflops_{c}"]) for c in CONVENTIONS}
+        row |= {f"ms/image (batch {k.rsplit('_', 1)[1]})": f"{v:.3f}" for k, v in r.items() if k.startswith("ms_")}
+        rows.append(row)
+    return rows
+
+
+def _table(results: dict[str, dict[str, Any]], eta: float) -> str:
+    rows = _card_rows(results, eta)
+    saved = _savings(results)
+    last = {"mode": "saved by dynamic", "top-1": f"{-100 * saved['top1_drop']:+.2f} pts", "refined": ""}
+    last |= {f"GFLOPs ({c.replace('_', ' ')})": f"{100 * saved[f'gflops_{c}']:.1f} %" for c in CONVENTIONS}
+    last |= {f"ms/image (batch {k.rsplit('_', 1)[1]})": f"{100 * v:.1f} %" for k, v in saved.items() if k[:3] == "ms_"}
+    columns = list(rows[0])
+    widths = {c: max(len(c), *(len(r[c]) for r in [*rows, last])) for c in columns}
+
+    def line(cells: dict[str, str]) -> str:
+        first, *others = columns
+        return "  ".join([cells[first].ljust(widths[first]), *(cells[c].rjust(widths[c]) for c in others)])
+
+    rule = "-" * len(line(last))
+    return "\n".join([line({c: c for c in columns}), rule, *map(line, rows), rule, line(last)])
+
+
+def _frontier(
+    curve: sw.SweepCurve,
+    chosen: sw.SweepCurve,
+    timings: Sequence[tuple[Timing, float]],
+    out: Path,
+    name: str,
+    published: bool,
+) -> list[str]:
+    from mambascope.plotting import plot_frontier
+
+    rows = rows_for(name) if published else ()
+    plot_frontier(
+        curve,
+        out / "frontier.png",
+        chosen=chosen,
+        convention="one_direction" if rows else "both_directions",
+        timings=[t for t, _ in timings],
+        timed_top1=[y for _, y in timings],
+        published=rows,
+        title=f"{name}: accuracy against cost",
+    )
+    return ["frontier.png"]
+
+
+def _pictures(model: MambaScope, found: Collected, eta: float, out: Path, look: dict[str, Any], name: str) -> list[str]:
+    """Exits per stage and heat maps, from the sampled images."""
+    from mambascope.evaluation.examples import make_examples, run_scope
+    from mambascope.plotting import plot_exits, plot_heatmaps
+
+    images, labels = found.images[:PICTURE_IMAGES], found.labels[:PICTURE_IMAGES]
+    if not len(images):
+        return []
+    examples = make_examples(model, images, run_scope(model, images, eta), labels=labels, **look)
+    plot_exits(found.record, examples, eta, out / "exits.png", title=f"{name}: where images leave")
+    plot_heatmaps(pick_examples(examples), out / "heatmaps.png", title=f"{name}: importance and refined cells")
+    return ["exits.png", "heatmaps.png"]
+
+
+def pick_examples(examples: Sequence[Any], count: int = 6) -> list[Any]:
+    """The first images of each kind: corrected by the fine stage, left early, still wrong; then other refined ones."""
+    corrected = [e for e in examples if not e.exited and e.correct and e.coarse_predicted != e.true]
+    left = [e for e in examples if e.exited and e.correct]
+    wrong = [e for e in examples if not e.exited and e.correct is False]
+    picked = corrected[: count - 2] + left[:1] + wrong[:1]
+    rest = [e for e in examples if not e.exited and all(e is not p for p in picked)]
+    rest += [e for e in examples if e.exited and all(e is not p for p in picked)]
+    return picked + rest[: count - len(picked)]
+
+
+def _curves(metrics_csv: str | os.PathLike[str] | None, out: Path, name: str) -> list[str]:
+    if metrics_csv is None or not Path(metrics_csv).is_file():
+        return []
+    from mambascope.plotting import plot_training_curves
+
+    written = plot_training_curves(metrics_csv, out / "training.png", title=f"{name}: training")
+    return ["training.png"] if written else []
+
+
+def _write_one_stage(
+    model: VisionMamba,
+    found: Collected,
+    out: Path,
+    base: dict[str, Any],
+    batch_sizes: Sequence[int],
+    rounds: int,
+    metrics_csv: str | os.PathLike[str] | None,
+    progress: bool,
+    print_table: bool,
+) -> Report:
+    """A model without stages: accuracy, cost and time."""
+    record, costs = found.record, costs_of(model, tuple(found.images.shape[-2:]))
+    row: dict[str, Any] = {"top1": float(record.fine_correct.mean()), "top5": float(record.fine_top5.mean())}
+    row |= {f"gflops_{c}": cost.gflops() for c, cost in costs.items()}
+    timings = []
+    for size in dict.fromkeys(min(s, len(found.images)) for s in batch_sizes):
+        sample = found.images if size > 8 else found.images[: max(size, len(found.images) // 4)]
+        timings.append(measure_model(model, sample, batch_size=size, rounds=rounds, progress=progress))
+        row[f"ms_batch_{size}"] = timings[-1].ms
+    parts = [f"top-1 {100 * row['top1']:.2f} %", f"top-5 {100 * row['top5']:.2f} %"]
+    parts += [f"{_gflops(row[f'gflops_{c}'])} GFLOPs ({c.replace('_', ' ')})" for c in CONVENTIONS]
+    parts += [f"{t.ms:.3f} ms/image (batch {t.batch_size})" for t in timings]
+    table = "\n".join([base["model"], *parts])
+    data = {
+        **base,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "results": {"all": row},
+        "gate": {"calibration_error_fine": sw.calibration_error(record.fine_confidence, record.fine_correct)},
+        "cost": {c: asdict(cost) for c, cost in costs.items()},
+        "timings": [t.to_dict() for t in timings],
+        "table": [{"mode": "all", "top-1": parts[0].removeprefix("top-1 "), "cost": ", ".join(parts[2:])}],
+    }
+    data["files"] = sorted([*_curves(metrics_csv, out, base["model"]), "report.txt", "report.json"])
+    _write_text(out / "report.txt", table + "\n")
+    _write_json(out / "report.json", data)
+    if print_table:
+        print(table)
+    return Report(out, None, table, data)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    _write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
