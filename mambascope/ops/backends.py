@@ -1,9 +1,83 @@
-"""Choice of the implementation behind the ops."""
+"""Choice of the implementation behind the ops.
+
+Every backend answers ``why_not(request)``: ``None`` if it can do what is asked, otherwise the reason in words. The
+choice is the ``backend`` argument, else the environment variable ``MAMBASCOPE_SCAN_BACKEND``, else the first in the
+automatic order of the device that does not refuse. When something refuses, the next one is used and the reason is
+logged once.
+"""
 
 from __future__ import annotations
 
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
 BACKENDS = ("reference", "torch", "cpu", "triton", "mamba_ssm")
 ENV = "MAMBASCOPE_SCAN_BACKEND"
+OPS = ("scan", "conv", "norm")
+
+_log = logging.getLogger(__name__)
+
+
+class Request(NamedTuple):
+    """What a backend is asked for.
+
+    Attributes:
+        op: ``"scan"``, ``"conv"`` or ``"norm"``.
+        device: Device type, e.g. ``"cpu"``.
+        dtype: Dtype of the tokens.
+        size: States N of a scan, taps K of a convolution, 0 for a norm.
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the ops.
+
+    Attributes:
+        name: One of :data:`BACKENDS`.
+        why_not: ``None`` if the request can be served, else the reason in words.
+        modules: Module per op, imported on first use. A scan module has ``scan_forward`` and ``scan_backward``, a
+            convolution module ``conv_forward`` and ``conv_backward``, a norm module ``norm_forward`` and
+            ``norm_backward``.
+        auto: Device types on which it is chosen automatically, before the backends registered after it.
+        note: Line for :func:`report`.
+    """
+
+    name: str
+    why_not: Callable[[Request], str | None]
+    modules: dict[str, str]
+    auto: tuple[str, ...] = ()
+    note: Callable[[], str] = lambda: ""
+
+
+_REGISTRY: dict[str, Backend] = {}
+_chosen: dict[tuple, str] = {}
+_modules: dict[tuple[str, str], ModuleType] = {}
+_logged: set[str] = set()
+
+
+def register(backend: Backend) -> None:
+    """Adds or replaces a backend.
+
+    Raises:
+        ValueError: a name that is not one of :data:`BACKENDS`.
+    """
+    check_backend(backend.name)
+    _REGISTRY[backend.name] = backend
+    _chosen.clear()
+    _modules.clear()
 
 
 def check_backend(name: str | None) -> None:
@@ -12,6 +86,125 @@ def check_backend(name: str | None) -> None:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {name!r}")
 
 
+def why_not(name: str, request: Request) -> str | None:
+    """Why backend `name` cannot serve `request`; ``None`` if it can.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    check_backend(name)
+    backend = _REGISTRY.get(name)
+    return "not part of this version" if backend is None else backend.why_not(request)
+
+
+def _log_once(message: str, level: int = logging.WARNING) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        _log.log(level, message)
+
+
+def choose(request: Request, name: str | None = None) -> str:
+    """Name of the backend that serves `request`.
+
+    Args:
+        request: What is asked for.
+        name: A backend, or ``None`` for the environment variable or the automatic choice.
+
+    Raises:
+        ValueError: an unknown backend, here or in the environment variable.
+    """
+    wanted = name or os.environ.get(ENV) or None
+    if wanted is not None and wanted not in BACKENDS:
+        source = "backend" if name else ENV
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {wanted!r}")
+    what = f"{request.op} on {request.device}, {str(request.dtype).removeprefix('torch.')}"
+    refused = None
+    if wanted is not None:
+        refused = why_not(wanted, request)
+        if refused is None:
+            return wanted
+    for backend in _REGISTRY.values():
+        if request.device not in backend.auto and "*" not in backend.auto:
+            continue
+        reason = backend.why_not(request)
+        if reason is None:
+            if wanted is not None:
+                _log_once(f"{what}: backend {wanted!r} refused ({refused}); using {backend.name!r}")
+            return backend.name
+        _log_once(f"{what}: backend {backend.name!r} not used ({reason})")
+    raise RuntimeError(f"no backend can serve {request}")
+
+
+@torch.compiler.assume_constant_result
+def resolve(op: str, name: str | None, device: str, dtype: torch.dtype, size: int) -> str:
+    """Name of the backend for a call, remembered per argument set. A constant under ``torch.compile`` and export.
+
+    Resolved before the operator runs, so that forward and backward of one call use the same backend.
+    """
+    key = (op, name, os.environ.get(ENV), device, dtype, size)
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = choose(Request(op, device, dtype, size), name)
+    return found
+
+
+def implementation(op: str, name: str, tensor: torch.Tensor, size: int = 0) -> ModuleType:
+    """Module that runs `op` on `tensor` with backend `name` (empty: automatic), or with what replaces it here.
+
+    A program that was exported elsewhere may name a backend that this machine does not have.
+    """
+    return _module(op, resolve(op, name or None, tensor.device.type, tensor.dtype, size))
+
+
+def _module(op: str, name: str) -> ModuleType:
+    found = _modules.get((op, name))
+    if found is None:
+        found = _modules[op, name] = importlib.import_module(_REGISTRY[name].modules[op])
+    return found
+
+
 def report() -> str:
-    """Which backend is used per device."""
-    return "cpu: reference"
+    """Which backend is used per device, and why the others are not. Several lines of text."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    lines = []
+    wanted = os.environ.get(ENV)
+    if wanted:
+        lines.append(f"{ENV}={wanted}")
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16):
+            request = Request("scan", device, dtype, 16)
+            chosen = choose(request)
+            lines.append(f"{device}, {str(dtype).removeprefix('torch.')}: {chosen}")
+            for name in BACKENDS:
+                if name != chosen:
+                    reason = why_not(name, request)
+                    lines.append(f"  {name}: {'available, not the first choice' if reason is None else reason}")
+    for backend in _REGISTRY.values():
+        note = backend.note()
+        if note:
+            lines.append(f"{backend.name}: {note}")
+    return "\n".join(lines)
+
+
+def _any(request: Request) -> str | None:
+    if request.op not in OPS:
+        return f"has no {request.op}"
+    return None
+
+
+_SCAN, _CONV = "mambascope.ops.selective_scan", "mambascope.ops.causal_conv1d"
+register(
+    Backend(
+        "torch",
+        _any,
+        {"scan": f"{_SCAN}.chunked", "conv": f"{_CONV}.depthwise", "norm": "mambascope.ops.norm_torch"},
+        auto=("*",),
+    )
+)
+register(
+    Backend(
+        "reference",
+        _any,
+        {"scan": f"{_SCAN}.reference", "conv": f"{_CONV}.reference", "norm": "mambascope.ops.norm_torch"},
+    )
+)

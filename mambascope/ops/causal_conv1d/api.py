@@ -1,16 +1,16 @@
-"""Public convolution functions: check the arguments, then call the implementation.
+"""Public convolution functions: check the arguments, then call the operator.
 
 Shape letters: B batch, L tokens, E width, K taps.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mambascope.ops._checks import check_sequence, check_tensor
-from mambascope.ops.backends import check_backend
-from mambascope.ops.causal_conv1d.reference import causal_conv1d_reference
+from mambascope.ops._library import call, needs_grad
+from mambascope.ops.backends import check_backend, resolve
+from mambascope.ops.causal_conv1d.op import BOTH, CONV
 
 ACTIVATIONS = ("silu", None)
 
@@ -65,8 +65,9 @@ def causal_conv1d(
     if bias is not None:
         check_tensor("bias", bias, "[E]", (x.shape[-1],), x)
     silu = _silu(activation)
-    with torch.autocast(x.device.type, enabled=False):
-        return causal_conv1d_reference(x, taps, bias, silu=silu, reverse=reverse)
+    grad = needs_grad(x, taps, bias)
+    chosen = resolve("conv", backend, x.device.type, x.dtype, taps.shape[1])
+    return call(CONV, grad, x, taps, bias, silu, reverse, chosen)
 
 
 def bidirectional_conv(
@@ -107,8 +108,6 @@ def bidirectional_conv(
         if bias is not None:
             check_tensor(name, bias, "[E]", (x.shape[-1],), x)
     silu = _silu(activation)
-    with torch.autocast(x.device.type, enabled=False):
-        return (
-            causal_conv1d_reference(x, taps_f, bias_f, silu=silu, reverse=False),
-            causal_conv1d_reference(x, taps_b, bias_b, silu=silu, reverse=True),
-        )
+    grad = needs_grad(x, taps_f, bias_f, taps_b, bias_b)
+    chosen = resolve("conv", backend, x.device.type, x.dtype, taps_f.shape[1])
+    return call(BOTH, grad, x, taps_f, bias_f, taps_b, bias_b, silu, chosen)

@@ -1,4 +1,4 @@
-"""Public scan functions: check the arguments, then call the implementation.
+"""Public scan functions: check the arguments, then call the operator.
 
 Shape letters: B batch, L tokens, E inner width, N states, R dt rank.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, overload
 
-import torch
 from torch import Tensor
 
 from mambascope.ops._checks import check_sequence, check_tensor
-from mambascope.ops.backends import check_backend
-from mambascope.ops.selective_scan.reference import gate_reference, scan_reference
+from mambascope.ops._library import call, needs_grad
+from mambascope.ops.backends import check_backend, resolve
+from mambascope.ops.selective_scan.op import BIDIRECTIONAL, SCAN
 
 
 class ScanDirection(NamedTuple):
@@ -98,11 +98,11 @@ def selective_scan(
         check_tensor("z", z, "[B, L, E]", (batch, length, width), x)
     if dt_bias is not None:
         check_tensor("dt_bias", dt_bias, "[E]", (width,), x)
-    with torch.autocast(x.device.type, enabled=False):
-        y = scan_reference(
-            x, dt, A, B, C, D, dt_weight_ER=dt_weight, dt_bias_E=dt_bias, dt_softplus=dt_softplus, reverse=reverse
-        )
-        return gate_reference(y, z).to(x.dtype)
+    tensors = (x, dt, A, B, C, D, z, dt_weight, dt_bias)
+    grad = needs_grad(*tensors)
+    chosen = resolve("scan", backend, x.device.type, x.dtype, states)
+    y, _ = call(SCAN, grad, *tensors, dt_softplus, reverse, chosen, grad)
+    return y
 
 
 @overload
@@ -176,13 +176,13 @@ def bidirectional_scan(
         raise ValueError(f"backward.x must be {forward.x.dtype} as forward.x is, got {backward.x.dtype}")
     if z is not None:
         check_tensor("z", z, "[B, L, E]", (batch, length, width), forward.x)
-    with torch.autocast(forward.x.device.type, enabled=False):
-        sides = []
-        for d, reverse in ((forward, False), (backward, True)):
-            dt, b, c = d.proj.split([rank, states, states], dim=-1)
-            sides.append(
-                scan_reference(d.x, dt, d.A, b, c, d.D, dt_weight_ER=d.dt_weight, dt_bias_E=d.dt_bias, reverse=reverse)
-            )
-        y = sides[0] + sides[1]
-        out = (gate_reference(y, z) * scale).to(forward.x.dtype)
-        return (out, y.detach().amax(-1)) if return_score else out
+    tensors = (*_operands(forward), *_operands(backward), z)
+    grad = needs_grad(*tensors)
+    chosen = resolve("scan", backend, forward.x.device.type, forward.x.dtype, states)
+    out, score, _ = call(BIDIRECTIONAL, grad, *tensors, float(scale), chosen, grad, return_score)
+    return (out, score) if return_score else out
+
+
+def _operands(d: ScanDirection) -> tuple[Tensor, ...]:
+    """In the order of the operator's arguments."""
+    return d.x, d.proj, d.dt_weight, d.dt_bias, d.A, d.D

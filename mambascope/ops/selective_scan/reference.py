@@ -1,62 +1,95 @@
 """Selective scan written the way the equations read: a loop over tokens that autograd differentiates.
 
-This is what every other backend is compared with. It keeps several [B, E, N] tensors per token for the backward pass,
-so it is for checks and short sequences only.
+This is what every other backend is compared with. Its backward pass keeps several [B, E, N] tensors per token, so it is
+for checks and short sequences only.
 
 Shape letters: B batch, L tokens, E inner width, N states, R dt rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of state and softplus: fp64 for fp64 inputs, fp32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from mambascope.ops.selective_scan.common import ScanGrads, ScanSide, state_dtype, step_sizes
 
 
-def scan_reference(
-    x_BLE: Tensor,
-    dt_BLE: Tensor,
-    A_EN: Tensor,
-    B_BLN: Tensor,
-    C_BLN: Tensor,
-    D_E: Tensor | None = None,
-    *,
-    dt_weight_ER: Tensor | None = None,
-    dt_bias_E: Tensor | None = None,
-    dt_softplus: bool = True,
-    reverse: bool = False,
-) -> Tensor:
+def scan_reference(side: ScanSide, *, dt_softplus: bool = True) -> Tensor:
     """``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t``, ``y_t = h_t . C_t + D x_t`` (Mamba, eq. 2 and 4).
 
-    Args are those of :func:`mambascope.ops.selective_scan`. The result [B, L, E] is not gated and stays in the state's
-    dtype, so that callers can sum directions before they round.
+    The result [B, L, E] is not gated and stays in the state's dtype, so that callers can sum directions before they
+    round.
     """
-    dtype = state_dtype(x_BLE.dtype)
-    x_BLE, dt_BLE, A_EN, B_BLN, C_BLN = (t.to(dtype) for t in (x_BLE, dt_BLE, A_EN, B_BLN, C_BLN))
-    if dt_weight_ER is not None:
-        dt_BLE = dt_BLE @ dt_weight_ER.to(dtype).T
-    if dt_bias_E is not None:
-        dt_BLE = dt_BLE + dt_bias_E.to(dtype)
-    if dt_softplus:
-        dt_BLE = F.softplus(dt_BLE)
+    dtype = state_dtype(side.x.dtype)
+    x_BLE, A_EN, B_BLN, C_BLN = (t.to(dtype) for t in (side.x, side.A, side.B, side.C))
+    dt_BLE = step_sizes(side.dt, side.dt_weight, side.dt_bias, dt_softplus, dtype)
     length = x_BLE.shape[1]
     # unbind, not indexing: the backward of x[:, t] would make a full-size zero tensor for every token
     tokens = list(zip(*(t.unbind(1) for t in (x_BLE, dt_BLE, B_BLN, C_BLN)), strict=True))
     h_BEN = x_BLE.new_zeros(x_BLE.shape[0], *A_EN.shape)
     outputs = []
-    for t in reversed(range(length)) if reverse else range(length):
+    for t in reversed(range(length)) if side.reverse else range(length):
         x_BE, dt_BE, b_BN, c_BN = tokens[t]
         h_BEN = torch.exp(dt_BE[..., None] * A_EN) * h_BEN + (dt_BE * x_BE)[..., None] * b_BN[:, None]
         outputs.append((h_BEN * c_BN[:, None]).sum(-1))
-    y_BLE = torch.stack(outputs[::-1] if reverse else outputs, dim=1)
-    return y_BLE if D_E is None else y_BLE + D_E.to(dtype) * x_BLE
+    y_BLE = torch.stack(outputs[::-1] if side.reverse else outputs, dim=1)
+    return y_BLE if side.D is None else y_BLE + side.D.to(dtype) * x_BLE
 
 
-def gate_reference(y_BLE: Tensor, z_BLE: Tensor | None) -> Tensor:
-    """``y * SiLU(z)`` in the dtype of `y`; `y` itself without a gate."""
-    return y_BLE if z_BLE is None else y_BLE * F.silu(z_BLE.to(y_BLE.dtype))
+def gated_sum_reference(
+    sides: Sequence[ScanSide], z_BLE: Tensor | None, *, scale: float = 1.0, dt_softplus: bool = True
+) -> tuple[Tensor, Tensor]:
+    """``scale * sum_i(y_i) * SiLU(z)`` in the dtype of x, and the plain sum in the state's dtype, both [B, L, E]."""
+    total = scan_reference(sides[0], dt_softplus=dt_softplus)
+    for side in sides[1:]:
+        total = total + scan_reference(side, dt_softplus=dt_softplus)
+    out = total * scale
+    if z_BLE is not None:
+        out = out * F.silu(z_BLE.to(total.dtype))
+    return out.to(sides[0].x.dtype), total
+
+
+def scan_forward(
+    sides: Sequence[ScanSide],
+    z: Tensor | None,
+    *,
+    scale: float,
+    dt_softplus: bool,
+    save_states: bool,
+    return_score: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Output [B, L, E], score [B, L] if asked for, and no states: the backward pass starts from scratch."""
+    out, total = gated_sum_reference(sides, z, scale=scale, dt_softplus=dt_softplus)
+    return out, total.amax(-1) if return_score else None, None
+
+
+def scan_backward(
+    grad: Tensor,
+    sides: Sequence[ScanSide],
+    z: Tensor | None,
+    states: Tensor | None,
+    *,
+    scale: float,
+    dt_softplus: bool,
+) -> tuple[list[ScanGrads], Tensor | None]:
+    """Gradients of every side and of `z` by differentiating the loop."""
+    slots = [(i, name) for i, side in enumerate(sides) for name in ScanGrads._fields if getattr(side, name) is not None]
+    primals = [getattr(sides[i], name) for i, name in slots] + ([] if z is None else [z])
+
+    def run(*tensors: Tensor) -> Tensor:
+        parts = list(sides)
+        for (i, name), tensor in zip(slots, tensors, strict=False):
+            parts[i] = parts[i]._replace(**{name: tensor})  # type: ignore[arg-type]
+        gate = None if z is None else tensors[-1]
+        return gated_sum_reference(parts, gate, scale=scale, dt_softplus=dt_softplus)[0]
+
+    # vjp, not autograd.grad: inside an operator the dispatcher has switched autograd off
+    pullback = torch.func.vjp(run, *primals)[1]
+    found = [g.contiguous() for g in pullback(grad)]
+    grads: list[dict[str, Tensor | None]] = [dict.fromkeys(ScanGrads._fields) for _ in sides]
+    for (i, name), value in zip(slots, found, strict=False):
+        grads[i][name] = value
+    return [ScanGrads(**g) for g in grads], None if z is None else found[-1]  # type: ignore[arg-type]
