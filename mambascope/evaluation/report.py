@@ -1,14 +1,12 @@
 """The report folder: what a trained model is worth, in numbers and pictures.
 
-Choice of the threshold η: of all that keep top-1 within `target_drop` (default half a point) of refining every
-image, the one that refines the fewest images. It is made on the calibration data if there are any, otherwise on the
-evaluation data themselves; the report says which. With the latter the accuracy at η is slightly optimistic.
+Choice of the threshold η: by default, of all that keep top-1 within half a point of refining every image, the one that
+refines the fewest images. It is made on the calibration data if there are any, otherwise on the evaluation data
+themselves; the report says which. With the latter the accuracy at η is slightly optimistic.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import platform
@@ -23,15 +21,15 @@ import torch
 
 from mambascope.evaluation import sweep as sw
 from mambascope.evaluation.collect import Collected, collect, model_device
-from mambascope.evaluation.cost import CONVENTIONS, StageCost, plain_vim, stage_macs
+from mambascope.evaluation.cost import CONVENTIONS, StageCost, format_gflops, plain_vim, stage_macs
 from mambascope.evaluation.published import rows_for
+from mambascope.evaluation.tables import card_rows, curve_csv, curve_rows, results_table, savings, timings_csv
 from mambascope.evaluation.throughput import Timing, measure_model, measure_scope, representative
 from mambascope.models.checkpoint import atomic_path
 from mambascope.models.exit import check_threshold
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
 
-CURVE_POINTS = 201  # thresholds in the files; the choice is made on all
 PICTURE_IMAGES = 192  # candidates for the figures
 
 
@@ -99,7 +97,7 @@ def write_report(
     metrics_csv: str | os.PathLike[str] | None = None,
     calibration_loader: Iterable[Any] | None = None,
     threshold: float | None = None,
-    target_drop: float = 0.005,
+    target: sw.Target = sw.Target(),  # noqa: B008 (frozen)
     measure_thresholds: Sequence[float] = (),
     batch_sizes: Sequence[int] = (64, 1),
     timing_images: int = 384,
@@ -113,7 +111,7 @@ def write_report(
     progress: bool = True,
     print_table: bool = True,
 ) -> Report:
-    """Evaluates `model` and writes ``report.json``, ``report.txt``, ``curve.csv`` and the figures to `out_dir`.
+    """Evaluates `model` and writes ``report.json``, ``report.txt``, two CSV files and the figures to `out_dir`.
 
     Args:
         model: a MambaScope, or a one-stage classifier (then there is no threshold and no curve). Left unchanged: set
@@ -124,7 +122,7 @@ def write_report(
         metrics_csv: Lightning's CSV log, for the training curves.
         calibration_loader: data on which η is chosen; default: the evaluation data.
         threshold: use this η instead of choosing one.
-        target_drop: accepted loss of top-1 against refining every image (0.005 is half a point).
+        target: what η is chosen for.
         measure_thresholds: more η whose time is measured.
         batch_sizes: images per call of the timings; the first one is that of the printed table's first column.
         timing_images: images to time (at least 1), sampled from `data` so that their confidences are spread like those
@@ -142,8 +140,6 @@ def write_report(
         ValueError: bad data, see :func:`mambascope.evaluation.collect.collect`, or an argument out of range.
         OSError: the folder cannot be written.
     """
-    if target_drop < 0 or target_drop > 1:
-        raise ValueError(f"target_drop must be in [0, 1] (0.005 is half a point), got {target_drop!r}")
     if timing_images < 1:
         raise ValueError(f"timing_images must be at least 1, got {timing_images}")
     out = Path(out_dir)
@@ -170,14 +166,19 @@ def write_report(
     size = tuple(found.images.shape[-2:])
     costs = costs_of(model, size)
     curve = sw.sweep(found.record, costs)
-    eta, choice = _choose(model, found, curve, calibration_loader, threshold, target_drop, progress)
+    effort: dict[str, Any] = {
+        "count": timing_images,
+        "rounds": rounds,
+        "max_seconds": max_seconds,
+        "progress": progress,
+    }
+    chosen_on, choice = _choice_curve(model, found, curve, calibration_loader, threshold, target, effort, batch_sizes)
+    eta = check_threshold(threshold) if threshold is not None else float(chosen_on.threshold[target.pick(chosen_on)])
     etas = list(dict.fromkeys([eta, *map(float, measure_thresholds)]))
-    timings = measure_all(
-        model, found, etas, batch_sizes, timing_images, rounds=rounds, max_seconds=max_seconds, progress=progress
-    )
+    timings = measure_all(model, found, etas, batch_sizes, **effort)
     points = [top1_at(found.record, t) for t in timings]
     results = _results(found.record, costs, eta, timings)
-    table = _table(results, eta)
+    table = results_table(results, eta)
     data_out = {
         **base,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -185,49 +186,50 @@ def write_report(
         "threshold": eta,
         "choice": choice,
         "results": results,
-        "savings": _savings(results),
+        "savings": savings(results),
         "gate": _gate(found.record, results["dynamic"]),
         "cost": _cost_section(model, costs, size),
         "timings": [{**t.to_dict(), "top1": y} for t, y in zip(timings, points, strict=True)],
-        "curve": _curve_section(curve),
-        "table": _card_rows(results, eta),
+        "curve": curve_rows(curve),
+        "table": card_rows(results, eta),
     }
     look = {"class_names": class_names, "mean": mean, "std": std}
     plot_timings = list(zip(timings, points, strict=True))
     files = _frontier(curve, sw.sweep(found.record, costs, thresholds=[eta]), plot_timings, out, name, published)
     files += _pictures(model, found, eta, out, look, name) + _curves(metrics_csv, out, name)
-    _write_text(out / "curve.csv", _curve_csv(curve))
+    _write_text(out / "curve.csv", curve_csv(curve))
+    _write_text(out / "timings.csv", timings_csv(timings, points))
     _write_text(out / "report.txt", table + "\n")
-    data_out["files"] = sorted([*files, "curve.csv", "report.txt", "report.json"])
+    data_out["files"] = sorted([*files, "curve.csv", "timings.csv", "report.txt", "report.json"])
     _write_json(out / "report.json", data_out)
     if print_table:
         print(table)
     return Report(out, eta, table, data_out)
 
 
-def _choose(
+def _choice_curve(
     model: MambaScope,
     found: Collected,
     curve: sw.SweepCurve,
     calibration: Iterable[Any] | None,
     threshold: float | None,
-    target_drop: float,
-    progress: bool,
-) -> tuple[float, dict[str, Any]]:
-    """η and how it came about."""
+    target: sw.Target,
+    effort: dict[str, Any],
+    batch_sizes: Sequence[int],
+) -> tuple[sw.SweepCurve, dict[str, Any]]:
+    """The sweep on which η is chosen, and what the report says about the choice."""
     if threshold is not None:
-        return check_threshold(threshold), {"rule": "given", "data": None}
-    source, count = "evaluation data", len(found.record)
+        return curve, {"rule": "given", "data": None}
+    record, source = found.record, "evaluation data"
     if calibration is not None:
-        record = collect(model, calibration, progress=progress, description="calibrating").record
-        curve, source, count = sw.sweep(record), "calibration data", len(record)
-    index = sw.pick_acc_drop(curve, target_drop)
-    return float(curve.threshold[index]), {
-        "rule": "fewest refined images with top-1 at most target_drop below refining every image",
-        "target_drop": target_drop,
-        "data": source,
-        "images": count,
-    }
+        record = collect(model, calibration, progress=effort["progress"], description="calibrating").record
+        source = "calibration data"
+    if target.kind == "ms":
+        coarse, full = measure_all(model, found, [], batch_sizes[:1], **effort)
+        chosen_on = sw.sweep(record, ms_coarse=coarse.ms, ms_refined=full.ms)
+    else:
+        chosen_on = sw.sweep(record, costs_of(model, tuple(found.images.shape[-2:])))
+    return chosen_on, {"rule": target.describe(), **asdict(target), "data": source, "images": len(record)}
 
 
 def measure_all(
@@ -283,13 +285,6 @@ def _results(
     return results
 
 
-def _savings(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """What the dynamic result saves against refining every image, as a share of the latter (0 to 1)."""
-    full, dynamic = results["refine_all"], results["dynamic"]
-    keys = [k for k in full if k.startswith(("gflops_", "ms_"))]
-    return {**{k: 1 - dynamic[k] / full[k] for k in keys}, "top1_drop": full["top1"] - dynamic["top1"]}
-
-
 def _gate(record: sw.StageRecord, dynamic: dict[str, Any]) -> dict[str, float]:
     share = dynamic["share_refined"]
     coarse, fine = record.coarse_correct.mean(), record.fine_correct.mean()
@@ -308,59 +303,6 @@ def _cost_section(model: MambaScope, costs: dict[str, StageCost], size: Sequence
         "image_size": list(size),
         **{c: {**asdict(cost), "plain_vim": stage_macs(vim, size, convention=c).fine} for c, cost in costs.items()},
     }
-
-
-def _curve_section(curve: sw.SweepCurve) -> list[dict[str, Any]]:
-    thin = curve.thinned(CURVE_POINTS)
-    rows = (thin.row(i) for i in range(len(thin)))
-    return [{key: None if value != value else round(value, 6) for key, value in row.items()} for row in rows]
-
-
-def _curve_csv(curve: sw.SweepCurve) -> str:
-    thin = curve.thinned(CURVE_POINTS)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(thin.row(0)), lineterminator="\n")
-    writer.writeheader()
-    for i in range(len(thin)):
-        writer.writerow({k: "" if v != v else f"{v:.6g}" for k, v in thin.row(i).items()})
-    return text.getvalue()
-
-
-def _labels(eta: float) -> dict[str, str]:
-    return {"coarse": "coarse only", "refine_all": "refine everything", "dynamic": f"dynamic, η = {eta:.3f}"}
-
-
-def _gflops(value: float) -> str:
-    return f"{value:.2f}" if value >= 1 else f"{value:.4f}"
-
-
-def _card_rows(results: dict[str, dict[str, Any]], eta: float) -> list[dict[str, str]]:
-    """The table as rows of text, for a model card."""
-    rows = []
-    for mode, label in _labels(eta).items():
-        r = results[mode]
-        row = {"mode": label, "top-1": f"{100 * r['top1']:.2f} %", "refined": f"{100 * r['share_refined']:.0f} %"}
-        row |= {f"GFLOPs ({c.replace('_', ' ')})": _gflops(r[f"gflops_{c}"]) for c in CONVENTIONS}
-        row |= {f"ms/image (batch {k.rsplit('_', 1)[1]})": f"{v:.3f}" for k, v in r.items() if k.startswith("ms_")}
-        rows.append(row)
-    return rows
-
-
-def _table(results: dict[str, dict[str, Any]], eta: float) -> str:
-    rows = _card_rows(results, eta)
-    saved = _savings(results)
-    last = {"mode": "saved by dynamic", "top-1": f"{-100 * saved['top1_drop']:+.2f} pts", "refined": ""}
-    last |= {f"GFLOPs ({c.replace('_', ' ')})": f"{100 * saved[f'gflops_{c}']:.1f} %" for c in CONVENTIONS}
-    last |= {f"ms/image (batch {k.rsplit('_', 1)[1]})": f"{100 * v:.1f} %" for k, v in saved.items() if k[:3] == "ms_"}
-    columns = list(rows[0])
-    widths = {c: max(len(c), *(len(r[c]) for r in [*rows, last])) for c in columns}
-
-    def line(cells: dict[str, str]) -> str:
-        first, *others = columns
-        return "  ".join([cells[first].ljust(widths[first]), *(cells[c].rjust(widths[c]) for c in others)])
-
-    rule = "-" * len(line(last))
-    return "\n".join([line({c: c for c in columns}), rule, *map(line, rows), rule, line(last)])
 
 
 def _frontier(
@@ -442,7 +384,7 @@ def _write_one_stage(
         timings.append(measure_model(model, sample, batch_size=size, rounds=rounds, progress=progress))
         row[f"ms_batch_{size}"] = timings[-1].ms
     parts = [f"top-1 {100 * row['top1']:.2f} %", f"top-5 {100 * row['top5']:.2f} %"]
-    parts += [f"{_gflops(row[f'gflops_{c}'])} GFLOPs ({c.replace('_', ' ')})" for c in CONVENTIONS]
+    parts += [f"{format_gflops(1e9 * row[f'gflops_{c}'])} GFLOPs ({c.replace('_', ' ')})" for c in CONVENTIONS]
     parts += [f"{t.ms:.3f} ms/image (batch {t.batch_size})" for t in timings]
     table = "\n".join([base["model"], *parts])
     data = {

@@ -249,6 +249,42 @@ def pick_ms(curve: SweepCurve, target: float) -> int:
     return pick_budget(curve, curve.ms, target, "ms")
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a threshold is chosen for.
+
+    Attributes:
+        kind: ``"acc_drop"``: the cheapest threshold whose top-1 is at most `value` (0.005 is half a point) below
+            refining every image. ``"gflops"``, ``"ms"``: the most accurate one with at most `value` per image.
+        value: the bound.
+        convention: of the GFLOPs.
+    """
+
+    kind: str = "acc_drop"
+    value: float = 0.005
+    convention: str = "one_direction"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("acc_drop", "gflops", "ms"):
+            raise ValueError(f"kind must be acc_drop, gflops or ms, got {self.kind!r}")
+        if not np.isfinite(self.value) or self.value < 0 or (self.kind == "acc_drop" and self.value > 1):
+            accepted = "in [0, 1] (0.005 is half a point)" if self.kind == "acc_drop" else "a positive number"
+            raise ValueError(f"target {self.kind} must be {accepted}, got {self.value!r}")
+
+    def pick(self, curve: SweepCurve) -> int:
+        """Index of the chosen threshold; raises ``ValueError`` if the target cannot be met."""
+        if self.kind == "gflops":
+            return pick_gflops(curve, self.value, self.convention)
+        return pick_ms(curve, self.value) if self.kind == "ms" else pick_acc_drop(curve, self.value)
+
+    def describe(self) -> str:
+        """The rule in words."""
+        if self.kind == "acc_drop":
+            return f"fewest refined images with top-1 at most {100 * self.value:g} points below refining every image"
+        unit = f"GFLOPs ({self.convention.replace('_', ' ')})" if self.kind == "gflops" else "ms"
+        return f"highest top-1 with at most {self.value:g} {unit} per image"
+
+
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
     """Expected calibration error (Guo et al., arXiv 1706.04599), 0 to 1, over equal-width confidence bins.
 

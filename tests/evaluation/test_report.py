@@ -12,6 +12,7 @@ from mambascope.evaluation import report as report_module
 from mambascope.evaluation.cost import stage_macs
 from mambascope.evaluation.examples import make_examples, run_scope, to_rgb
 from mambascope.evaluation.report import write_report
+from mambascope.evaluation.sweep import Target
 from mambascope.evaluation.throughput import representative
 from mambascope.models import VimConfig, VisionMamba
 
@@ -29,14 +30,21 @@ def written(tiny_scope, loader, tmp_path_factory):
     log = out.parent.parent / "metrics.csv"
     log.write_text("step,train/loss\n0,2.0\n1,1.5\n")
     return write_report(
-        tiny_scope, loader, out, metrics_csv=log, class_names=list("abcdefg"), target_drop=0.1, name="test", **QUICK
+        tiny_scope,
+        loader,
+        out,
+        metrics_csv=log,
+        class_names=list("abcdefg"),
+        target=Target(value=0.1),
+        name="test",
+        **QUICK,
     )
 
 
 def test_every_file_is_there_and_readable(written):
     names = {p.name for p in written.directory.iterdir()}
     pictures = {"frontier.png", "heatmaps.png", "exits.png", "training.png"}
-    assert names == pictures | {"report.json", "report.txt", "curve.csv"}
+    assert names == pictures | {"report.json", "report.txt", "curve.csv", "timings.csv"}
     assert set(written.data["files"]) == names
     for name in pictures:
         with Image.open(written.directory / name) as image:
@@ -122,6 +130,18 @@ def test_a_given_threshold_and_a_data_module(tiny_scope, loader, tmp_path, eta):
     assert not (tmp_path / "training.png").exists()
 
 
+def test_targets_for_gflops_and_time(tiny_scope, loader, tmp_path):
+    cost = stage_macs(tiny_scope.config)
+    found = write_report(tiny_scope, loader, tmp_path, target=Target("gflops", cost.gflops(0.5)), **QUICK)
+    assert found.data["results"]["dynamic"]["gflops_one_direction"] <= cost.gflops(0.5) + 1e-12
+    assert "GFLOPs (one direction)" in found.data["choice"]["rule"]
+    generous = write_report(tiny_scope, loader, tmp_path, target=Target("ms", 1e6), **QUICK)
+    top1 = [row["top1"] for row in generous.data["curve"]]
+    assert generous.data["results"]["dynamic"]["top1"] == pytest.approx(max(top1), abs=1e-5)
+    with pytest.raises(ValueError, match="cannot be met"):
+        write_report(tiny_scope, loader, tmp_path, target=Target("ms", 1e-9), **QUICK)
+
+
 def test_one_stage_model(images, labels, tmp_path):
     model = VisionMamba(VimConfig(img_size=32, patch_size=8, embed_dim=16, depth=1, num_classes=7))
     found = write_report(model, [(images, labels)], tmp_path, **QUICK)
@@ -133,7 +153,7 @@ def test_one_stage_model(images, labels, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({"target_drop": 5}, "target_drop"), ({"timing_images": 0}, "timing_images"), ({"threshold": "a"}, "threshold")],
+    [({"timing_images": 0}, "timing_images"), ({"threshold": "a"}, "threshold")],
 )
 def test_bad_options(tiny_scope, loader, tmp_path, options, word):
     with pytest.raises(ValueError, match=word):

@@ -6,6 +6,7 @@ import pytest
 from mambascope.evaluation.cost import model_config, stage_macs
 from mambascope.evaluation.sweep import (
     StageRecord,
+    Target,
     calibration_error,
     candidate_thresholds,
     oracle_top1,
@@ -107,6 +108,14 @@ def test_impossible_targets_say_what_is_possible(record):
         pick_acc_drop(curve, 2)
     with pytest.raises(ValueError, match="convention"):
         pick_gflops(curve, 1.0, "three")
+
+
+@pytest.mark.parametrize(
+    "bad", [{"kind": "speed"}, {"value": 2.0}, {"value": -1.0}, {"kind": "ms", "value": float("nan")}]
+)
+def test_bad_targets(bad):
+    with pytest.raises(ValueError, match=r"kind|target"):
+        Target(**bad)
 
 
 def test_calibration_error_of_known_cases():
