@@ -11,14 +11,20 @@ from typing import TYPE_CHECKING, Any
 from mambascope.data.errors import DataError
 
 if TYPE_CHECKING:
+    from mambascope.data.digits_datamodule import ScopeDigitsDataModule
+    from mambascope.data.image_datamodule import ImageDataModule
+    from mambascope.data.image_io import open_image
     from mambascope.data.scopedigits import ScopeDigits, ScopeDigitsConfig
 
 _LAZY = {
+    "ImageDataModule": "mambascope.data.image_datamodule",
     "ScopeDigits": "mambascope.data.scopedigits",
     "ScopeDigitsConfig": "mambascope.data.scopedigits",
+    "ScopeDigitsDataModule": "mambascope.data.digits_datamodule",
+    "open_image": "mambascope.data.image_io",
 }
 
-__all__ = ["DataError", "ScopeDigits", "ScopeDigitsConfig"]
+__all__ = ["DataError", "ImageDataModule", "ScopeDigits", "ScopeDigitsConfig", "ScopeDigitsDataModule", "open_image"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,114 @@
+"""What the two data modules share: processes, positions in the epoch, loaders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from mambascope.data.loader import ResumableLoader, StreamLoader
+from mambascope.data.seeding import check_seed
+
+Loader = ResumableLoader | StreamLoader
+
+
+class ResumableDataModule(LightningDataModule):
+    """A data module whose training loader continues where a run stopped.
+
+    Attributes:
+        num_classes: number of classes.
+        in_chans: image channels.
+        img_size: image height and width in pixels.
+        class_names: one name per class, in the order of the labels.
+        mean: per channel, of values in 0–1; subtracted from the images.
+        std: per channel; the images are divided by it.
+    """
+
+    num_classes: int
+    in_chans: int
+    img_size: tuple[int, int]
+    class_names: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __init__(
+        self,
+        batch_size: int,
+        val_batch_size: int | None,
+        num_workers: int,
+        pin_memory: bool | None,
+        drop_last: bool,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {num_workers}")
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
+        self.num_workers, self.drop_last, self.seed = num_workers, drop_last, check_seed(seed)
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._train_loader: Loader | None = None
+        self._wanted: tuple[int, int] | None = None
+
+    def _processes(self) -> tuple[int, int]:
+        """This process's number and the number of processes."""
+        if self.trainer is not None:
+            return self.trainer.global_rank, self.trainer.world_size
+        return 0, 1
+
+    def _batches_trained(self) -> int | None:
+        """Batches of this epoch that the trainer has finished; None when no trainer is at work."""
+        if self.trainer is None or not self.trainer.training:
+            return None
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(progress.processed)  # type: ignore[attr-defined]
+
+    def _make_train_loader(self) -> Loader:
+        raise NotImplementedError
+
+    def _make_val_loader(self) -> Loader:
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Looks at the data, so that errors come before training starts."""
+
+    def train_dataloader(self) -> Loader:
+        """Loader of (images [B, C, H, W] float32, labels [B] int64).
+
+        It has ``state_dict`` and ``load_state_dict``, which Lightning calls, and ``set_epoch`` through its sampler.
+        """
+        self._train_loader = self._make_train_loader()
+        if self._wanted is not None:
+            self._train_loader.set_position(*self._wanted)
+        return self._train_loader
+
+    def val_dataloader(self) -> Loader:
+        """Loader of the validation images, in order; every image is seen once over all processes."""
+        return self._make_val_loader()
+
+    def test_dataloader(self) -> Loader:
+        """The validation images."""
+        return self._make_val_loader()
+
+    def set_position(self, epoch: int, batches_done: int) -> None:
+        """Makes training continue after ``batches_done`` batches of an epoch, in this order and with these keys.
+
+        Lightning's own resume needs no call; this is for loops that keep their position elsewhere.
+        """
+        self._wanted = (epoch, batches_done)
+        if self._train_loader is not None:
+            self._train_loader.set_position(epoch, batches_done)
+
+    def describe(self) -> dict[str, Any]:
+        """What a model must know to be used without this module."""
+        return {
+            "num_classes": self.num_classes,
+            "class_names": self.class_names,
+            "img_size": list(self.img_size),
+            "in_chans": self.in_chans,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }

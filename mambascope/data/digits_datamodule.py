@@ -1,0 +1,96 @@
+"""ScopeDigits for training."""
+
+from __future__ import annotations
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from mambascope.data.datamodule import ResumableDataModule
+from mambascope.data.loader import ResumableLoader
+from mambascope.data.sampling import EpochBatchSampler
+from mambascope.data.scopedigits import CLASS_NAMES, ScopeDigits, ScopeDigitsConfig
+from mambascope.data.sources import KeyedDigits, first
+
+
+class ScopeDigitsDataModule(ResumableDataModule):
+    """The built-in handwritten digits: nothing to download.
+
+    Args:
+        train_length: training images per epoch.
+        val_length: validation images; they are drawn once and kept.
+        digits: appearance and size of the images.
+        fresh_each_epoch: draw new training images in every epoch (from the same 1,347 scans) instead of repeating the
+            first epoch's.
+        batch_size: images per step and process.
+        val_batch_size: images per validation step and process; by default ``batch_size``.
+        num_workers: worker processes; drawing takes about 0.2 ms per 64-pixel image, so 0 is usually best.
+        pin_memory: copy batches to page-locked memory; by default when there is a GPU.
+        drop_last: leave out the training images that fill no whole batch.
+        seed: order of the training images (their content depends on ``digits.seed``).
+
+    Raises:
+        ValueError: for an argument out of range.
+    """
+
+    num_classes = len(CLASS_NAMES)
+    in_chans = 3
+    mean = IMAGENET_DEFAULT_MEAN
+    std = IMAGENET_DEFAULT_STD
+
+    def __init__(
+        self,
+        train_length: int = 6000,
+        val_length: int = 1000,
+        digits: ScopeDigitsConfig | None = None,
+        fresh_each_epoch: bool = True,
+        batch_size: int = 64,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        drop_last: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, val_batch_size, num_workers, pin_memory, drop_last, seed)
+        self.digits = digits or ScopeDigitsConfig()
+        self.fresh_each_epoch = fresh_each_epoch
+        self.class_names = list(CLASS_NAMES)
+        self.img_size = (self.digits.size, self.digits.size)
+        self.train_digits = ScopeDigits("cls", "train", train_length, self.digits)
+        self.val_digits = ScopeDigits("cls", "val", val_length, self.digits)
+
+    def _make_train_loader(self) -> ResumableLoader:
+        rank, world_size = self._processes()
+        if not self.fresh_each_epoch:
+            self.train_digits.preload()
+        return ResumableLoader(
+            KeyedDigits(self.train_digits, self.mean, self.std, self.fresh_each_epoch),
+            EpochBatchSampler(
+                len(self.train_digits),
+                self.batch_size,
+                self.seed,
+                drop_last=self.drop_last,
+                rank=rank,
+                world_size=world_size,
+            ),
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            collate=first,
+            progress=self._batches_trained,
+        )
+
+    def _make_val_loader(self) -> ResumableLoader:
+        rank, world_size = self._processes()
+        self.val_digits.preload()
+        return ResumableLoader(
+            KeyedDigits(self.val_digits, self.mean, self.std),
+            EpochBatchSampler(
+                len(self.val_digits),
+                self.val_batch_size,
+                shuffle=False,
+                drop_last=False,
+                rank=rank,
+                world_size=world_size,
+                even=False,
+            ),
+            pin_memory=self.pin_memory,
+            collate=first,
+        )

@@ -1,0 +1,283 @@
+"""ImageNet and other image data sets on disk, through timm's readers and transforms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+
+from mambascope.data.datamodule import Loader, ResumableDataModule
+from mambascope.data.errors import DataError
+from mambascope.data.loader import ResumableLoader, StreamLoader
+from mambascope.data.readers import adopt_classes, find_split, is_stream, open_folder, open_named
+from mambascope.data.sampling import EpochBatchSampler
+from mambascope.data.sources import ImageSource, KeyedImages, KeyedStream
+
+
+class ImageDataModule(ResumableDataModule):
+    """Images from folders, tar files, WebDataset or Hugging Face data sets, with timm's augmentation.
+
+    Order and augmentation of map-style data are functions of (seed, epoch, position): they depend neither on the number
+    of workers nor on what ran before. Streams (``wds/``, ``tfds/``, ``hfids/``) repeat exactly with the same number of
+    workers; an interrupted epoch reads and drops what it had seen.
+
+    Args:
+        root: folder with one sub-folder (or .tar file) per split; for ``hfds/`` the cache folder.
+        dataset: "folder" (sub-folder per class, a .tar file, or a folder of .tar files), or a timm name such as
+            "hfds/imagenet-1k", "wds/imagenet", "tfds/…", "torch/cifar10".
+        train_split: name of the training split; "training" is tried as well.
+        val_split: name of the validation split; "val", "valid", "eval" and "test" are tried as well.
+        num_classes: number of classes of the model; by default as many as the data have.
+        class_map: text file with one class folder name per line, when the order is not alphabetical.
+        img_size: image side in pixels that the model sees, or (height, width).
+        batch_size: images per step and process.
+        val_batch_size: images per validation step and process; by default ``batch_size``.
+        num_workers: worker processes for each of the loaders.
+        pin_memory: copy batches to page-locked memory; by default when there is a GPU.
+        drop_last: leave out the training images that fill no whole batch.
+        num_aug_repeats: repeated augmentation: how often an image appears in a row of an epoch; 0 or 1 turns it off.
+        scale: range of the cropped share of the area.
+        ratio: range of the crop's aspect ratio.
+        hflip: probability of a horizontal flip.
+        vflip: probability of a vertical flip.
+        color_jitter: strength of colour jitter; ignored by timm when ``auto_augment`` is set.
+        auto_augment: RandAugment or AutoAugment policy; null turns it off.
+        re_prob: probability of random erasing.
+        re_mode: what erased rectangles are filled with.
+        re_count: most rectangles per image.
+        no_aug: resize and crop only, without any random augmentation.
+        interpolation: of the validation images.
+        train_interpolation: of the training crops.
+        crop_pct: share of the resized validation image that the centre crop keeps.
+        mean: per channel, of values in 0–1.
+        std: per channel.
+        skip_bad_files: leave unreadable files out, with a count, instead of stopping at the first.
+        num_samples: training images of a WebDataset that has no index file.
+        download: fetch the data set if its reader can.
+        seed: order and augmentation.
+
+    Raises:
+        ValueError: for an argument out of range.
+        DataError: when the data are missing or do not fit (raised as soon as they are looked at).
+    """
+
+    in_chans = 3
+
+    def __init__(
+        self,
+        root: str,
+        dataset: str = "folder",
+        train_split: str = "train",
+        val_split: str = "validation",
+        num_classes: int | None = None,
+        class_map: str | None = None,
+        img_size: int | tuple[int, int] = 224,
+        batch_size: int = 128,
+        val_batch_size: int | None = None,
+        num_workers: int = 4,
+        pin_memory: bool | None = None,
+        drop_last: bool = True,
+        num_aug_repeats: int = 0,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: float = 0.5,
+        vflip: float = 0.0,
+        color_jitter: float = 0.3,
+        auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+        re_prob: float = 0.25,
+        re_mode: Literal["pixel", "rand", "const"] = "pixel",
+        re_count: int = 1,
+        no_aug: bool = False,
+        interpolation: str = "bicubic",
+        train_interpolation: str = "bicubic",
+        crop_pct: float = 0.875,
+        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+        skip_bad_files: bool = False,
+        num_samples: int | None = None,
+        download: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, val_batch_size, num_workers, pin_memory, drop_last, seed)
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if num_aug_repeats < 0:
+            raise ValueError(f"num_aug_repeats must not be negative, got {num_aug_repeats}")
+        for name, value in (("hflip", hflip), ("vflip", vflip), ("re_prob", re_prob)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
+        if not 0 < crop_pct <= 1:
+            raise ValueError(f"crop_pct must be in (0, 1], got {crop_pct}")
+        self.root, self.dataset, self.train_split, self.val_split = root, dataset, train_split, val_split
+        self.class_map, self.num_samples, self.download = class_map, num_samples, download
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+        if min(self.img_size) < 1:
+            raise ValueError(f"img_size must be positive, got {img_size}")
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.repeats = max(1, num_aug_repeats)
+        self.skip_bad_files = skip_bad_files
+        self._wanted_classes = num_classes
+        self._augmentation: dict[str, Any] = {
+            "scale": scale,
+            "ratio": ratio,
+            "hflip": hflip,
+            "vflip": vflip,
+            "color_jitter": color_jitter,
+            "auto_augment": auto_augment,
+            "re_prob": re_prob,
+            "re_mode": re_mode,
+            "re_count": re_count,
+            "no_aug": no_aug,
+            "interpolation": train_interpolation,
+        }
+        self._eval_options: dict[str, Any] = {"interpolation": interpolation, "crop_pct": crop_pct}
+        self._opened: dict[str, Any] = {}
+        self._classes: dict[str, int] = {}
+
+    @property
+    def streams(self) -> bool:
+        """Whether the data come as a stream."""
+        return is_stream(self.dataset)
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]
+        """Number of classes: as asked for, or as many as the data have."""
+        if self._wanted_classes is not None:
+            return self._wanted_classes
+        self._open("train")
+        if not self._classes:
+            raise DataError(f"data set {self.dataset} does not say how many classes it has: pass num_classes")
+        return max(self._classes.values()) + 1
+
+    @property
+    def class_names(self) -> list[str]:  # type: ignore[override]
+        """One name per class; numbers where the data have no names."""
+        self._open("train")
+        names = [str(number) for number in range(self.num_classes)]
+        for name, number in self._classes.items():
+            if number < len(names):
+                names[number] = name
+        return names
+
+    def prepare_data(self) -> None:
+        """Downloads what is to be downloaded, in one process."""
+        if self.download and self.dataset != "folder":
+            self._open_named(self.train_split, True, 0)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the splits and checks them against each other and against ``num_classes``."""
+        self._open("train")
+        self._open("val")
+
+    def _open_named(self, split: str, is_training: bool, epoch: int) -> Any:
+        return open_named(
+            self.dataset,
+            self.root,
+            split,
+            is_training,
+            self.batch_size if is_training else self.val_batch_size,
+            # other orders in other epochs, also where a reader ignores set_epoch
+            self.seed + 1_000_003 * epoch,
+            self.num_samples if is_training else None,
+            self.class_map,
+            self.download,
+        )
+
+    def _open(self, which: Literal["train", "val"]) -> Any:
+        """The rows of a split (streams are opened once here for their size and class names)."""
+        if which in self._opened:
+            return self._opened[which]
+        split = self.train_split if which == "train" else self.val_split
+        if self.dataset == "folder":
+            path = find_split(Path(self.root), split)
+            rows, classes = open_folder(path, self.class_map)
+            if which == "val":
+                self._open("train")
+                adopt_classes(rows, classes, self._classes, path)
+        else:
+            rows = self._open_named(split, which == "train", 0)
+            source = getattr(rows, "reader", rows)
+            classes = dict(getattr(source, "class_to_idx", None) or {})
+        if which == "train":
+            self._check_classes(classes)
+            self._classes = classes
+        self._opened[which] = rows
+        return rows
+
+    def _check_classes(self, classes: dict[str, int]) -> None:
+        if self._wanted_classes is None or not classes:
+            return
+        count = max(classes.values()) + 1
+        if count > self._wanted_classes:
+            extra = sorted(name for name, number in classes.items() if number >= self._wanted_classes)
+            raise DataError(
+                f"the data in {self.root} have {count} classes, but num_classes is {self._wanted_classes} "
+                f"(the first class too many is {extra[0]!r})"
+            )
+
+    def train_transform(self) -> Callable[[Any], Any]:
+        """Random augmentation: RGB picture to tensor [3, H, W]."""
+        size = (3, *self.img_size)
+        return create_transform(size, is_training=True, mean=self.mean, std=self.std, **self._augmentation)
+
+    def val_transform(self) -> Callable[[Any], Any]:
+        """Resize and centre crop: RGB picture to tensor [3, H, W]."""
+        return create_transform((3, *self.img_size), mean=self.mean, std=self.std, **self._eval_options)
+
+    def _make_train_loader(self) -> Loader:
+        return self._stream_loader(True) if self.streams else self._row_loader(True)
+
+    def _make_val_loader(self) -> Loader:
+        return self._stream_loader(False) if self.streams else self._row_loader(False)
+
+    def _row_loader(self, training: bool) -> ResumableLoader:
+        rank, world_size = self._processes()
+        source = ImageSource(self._open("train" if training else "val"), self.num_classes)
+        transform = self.train_transform() if training else self.val_transform()
+        sampler = EpochBatchSampler(
+            len(source),
+            self.batch_size if training else self.val_batch_size,
+            self.seed,
+            shuffle=training,
+            drop_last=training and self.drop_last,
+            repeats=self.repeats if training else 1,
+            rank=rank,
+            world_size=world_size,
+            even=training,
+        )
+        return ResumableLoader(
+            KeyedImages(source, transform, self.seed, self.skip_bad_files, replace=training),
+            sampler,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            progress=self._batches_trained if training else None,
+        )
+
+    def _stream_loader(self, training: bool) -> StreamLoader:
+        rank, _ = self._processes()
+        transform = self.train_transform() if training else self.val_transform()
+        split = self.train_split if training else self.val_split
+
+        def opened(epoch: int) -> Any:
+            stream = self._open_named(split, training, epoch if training else 0)
+            stream.set_loader_cfg(num_workers=self.num_workers)
+            stream.set_epoch(epoch if training else 0)
+            return stream
+
+        def factory(epoch: int) -> KeyedStream:
+            return KeyedStream(opened(epoch), transform, self.num_classes, self.seed, epoch, rank)
+
+        batch_size = self.batch_size if training else self.val_batch_size
+        return StreamLoader(
+            factory,
+            max(1, math.ceil(len(opened(0)) / batch_size)),
+            batch_size,
+            self.seed,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            drop_last=training and self.drop_last,
+            progress=self._batches_trained if training else None,
+        )
