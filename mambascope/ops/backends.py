@@ -186,25 +186,56 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def _any(request: Request) -> str | None:
-    if request.op not in OPS:
-        return f"has no {request.op}"
-    return None
+def _torch_why_not(request: Request) -> str | None:
+    return None if request.op in OPS else f"has no {request.op}"
 
 
-_SCAN, _CONV = "mambascope.ops.selective_scan", "mambascope.ops.causal_conv1d"
+def _native_why_not(request: Request) -> str | None:
+    if request.device != "cpu":
+        return "runs on CPU only"
+    try:
+        from mambascope.ops import native
+    except ImportError as error:
+        return f"not installed: {error}"
+    if request.op == "scan":
+        return native.supports(request.dtype, N=request.size)
+    if request.op == "conv":
+        return native.supports_conv(request.dtype, request.size)
+    return native.supports_norm(request.dtype) if request.op == "norm" else f"has no {request.op}"
+
+
+def _native_note() -> str:
+    if _native_why_not(Request("norm", "cpu", torch.float32)) is not None:
+        return ""
+    from mambascope.ops import native
+
+    info = native.info()
+    threads = "OpenMP" if info["openmp"] else "std::thread"
+    return f"compiled kernels, level {info['isa']}, {info['lanes']} lanes, {info['threads']} threads ({threads})"
+
+
+_SCAN, _CONV, _NORM = "mambascope.ops.selective_scan", "mambascope.ops.causal_conv1d", "mambascope.ops.norm"
+register(
+    Backend(
+        "cpu",
+        _native_why_not,
+        {"scan": f"{_SCAN}.native", "conv": f"{_CONV}.native", "norm": f"{_NORM}_native"},
+        auto=("cpu",),
+        note=_native_note,
+    )
+)
 register(
     Backend(
         "torch",
-        _any,
-        {"scan": f"{_SCAN}.chunked", "conv": f"{_CONV}.depthwise", "norm": "mambascope.ops.norm_torch"},
+        _torch_why_not,
+        {"scan": f"{_SCAN}.chunked", "conv": f"{_CONV}.depthwise", "norm": f"{_NORM}_torch"},
         auto=("*",),
     )
 )
 register(
     Backend(
         "reference",
-        _any,
-        {"scan": f"{_SCAN}.reference", "conv": f"{_CONV}.reference", "norm": "mambascope.ops.norm_torch"},
+        _torch_why_not,
+        {"scan": f"{_SCAN}.reference", "conv": f"{_CONV}.reference", "norm": f"{_NORM}_torch"},
     )
 )

@@ -30,7 +30,7 @@ def _norm_fake(
     return (
         hidden.new_empty(hidden.shape, dtype=out_dtype),
         hidden.new_empty(hidden.shape, dtype=dtype),
-        hidden.new_empty((*hidden.shape[:-1], 1), dtype=dtype),
+        hidden.new_empty(hidden.shape[:-1], dtype=dtype),
     )
 
 

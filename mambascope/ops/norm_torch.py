@@ -11,14 +11,14 @@ from mambascope.ops.selective_scan.common import state_dtype
 def norm_forward(
     hidden: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``r = residual + hidden``; returns ``r * rstd * weight`` in `out_dtype`, ``r`` and ``rstd`` [..., 1]."""
+    """``r = residual + hidden``; returns ``r * rstd * weight`` in `out_dtype`, ``r`` [..., D] and ``rstd`` [...]."""
     dtype = state_dtype(hidden.dtype)
     if residual is None:
         total = hidden.to(dtype, copy=True, memory_format=torch.contiguous_format)
     else:
         total = torch.add(residual.to(dtype), hidden.to(dtype)).contiguous()
-    rstd = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
-    return (total * rstd * weight.to(dtype)).to(out_dtype), total, rstd
+    rstd = torch.rsqrt(total.square().mean(-1) + eps)
+    return (total * rstd[..., None] * weight.to(dtype)).to(out_dtype), total, rstd
 
 
 def norm_backward(
@@ -30,8 +30,8 @@ def norm_backward(
         d_total = torch.zeros_like(total) if grad_total is None else grad_total.to(dtype, copy=True)
         return d_total.contiguous(), torch.zeros_like(weight)
     g = grad_normed.to(dtype)
-    unit = total * rstd
+    unit = total * rstd[..., None]
     d_weight = (g * unit).reshape(-1, width).sum(0).to(weight.dtype)
     g = g * weight.to(dtype)
-    d_total = rstd * (g - unit * (g * unit).mean(-1, keepdim=True))
+    d_total = rstd[..., None] * (g - unit * (g * unit).mean(-1, keepdim=True))
     return (d_total if grad_total is None else d_total + grad_total.to(dtype)).contiguous(), d_weight

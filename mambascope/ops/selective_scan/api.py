@@ -101,7 +101,7 @@ def selective_scan(
     tensors = (x, dt, A, B, C, D, z, dt_weight, dt_bias)
     grad = needs_grad(*tensors)
     chosen = resolve("scan", backend, x.device.type, x.dtype, states)
-    y, _ = call(SCAN, grad, *tensors, dt_softplus, reverse, chosen, grad)
+    y, *_ = call(SCAN, grad, *tensors, dt_softplus, reverse, chosen, grad)
     return y
 
 
@@ -179,7 +179,7 @@ def bidirectional_scan(
     tensors = (*_operands(forward), *_operands(backward), z)
     grad = needs_grad(*tensors)
     chosen = resolve("scan", backend, forward.x.device.type, forward.x.dtype, states)
-    out, score, _ = call(BIDIRECTIONAL, grad, *tensors, float(scale), chosen, grad, return_score)
+    out, score, *_ = call(BIDIRECTIONAL, grad, *tensors, float(scale), chosen, grad, return_score)
     return (out, score) if return_score else out
 
 

@@ -14,6 +14,7 @@ B is the number of images in a block; [L, S, B, ...] is called time-major, index
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,10 +23,11 @@ from torch import Tensor
 
 from mambascope.ops.selective_scan.common import (
     STATE_INTERVAL,
+    Kept,
     ScanGrads,
     ScanSide,
+    new_kept,
     state_dtype,
-    states_shape,
     step_sizes,
 )
 
@@ -78,7 +80,8 @@ def _walk_forward(dt: Tensor, du: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, sta
         A: [S, 1, N, E].
         Bm: [L, S, B, N].
         Cm: [L, S, B, N].
-        states: Where to put the state before every STATE_INTERVAL-th token [S, ceil(L / STATE_INTERVAL), B, N, E].
+        states: Where to put the state before every STATE_INTERVAL-th token but the first [S, (L - 1) // STATE_INTERVAL,
+            B, N, E].
 
     Returns:
         ``h_t . C_t`` [L, S, B, E].
@@ -95,8 +98,8 @@ def _walk_forward(dt: Tensor, du: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, sta
         stop = min(start + chunk, length)
         k = stop - start
         rows = k * sides * batch
-        if states is not None and start % STATE_INTERVAL == 0:
-            states[:, start // STATE_INTERVAL] = state_t[0]
+        if states is not None and start and start % STATE_INTERVAL == 0:
+            states[:, start // STATE_INTERVAL - 1] = state_t[0]
         torch.mul(dt[start:stop, :, :, None], A, out=decay[:k]).exp_()
         torch.mul(du[start:stop, :, :, None], Bm[start:stop, ..., None], out=state[1 : k + 1])
         for t in range(k):
@@ -112,15 +115,14 @@ def _walk_forward(dt: Tensor, du: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, sta
 
 
 def _walk_backward(
-    dy: Tensor, dt: Tensor, du: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, states: Tensor, y: Tensor | None
+    dy: Tensor, dt: Tensor, du: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Runs the recurrence of the gradients ``g_t = dL/dh_t`` from the last token of the walk to the first.
 
     Args:
         dy: Gradient of ``h_t . C_t`` [L, S, B, E].
         dt, du, A, Bm, Cm: As for :func:`_walk_forward`.
-        states: [S, ceil(L / STATE_INTERVAL), B, N, E].
-        y: If given, receives ``h_t . C_t`` again [L, S, B, E] (the gradient of a gate needs it).
+        states: What :func:`_walk_forward` put there.
 
     Returns:
         Gradients of dt through the decay only and of du [L, S, B, E], of A [S, N, E], of B and C [L, S, B, N].
@@ -144,7 +146,10 @@ def _walk_backward(
         rows = k * sides * batch
         dt_k = dt[start:stop, :, :, None]
         torch.mul(dt_k, A, out=decay[:k]).exp_()
-        state_t[0].copy_(states[:, start // STATE_INTERVAL])
+        if start:
+            state_t[0].copy_(states[:, start // STATE_INTERVAL - 1])
+        else:
+            state_t[0].zero_()
         torch.mul(du[start:stop, :, :, None], Bm[start:stop, ..., None], out=state[1 : k + 1])
         for t in range(k):
             state_t[t + 1].addcmul_(decay_t[t], state_t[t])
@@ -155,8 +160,6 @@ def _walk_backward(
         torch.mul(decay_t[0], grad_t[0], out=carry)
 
         state_k, grad_k = state[1 : k + 1].view(rows, n, width), grad[:k].view(rows, n, width)
-        if y is not None:
-            torch.bmm(Cm[start:stop].view(rows, 1, n), state_k, out=y[start:stop].view(rows, 1, width))
         torch.bmm(state_k, dy[start:stop].view(rows, width, 1), out=dC[start:stop].view(rows, n, 1))
         torch.bmm(grad_k, du[start:stop].view(rows, width, 1), out=dB[start:stop].view(rows, n, 1))
         torch.bmm(Bm[start:stop].view(rows, 1, n), grad_k, out=ddu[start:stop].view(rows, 1, width))
@@ -175,6 +178,13 @@ def _sum_rows(t_BLE: Tensor) -> Tensor:
     return (rows.new_ones(1, rows.shape[0]) @ rows)[0]
 
 
+def _states(kept: Kept, sides: Sequence[ScanSide]) -> Tensor:
+    """The kept states as [S, (L - 1) // STATE_INTERVAL, B, N, E]."""
+    (batch, length, width), n = sides[0].x.shape, sides[0].A.shape[1]
+    shape = (len(sides), (length - 1) // STATE_INTERVAL, batch, n, width)
+    return kept.states[: math.prod(shape)].view(shape)
+
+
 def _empty(like: Tensor) -> Tensor:
     """Uninitialised, contiguous even where `like` is a strided view."""
     return like.new_empty(like.shape)
@@ -186,16 +196,17 @@ def scan_forward(
     *,
     scale: float,
     dt_softplus: bool,
-    save_states: bool,
+    save: bool,
     return_score: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``scale * sum_i(y_i) * SiLU(z)`` [B, L, E], the score [B, L] and the kept states, the latter two if asked for."""
+) -> tuple[Tensor, Tensor | None, Kept | None]:
+    """``scale * sum_i(y_i) * SiLU(z)`` [B, L, E], and if asked for the score [B, L] and what the backward pass uses."""
     x = sides[0].x
     batch, length, width = x.shape
     n, dtype = sides[0].A.shape[1], state_dtype(x.dtype)
     out = torch.empty(batch, length, width, dtype=x.dtype, device=x.device)
     score = out.new_empty(batch, length, dtype=dtype) if return_score else None
-    states = out.new_empty(states_shape(len(sides), x.shape, n), dtype=dtype) if save_states else None
+    kept = new_kept(len(sides), x, n, z is not None) if save else None
+    states = None if kept is None else _states(kept, sides)
     A = _stack_A(sides, dtype)
     for block in _blocks(batch, 8 * len(sides) * n * width):
         x_i = [side.x[block].to(dtype) for side in sides]
@@ -206,12 +217,14 @@ def scan_forward(
         Bm, Cm = (_time_major([getattr(s, m)[block].to(dtype) for s in sides], sides) for m in ("B", "C"))
         y = _walk_forward(dt, du, A, Bm, Cm, None if states is None else states[:, :, block])
         total = _total(y, x_i, sides)
+        if kept is not None and kept.total.numel():
+            kept.total[block] = total
         if score is not None:
             torch.amax(total, -1, out=score[block])
         if scale != 1.0:
             total = total * scale
         out[block] = total if z is None else total * F.silu(z[block].to(dtype))
-    return out, score, states
+    return out, score, kept
 
 
 def _total(y: Tensor, x_i: Sequence[Tensor], sides: Sequence[ScanSide]) -> Tensor:
@@ -229,18 +242,17 @@ def scan_backward(
     grad: Tensor,
     sides: Sequence[ScanSide],
     z: Tensor | None,
-    states: Tensor | None,
+    kept: Kept | None,
     *,
     scale: float,
     dt_softplus: bool,
 ) -> tuple[list[ScanGrads], Tensor | None]:
-    """Gradients of every side and of `z`; without `states` the forward walk runs again first."""
-    if states is None:
-        _, _, states = scan_forward(
-            sides, None, scale=1.0, dt_softplus=dt_softplus, save_states=True, return_score=False
-        )
-        assert states is not None
+    """Gradients of every side and of `z`; without `kept` the forward walk runs again first."""
     x = sides[0].x
+    if kept is None:
+        _, _, kept = scan_forward(sides, z, scale=1.0, dt_softplus=dt_softplus, save=True, return_score=False)
+        assert kept is not None
+    states = _states(kept, sides)
     batch, _, width = x.shape
     n, dtype = sides[0].A.shape[1], state_dtype(x.dtype)
     A = _stack_A(sides, dtype)
@@ -258,8 +270,7 @@ def scan_backward(
         du = _time_major([d * xi for d, xi in zip(dt_i, x_i, strict=True)], sides)
         dy = _time_major([dy_block] * len(sides), sides)
         Bm, Cm = (_time_major([getattr(s, m)[block].to(dtype) for s in sides], sides) for m in ("B", "C"))
-        y = None if z is None else torch.empty_like(dt)
-        ddt_t, ddu_t, dA_block, dB_t, dC_t = _walk_backward(dy, dt, du, A, Bm, Cm, states[:, :, block], y)
+        ddt_t, ddu_t, dA_block, dB_t, dC_t = _walk_backward(dy, dt, du, A, Bm, Cm, states[:, :, block])
         dA += dA_block
         for i, side in enumerate(sides):
             ddu_i, ddt_b = _image_major(ddu_t, i, side), _image_major(ddt_t, i, side)
@@ -279,10 +290,10 @@ def scan_backward(
                 ddt_b = ddt_b @ side.dt_weight.to(dtype)
             dx[i][block], ddt[i][block] = dx_b, ddt_b
             dB[i][block], dC[i][block] = _image_major(dB_t, i, side), _image_major(dC_t, i, side)
-        if z is not None and dz is not None and y is not None:
+        if z is not None and dz is not None:
             z_b = z[block].to(dtype)
             sig = torch.sigmoid(z_b)
-            dz[block] = g * _total(y, x_i, sides) * sig * (1 + z_b * (1 - sig))
+            dz[block] = g * kept.total[block].to(dtype) * sig * (1 + z_b * (1 - sig))
     grads = [
         ScanGrads(
             x=dx[i],

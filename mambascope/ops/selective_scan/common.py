@@ -29,6 +29,7 @@ class ScanSide(NamedTuple):
         dt_weight: [E, R] or ``None``.
         dt_bias: [E] or ``None``.
         reverse: Walk from the last token.
+        proj: If given, the [B, L, R + 2N] tensor whose columns `dt`, `B` and `C` are.
     """
 
     x: Tensor
@@ -40,19 +41,38 @@ class ScanSide(NamedTuple):
     dt_weight: Tensor | None
     dt_bias: Tensor | None
     reverse: bool
+    proj: Tensor | None = None
 
 
 class ScanGrads(NamedTuple):
-    """Gradients of the tensors of a :class:`ScanSide`, each in the dtype of its tensor; ``None`` where that is."""
+    """Gradients of the tensors of a :class:`ScanSide`, each in the dtype of its tensor; ``None`` where that is.
+
+    A backend may give the gradient of `proj` instead of those of `dt`, `B` and `C`, if it was given `proj`.
+    """
 
     x: Tensor
-    dt: Tensor
+    dt: Tensor | None
     A: Tensor
-    B: Tensor
-    C: Tensor
+    B: Tensor | None
+    C: Tensor | None
     D: Tensor | None
     dt_weight: Tensor | None
     dt_bias: Tensor | None
+    proj: Tensor | None = None
+
+
+class Kept(NamedTuple):
+    """What a forward pass keeps for its backward pass besides the inputs.
+
+    Attributes:
+        states: Flat buffer of :func:`states_numel` numbers in the state's dtype, laid out as the backend likes: the
+            state before every STATE_INTERVAL-th token of a walk, without the zero state at its start. Empty if nothing
+            was kept or nothing needs to be.
+        total: Sum of the directions before gate and scale [B, L, E], in the dtype of x; empty without a gate.
+    """
+
+    states: Tensor
+    total: Tensor
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,14 +80,18 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def states_shape(sides: int, x_shape: Sequence[int], states: int) -> tuple[int, int, int, int, int]:
-    """Shape of the kept states: [sides, ceil(L / STATE_INTERVAL), B, N, E].
-
-    Entry i of a side is its state before token ``i * STATE_INTERVAL`` of its walk. A backend may order the last four
-    axes otherwise: only its own backward pass reads them.
-    """
+def states_numel(sides: int, x_shape: Sequence[int], states: int) -> int:
+    """Size of ``Kept.states``; E and N are rounded up to 16 because compiled kernels pad them."""
     batch, length, width = x_shape
-    return (sides, (length + STATE_INTERVAL - 1) // STATE_INTERVAL, batch, states, width)
+    return sides * ((length - 1) // STATE_INTERVAL) * batch * (-(-width // 16) * 16) * (-(-states // 16) * 16)
+
+
+def new_kept(sides: int, x: Tensor, states: int, gated: bool) -> Kept:
+    """Uninitialised buffers for a forward pass to fill."""
+    return Kept(
+        x.new_empty(states_numel(sides, x.shape, states), dtype=state_dtype(x.dtype)),
+        x.new_empty(x.shape if gated else (0,)),
+    )
 
 
 def step_sizes(

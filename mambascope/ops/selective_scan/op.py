@@ -1,7 +1,8 @@
 """The scan as dispatcher operators with backward passes that are operators themselves.
 
-``save_states`` asks for the states that the backward pass starts its chunks from. Without them (inference, or a caller
-of the raw operator who did not ask) the results hold an empty tensor instead, and a backward pass walks forward again.
+``save`` asks for what the backward pass can use: the states that its chunks start from and the sum before the gate.
+Without it (inference, or a caller of the raw operator who did not ask) the results hold empty tensors instead, and a
+backward pass walks forward again.
 
 Shape letters: B batch, L tokens, E inner width, N states, R dt rank.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from mambascope.ops._library import absent, define, dense, differentiable, given, present
 from mambascope.ops.backends import implementation
-from mambascope.ops.selective_scan.common import ScanGrads, ScanSide, state_dtype, states_shape
+from mambascope.ops.selective_scan.common import STATE_INTERVAL, Kept, ScanGrads, ScanSide, new_kept, state_dtype
 
 _ONE = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_weight, Tensor? dt_bias, "
@@ -42,18 +43,23 @@ def _split(proj: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _side(tensors: Sequence[Tensor], reverse: bool) -> ScanSide:
     x, proj, w, bias, A, D = tensors
-    dt, b, c = _split(dense(proj), w.shape[1])
-    return ScanSide(dense(x), dt, A, b, c, D, w, bias, reverse)
+    proj = dense(proj)
+    dt, b, c = _split(proj, w.shape[1])
+    return ScanSide(dense(x), dt, A, b, c, D, w, bias, reverse, proj)
 
 
-def _states(states: Tensor | None, sides: int, x: Tensor, n: int) -> Tensor:
-    """States as the fake implementation promises them, also from a backend that keeps none."""
-    shape = states_shape(sides, x.shape, n)
-    return x.new_zeros(shape, dtype=state_dtype(x.dtype)) if states is None else states.view(shape)
+def _nothing(x: Tensor) -> Kept:
+    return Kept(x.new_empty(0, dtype=state_dtype(x.dtype)), x.new_empty(0))
 
 
-def _fake_states(save: bool, sides: int, x: Tensor, n: int) -> Tensor:
-    return x.new_empty(states_shape(sides, x.shape, n) if save else (0,), dtype=state_dtype(x.dtype))
+def _fake_kept(save: bool, sides: int, x: Tensor, n: int, gated: bool) -> Kept:
+    return new_kept(sides, x, n, gated) if save else _nothing(x)
+
+
+def _reuse(states: Tensor, total: Tensor, x: Tensor, gated: bool) -> Kept | None:
+    """What the forward pass kept, or None if it was not asked to keep anything that is needed."""
+    needed = x.shape[1] > STATE_INTERVAL
+    return None if (needed and not states.numel()) or (gated and not total.numel()) else Kept(states, total)
 
 
 def _scan(
@@ -69,23 +75,24 @@ def _scan(
     dt_softplus: bool,
     reverse: bool,
     backend: str,
-    save_states: bool,
-) -> tuple[Tensor, Tensor]:
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     n = A.shape[1]
     side = ScanSide(dense(x), dense(dt), A, dense(B), dense(C), D, dt_weight, dt_bias, reverse)
-    y, _, states = implementation("scan", backend, x, n).scan_forward(
-        (side,), _optional(z), scale=1.0, dt_softplus=dt_softplus, save_states=save_states, return_score=False
+    y, _, kept = implementation("scan", backend, x, n).scan_forward(
+        (side,), _optional(z), scale=1.0, dt_softplus=dt_softplus, save=save, return_score=False
     )
-    return y, _states(states, 1, x, n) if save_states else x.new_empty(0, dtype=state_dtype(x.dtype))
+    return y, *(kept or _nothing(x))
 
 
-def _scan_fake(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _fake_states(rest[-1], 1, x, A.shape[1])
+def _scan_fake(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), *_fake_kept(rest[-1], 1, x, A.shape[1], rest[3] is not None)
 
 
 def _scan_backward(
     grad: Tensor,
     states: Tensor,
+    total: Tensor,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -104,7 +111,7 @@ def _scan_backward(
         grad.contiguous(),
         (side,),
         _optional(z),
-        states if states.numel() else None,
+        _reuse(states, total, x, z is not None),
         scale=1.0,
         dt_softplus=dt_softplus,
     )
@@ -115,30 +122,30 @@ def _like(tensor: Tensor | None, x: Tensor) -> Tensor:
     return absent(x) if tensor is None else tensor.new_empty(tensor.shape)
 
 
-def _scan_backward_fake(grad: Tensor, states: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _scan_backward_fake(grad: Tensor, states: Tensor, total: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(_like(t, x) for t in (x, *rest[:8]))
 
 
-SCAN = define(f"selective_scan({_ONE}, bool save_states) -> (Tensor, Tensor)", _scan, _scan_fake)
+SCAN = define(f"selective_scan({_ONE}, bool save) -> (Tensor, Tensor, Tensor)", _scan, _scan_fake)
 SCAN_BACKWARD = define(
-    f"selective_scan_backward(Tensor grad, Tensor states, {_ONE}) -> ({', '.join(['Tensor'] * 9)})",
+    f"selective_scan_backward(Tensor grad, Tensor states, Tensor total, {_ONE}) -> ({', '.join(['Tensor'] * 9)})",
     _scan_backward,
     _scan_backward_fake,
 )
 
 
-def _scan_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _scan_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.dt_softplus, ctx.reverse, ctx.backend, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], *tensors)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:], *tensors)
 
 
-def _scan_autograd(ctx: Any, grad: Tensor | None, _: Any) -> tuple:
+def _scan_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
     if grad is None:
         return (None,) * 13
-    states, *tensors = ctx.saved_tensors
-    grads = SCAN_BACKWARD(grad, states, *tensors, ctx.dt_softplus, ctx.reverse, ctx.backend)
+    states, total, *tensors = ctx.saved_tensors
+    grads = SCAN_BACKWARD(grad, states, total, *tensors, ctx.dt_softplus, ctx.reverse, ctx.backend)
     return (*given(tensors, grads), None, None, None, None)
 
 
@@ -149,36 +156,34 @@ def _two_sides(tensors: Sequence[Tensor]) -> tuple[ScanSide, ScanSide]:
     return _side(tensors[:6], reverse=False), _side(tensors[6:], reverse=True)
 
 
-def _bidirectional(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, z, scale, backend, save_states, return_score = args
+def _bidirectional(*args: Any) -> tuple[Tensor, ...]:
+    *tensors, z, scale, backend, save, return_score = args
     x, n = tensors[0], tensors[4].shape[1]
-    dtype = state_dtype(x.dtype)
-    out, score, states = implementation("scan", backend, x, n).scan_forward(
+    out, score, kept = implementation("scan", backend, x, n).scan_forward(
         _two_sides(tensors),
         _optional(z),
         scale=scale,
         dt_softplus=True,
-        save_states=save_states,
+        save=save,
         return_score=return_score,
     )
-    empty = x.new_empty(0, dtype=dtype)
-    return out, empty if score is None else score, _states(states, 2, x, n) if save_states else empty.clone()
+    return out, x.new_empty(0, dtype=state_dtype(x.dtype)) if score is None else score, *(kept or _nothing(x))
 
 
-def _bidirectional_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, n, (save_states, return_score) = args[0], args[4].shape[1], args[-2:]
+def _bidirectional_fake(*args: Any) -> tuple[Tensor, ...]:
+    x, n, gated, (save, return_score) = args[0], args[4].shape[1], args[12] is not None, args[-2:]
     score = x.new_empty(x.shape[:2] if return_score else (0,), dtype=state_dtype(x.dtype))
-    return x.new_empty(x.shape), score, _fake_states(save_states, 2, x, n)
+    return x.new_empty(x.shape), score, *_fake_kept(save, 2, x, n, gated)
 
 
-def _bidirectional_backward(grad: Tensor, states: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _bidirectional_backward(grad: Tensor, states: Tensor, total: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *tensors, z, scale, backend = args
     x = tensors[0]
     grads, dz = implementation("scan", backend, x, tensors[4].shape[1]).scan_backward(
         grad.contiguous(),
         _two_sides(tensors),
         _optional(z),
-        states if states.numel() else None,
+        _reuse(states, total, x, z is not None),
         scale=scale,
         dt_softplus=True,
     )
@@ -187,37 +192,44 @@ def _bidirectional_backward(grad: Tensor, states: Tensor, *args: Any) -> tuple[T
 
 def _flat(g: ScanGrads, x: Tensor) -> tuple[Tensor, ...]:
     """Gradients in the order of the operator's arguments; the columns of ``proj`` are put together again."""
-    return g.x, torch.cat([g.dt, g.B, g.C], -1), *(present(t, x) for t in (g.dt_weight, g.dt_bias, g.A, g.D))
+    if g.proj is None:
+        assert g.dt is not None
+        assert g.B is not None
+        assert g.C is not None
+        proj = torch.cat([g.dt, g.B, g.C], -1)
+    else:
+        proj = g.proj
+    return g.x, proj, *(present(t, x) for t in (g.dt_weight, g.dt_bias, g.A, g.D))
 
 
-def _bidirectional_backward_fake(grad: Tensor, states: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _bidirectional_backward_fake(grad: Tensor, states: Tensor, total: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(_like(t, args[0]) for t in args[:13])
 
 
 BIDIRECTIONAL = define(
-    f"bidirectional_scan({_TWO}, bool save_states, bool return_score) -> (Tensor, Tensor, Tensor)",
+    f"bidirectional_scan({_TWO}, bool save, bool return_score) -> (Tensor, Tensor, Tensor, Tensor)",
     _bidirectional,
     _bidirectional_fake,
 )
 BIDIRECTIONAL_BACKWARD = define(
-    f"bidirectional_scan_backward(Tensor grad, Tensor states, {_TWO}) -> ({', '.join(['Tensor'] * 13)})",
+    f"bidirectional_scan_backward(Tensor grad, Tensor states, Tensor total, {_TWO}) -> ({', '.join(['Tensor'] * 13)})",
     _bidirectional_backward,
     _bidirectional_backward_fake,
 )
 
 
-def _bidirectional_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _bidirectional_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.scale, ctx.backend, _, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1], output[2])
-    ctx.save_for_backward(output[2], *tensors)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[2:], *tensors)
 
 
 def _bidirectional_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
     if grad is None:
         return (None,) * 17
-    states, *tensors = ctx.saved_tensors
-    grads = BIDIRECTIONAL_BACKWARD(grad, states, *tensors, ctx.scale, ctx.backend)
+    states, total, *tensors = ctx.saved_tensors
+    grads = BIDIRECTIONAL_BACKWARD(grad, states, total, *tensors, ctx.scale, ctx.backend)
     return (*given(tensors, grads), None, None, None, None)
 
 

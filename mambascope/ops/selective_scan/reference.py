@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambascope.ops.selective_scan.common import ScanGrads, ScanSide, state_dtype, step_sizes
+from mambascope.ops.selective_scan.common import Kept, ScanGrads, ScanSide, new_kept, state_dtype, step_sizes
+
+_TENSORS = tuple(name for name in ScanGrads._fields if name != "proj")
 
 
 def scan_reference(side: ScanSide, *, dt_softplus: bool = True) -> Tensor:
@@ -58,25 +60,28 @@ def scan_forward(
     *,
     scale: float,
     dt_softplus: bool,
-    save_states: bool,
+    save: bool,
     return_score: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Output [B, L, E], score [B, L] if asked for, and no states: the backward pass starts from scratch."""
+) -> tuple[Tensor, Tensor | None, Kept | None]:
+    """Output [B, L, E] and score [B, L] if asked for. What is kept is unused: the backward pass starts from scratch."""
     out, total = gated_sum_reference(sides, z, scale=scale, dt_softplus=dt_softplus)
-    return out, total.amax(-1) if return_score else None, None
+    kept = new_kept(len(sides), sides[0].x, sides[0].A.shape[1], z is not None) if save else None
+    for buffer in kept or ():
+        buffer.zero_()
+    return out, total.amax(-1) if return_score else None, kept
 
 
 def scan_backward(
     grad: Tensor,
     sides: Sequence[ScanSide],
     z: Tensor | None,
-    states: Tensor | None,
+    kept: Kept | None,
     *,
     scale: float,
     dt_softplus: bool,
 ) -> tuple[list[ScanGrads], Tensor | None]:
     """Gradients of every side and of `z` by differentiating the loop."""
-    slots = [(i, name) for i, side in enumerate(sides) for name in ScanGrads._fields if getattr(side, name) is not None]
+    slots = [(i, name) for i, side in enumerate(sides) for name in _TENSORS if getattr(side, name) is not None]
     primals = [getattr(sides[i], name) for i, name in slots] + ([] if z is None else [z])
 
     def run(*tensors: Tensor) -> Tensor:
@@ -89,7 +94,7 @@ def scan_backward(
     # vjp, not autograd.grad: inside an operator the dispatcher has switched autograd off
     pullback = torch.func.vjp(run, *primals)[1]
     found = [g.contiguous() for g in pullback(grad)]
-    grads: list[dict[str, Tensor | None]] = [dict.fromkeys(ScanGrads._fields) for _ in sides]
+    grads: list[dict[str, Tensor | None]] = [dict.fromkeys(_TENSORS) for _ in sides]
     for (i, name), value in zip(slots, found, strict=False):
         grads[i][name] = value
     return [ScanGrads(**g) for g in grads], None if z is None else found[-1]  # type: ignore[arg-type]
