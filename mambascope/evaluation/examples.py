@@ -6,21 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mambascope.evaluation.collect import evaluating, model_device
+from mambascope.evaluation.inference import preprocessing
 from mambascope.models.exit import confidence
 from mambascope.models.scope import MambaScope, ScopeOutput
 from mambascope.plotting import Example
-
-
-def normalisation(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation per channel that the model's input was normalised with."""
-    stored = getattr(model, "description", {}).get("transform") or {}
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    mean = stored.get("mean") or cfg.get("mean") or (0.0, 0.0, 0.0)
-    std = stored.get("std") or cfg.get("std") or (1.0, 1.0, 1.0)
-    return mean, std
 
 
 def to_rgb(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -61,8 +53,8 @@ def make_examples(
         mean, std: normalisation of `images`; default: the model's.
         names: file names.
     """
-    own_mean, own_std = normalisation(model)
-    mean, std = mean or own_mean, std or own_std
+    own = preprocessing(model)
+    mean, std = mean or own["mean"], std or own["std"]
     final = confidence(output.logits).tolist()
     predicted, coarse = output.logits.argmax(1).tolist(), output.coarse_logits.argmax(1).tolist()
     examples = []

@@ -1,0 +1,156 @@
+"""What the commands share: a ready model from a file, its preprocessing, a device, and errors of one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from mambascope.models.checkpoint import CheckpointError, load_checkpoint, load_model, read_state_dict
+from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS
+from mambascope.models.exit import check_threshold
+from mambascope.models.hub import WEIGHTS
+from mambascope.models.scope import MambaScope
+from mambascope.models.vim import VisionMamba
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:<n>``.
+
+    Raises:
+        ValueError: an unknown device, or CUDA where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not available: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def ready_model(
+    checkpoint: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    device: str = "auto",
+    threshold: float | None = None,
+    alpha: float | None = None,
+    img_size: Sequence[int] | None = None,
+) -> VisionMamba:
+    """A model in evaluation mode on its device.
+
+    Args:
+        checkpoint: weights that describe their model (``.safetensors`` or ``.ckpt`` of ours), a folder with
+            ``model.safetensors``, or any other weights together with `name`.
+        name: registered model that the weights belong to; needed where they do not describe it.
+        device: see :func:`pick_device`.
+        threshold, alpha: replace the stored η and α of a MambaScope.
+        img_size: (height, width) to run at; position tables are resampled. Default: the stored size.
+
+    Raises:
+        ValueError: an argument outside what is accepted, or a checkpoint that cannot be used.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        if not (path / WEIGHTS).is_file():
+            raise CheckpointError(f"folder {path} holds no {WEIGHTS}; give the checkpoint itself")
+        path = path / WEIGHTS
+    target = pick_device(device)
+    model = load_model(path) if name is None else _named(name, path)
+    if img_size is not None:
+        height, width = img_size
+        model.set_input_size((int(height), int(width)))
+    if isinstance(model, MambaScope):
+        if threshold is not None:
+            model.threshold = check_threshold(threshold)
+        if alpha is not None:
+            model.set_alpha(alpha)
+    elif threshold is not None or alpha is not None:
+        raise ValueError(f"threshold and alpha need a MambaScope; {path} holds a one-stage {type(model).__name__}")
+    return model.to(target).eval()
+
+
+def _named(name: str, path: Path) -> VisionMamba:
+    known = sorted([*VIM_CONFIGS, *SCOPE_CONFIGS])
+    if name not in known:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(known)}")
+    state, description = read_state_dict(path)
+    options: dict[str, Any] = {"num_classes": len(state["head.weight"])} if "head.weight" in state else {}
+    model: Any = timm.create_model(name, **options)
+    load_checkpoint(model, path, verbose=False)
+    model.description = description
+    return model
+
+
+def preprocessing(model: VisionMamba) -> dict[str, Any]:
+    """How images are prepared for `model`: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``.
+
+    From what the file says; the rest from timm's entry, and a whole, bicubically resized image by default.
+    """
+    description = getattr(model, "description", {})
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    config = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 1.0}
+    for source in (cfg, description, description.get("transform") or {}):
+        config.update({key: source[key] for key in config if source.get(key) is not None})
+    return {**config, "input_size": (3, *model.config.image_hw)}
+
+
+def make_transform(model: VisionMamba) -> Callable[[Any], torch.Tensor]:
+    """Preprocessing of one RGB picture to the tensor [C, H, W] that `model` takes.
+
+    Raises:
+        ValueError: a model with other than 1 or 3 input channels.
+    """
+    from timm.data import create_transform
+
+    if model.in_chans not in (1, 3):
+        raise ValueError(f"pictures have 1 or 3 channels, the model takes {model.in_chans}")
+    transform = create_transform(**preprocessing(model))
+
+    def apply(picture: Any) -> torch.Tensor:
+        tensor = transform(picture)
+        return tensor if model.in_chans == 3 else tensor.mean(0, keepdim=True)
+
+    return apply
+
+
+class CommandError(Exception):
+    """Ends a command with one line and status 1."""
+
+
+def run_command(body: Callable[[], int]) -> int:
+    """Runs a command's body; every foreseeable mistake becomes one line on stderr.
+
+    Returns:
+        What `body` returns; 2 for bad input, 1 for a failure on the way, 130 for Ctrl-C.
+    """
+    try:
+        return body()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # whoever read our output has seen enough (head, less); Python would complain again when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except CommandError as error:
+        status, message = 1, str(error)
+    except OSError as error:
+        status = 1
+        message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    except ValueError as error:
+        status, message = 2, str(error)
+    if os.environ.get("MAMBASCOPE_DEBUG"):
+        raise
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,327 @@
+"""The command of ``tools/predict.py``: classes of images, with the stage that decided and the tokens it took.
+
+Memory does not grow with the number of images: files are listed one folder at a time, decoded a few batches ahead, and
+every result is written as soon as it is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import itertools
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from mambascope.data.image_io import BadImageError, open_image
+from mambascope.evaluation.engine import ScopePredictor
+from mambascope.evaluation.inference import CommandError, make_transform, ready_model, run_command
+from mambascope.models.exit import confidence
+from mambascope.models.scope import MambaScope, ScopeOutput
+from mambascope.models.vim import VisionMamba
+
+FORMATS = ("table", "jsonl", "csv")
+_AHEAD = 4  # batches decoded ahead of the model
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image's answer.
+
+    Attributes:
+        file: its path as given.
+        label: name of the class, or its number.
+        class_index: number of the class.
+        confidence: probability of the answer, 0 to 1.
+        stage: ``"coarse"`` or ``"fine"``; ``"single"`` for a one-stage model.
+        tokens: tokens read over both stages, CLS included.
+        coarse_confidence: probability of the coarse answer; that of the answer for a one-stage model.
+    """
+
+    file: str
+    label: str
+    class_index: int
+    confidence: float
+    stage: str
+    tokens: int
+    coarse_confidence: float
+
+
+class Source(NamedTuple):
+    """An image file: where it is, and its name below the folder that was asked for."""
+
+    path: Path
+    name: str
+
+
+def image_extensions() -> frozenset[str]:
+    """Endings of the formats that Pillow can read."""
+    Image.init()
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN)
+
+
+def find_images(inputs: Sequence[str]) -> Iterator[Source]:
+    """Files as they are given, and the images of folders: sorted, with their sub-folders, other files left out.
+
+    Raises:
+        ValueError: an input that does not exist, or a folder without images.
+    """
+    endings = image_extensions()
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir():
+            found = _walk(path, endings)
+            first = next(found, None)
+            if first is None:
+                raise ValueError(f"folder {path} holds no images")
+            for inner in itertools.chain([first], found):
+                yield Source(inner, str(inner.relative_to(path)))
+        elif path.exists():
+            yield Source(path, path.name)
+        else:
+            raise ValueError(f"{path} does not exist")
+
+
+def _walk(folder: Path, endings: frozenset[str]) -> Iterator[Path]:
+    with os.scandir(folder) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), endings)
+        elif os.path.splitext(entry.name)[1].lower() in endings:
+            yield Path(entry.path)
+
+
+class Skipped:
+    """Unreadable files: an error, or counted when that was asked for."""
+
+    def __init__(self, allowed: bool) -> None:
+        self.allowed = allowed
+        self.count = 0
+
+    def add(self, error: BadImageError) -> None:
+        """Takes note of one; raises :class:`CommandError` unless files may be skipped."""
+        if not self.allowed:
+            raise CommandError(f"{error} (--skip-bad leaves such files out)")
+        self.count += 1
+        tqdm.write(f"skipped: {error}", file=sys.stderr)
+
+
+def load_batches(
+    sources: Iterable[Source],
+    transform: Callable[[Any], Tensor],
+    batch_size: int,
+    skipped: Skipped,
+    workers: int = 4,
+) -> Iterator[tuple[Tensor, list[Source]]]:
+    """Decodes images in threads, a few batches ahead; gives images [B, C, H, W] and their files, in order."""
+
+    def decode(source: Source) -> Tensor:
+        return transform(open_image(source.path))
+
+    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode") as pool:
+        waiting: deque[tuple[Source, Future[Tensor]]] = deque()
+        images: list[Tensor] = []
+        files: list[Source] = []
+        feed = iter(sources)
+        try:
+            while True:
+                for source in itertools.islice(feed, max(0, _AHEAD * batch_size - len(waiting))):
+                    waiting.append((source, pool.submit(decode, source)))
+                if not waiting:
+                    break
+                source, result = waiting.popleft()
+                try:
+                    images.append(result.result())
+                    files.append(source)
+                except BadImageError as error:
+                    skipped.add(error)
+                if len(files) == batch_size:
+                    yield torch.stack(images), files
+                    images, files = [], []
+            if files:
+                yield torch.stack(images), files
+        finally:
+            for _, result in waiting:
+                result.cancel()
+
+
+def predict(
+    model: VisionMamba, batches: Iterable[tuple[Tensor, list[Source]]], fine_batch_size: int = 64
+) -> Iterator[tuple[list[Prediction], Tensor, ScopeOutput | None, list[Source]]]:
+    """Answers for batches of images, in order, with what is needed to draw them (no output for a one-stage model)."""
+    labels = model.labels
+
+    def name(index: int) -> str:
+        return str(labels[index]) if labels and index < len(labels) else str(index)
+
+    if isinstance(model, MambaScope):
+        engine = ScopePredictor(model, fine_batch_size=fine_batch_size)
+        for output, (images, files) in engine.stream((images, (images, files)) for images, files in batches):
+            final, best = confidence(output.logits).tolist(), output.logits.argmax(1).tolist()
+            coarse, exited, tokens = output.confidence.tolist(), output.exited.tolist(), output.tokens.tolist()
+            rows = [
+                Prediction(
+                    str(f.path), name(best[i]), best[i], final[i], ("fine", "coarse")[exited[i]], tokens[i], coarse[i]
+                )
+                for i, f in enumerate(files)
+            ]
+            yield rows, images, output, files
+        return
+    device = next(model.parameters()).device
+    for images, files in batches:
+        with torch.inference_mode():
+            logits = model(images.to(device))
+        count = 1 + _patches(model, images)
+        sure, best = confidence(logits).tolist(), logits.argmax(1).tolist()
+        rows = [
+            Prediction(str(f.path), name(best[i]), best[i], sure[i], "single", count, sure[i])
+            for i, f in enumerate(files)
+        ]
+        yield rows, images, None, files
+
+
+def _patches(model: VisionMamba, images: Tensor) -> int:
+    rows, cols = model.patch_embed.grid_size(images.shape[-2], images.shape[-1])
+    return rows * cols
+
+
+class Writer:
+    """Writes predictions as they come."""
+
+    def __init__(self, stream: IO[str], kind: str, labels: Sequence[str] | None) -> None:
+        self.stream, self.kind = stream, kind
+        # a stream has no longest label yet; those of the model are known
+        self.width = min(40, max([5, *(len(str(label)) for label in labels or [])]))
+        self.columns = list(Prediction.__dataclass_fields__)
+        if kind == "csv":
+            csv.writer(stream, lineterminator="\n").writerow(self.columns)
+        elif kind == "table":
+            print(f"{'label':<{self.width}}  confidence  stage   tokens  file", file=stream)
+
+    def write(self, row: Prediction) -> None:
+        """Writes one line."""
+        values = {key: round(v, 6) if isinstance(v, float) else v for key, v in asdict(row).items()}
+        if self.kind == "csv":
+            csv.writer(self.stream, lineterminator="\n").writerow(values.values())
+        elif self.kind == "jsonl":
+            print(json.dumps(values, ensure_ascii=False), file=self.stream)
+        else:
+            label = row.label if len(row.label) <= self.width else row.label[: self.width - 1] + "…"
+            line = f"{label:<{self.width}}  {row.confidence:>10.3f}  {row.stage:<6}  {row.tokens:>6}  {row.file}"
+            print(line, file=self.stream)
+
+
+@contextlib.contextmanager
+def open_output(path: str | None) -> Iterator[IO[str]]:
+    """Standard output, or a file that has its name only when it is complete (``NAME.part`` until then)."""
+    if path is None:
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("w", encoding="utf-8", newline="") as stream:
+        yield stream
+    os.replace(part, path)
+
+
+def save_pictures(
+    model: MambaScope, images: Tensor, output: ScopeOutput, files: Sequence[Source], folder: Path
+) -> None:
+    """Writes one picture per image: heat map and refined cells. Sub-folders of the input are kept."""
+    from mambascope.evaluation.examples import make_examples
+    from mambascope.plotting import draw_example
+
+    examples = make_examples(model, images, output, class_names=model.labels, names=[f.name for f in files])
+    for example, file in zip(examples, files, strict=True):
+        draw_example(example, folder / f"{file.name}.png")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Classify images; show which stage decided and the tokens it took.")
+    parser.add_argument("checkpoint", help="weights of ours (.safetensors, .ckpt) or a folder with model.safetensors")
+    parser.add_argument("inputs", nargs="+", help="image files and folders")
+    parser.add_argument("--format", choices=FORMATS, default="table", help="default: table")
+    parser.add_argument("--output", metavar="FILE", help="write there instead of to the screen")
+    parser.add_argument("--save-dir", metavar="DIR", help="also write pictures with heat map and refined cells")
+    parser.add_argument("--threshold", type=float, help="confidence at which the coarse answer is taken")
+    parser.add_argument("--alpha", type=float, help="share of the cells that the fine stage reads, 0 to 1")
+    parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width, in pixels")
+    parser.add_argument("--model", metavar="NAME", help="model of weights that do not describe it")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per coarse pass (default 32)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="threads that decode images")
+    parser.add_argument("--skip-bad", action="store_true", help="name and count unreadable files instead of stopping")
+    return parser
+
+
+def image_size(values: Sequence[int] | None) -> tuple[int, int] | None:
+    """The value of an ``--img-size`` option: a side, or height and width."""
+    if values is None:
+        return None
+    if len(values) not in (1, 2) or min(values) < 1:
+        raise ValueError(f"img-size must be one or two positive integers, got {' '.join(map(str, values))}")
+    return (values[0], values[-1])
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.batch_size < 1:
+        raise ValueError(f"batch-size must be at least 1, got {args.batch_size}")
+    for given in args.inputs:
+        if not Path(given).exists():
+            raise ValueError(f"{given} does not exist")
+    model = ready_model(
+        args.checkpoint,
+        name=args.model,
+        device=args.device,
+        threshold=args.threshold,
+        alpha=args.alpha,
+        img_size=image_size(args.img_size),
+    )
+    if args.save_dir and not isinstance(model, MambaScope):
+        raise ValueError("save-dir draws what a MambaScope refined; this is a one-stage model")
+    skipped = Skipped(args.skip_bad)
+    batches = load_batches(find_images(args.inputs), make_transform(model), args.batch_size, skipped, args.workers)
+    count = left = 0
+    with (
+        tqdm(desc="images", unit="image", file=sys.stderr, disable=not sys.stderr.isatty()) as bar,
+        open_output(args.output) as stream,
+    ):
+        writer = Writer(stream, args.format, model.labels)
+        # pending images wait for a full fine batch: as large as the coarse one, so that a few batches suffice
+        for rows, images, output, files in predict(model, batches, fine_batch_size=args.batch_size):
+            for row in rows:
+                writer.write(row)
+                left += row.stage == "coarse"
+            if args.save_dir and output is not None and isinstance(model, MambaScope):
+                save_pictures(model, images, output, files, Path(args.save_dir))
+            count += len(rows)
+            bar.update(len(rows))
+    parts = [f"{count:,} images"]
+    if isinstance(model, MambaScope) and count:
+        parts.append(f"{100 * left / count:.0f} % left after the coarse look (threshold {model.threshold:g})")
+    if skipped.count:
+        parts.append(f"{skipped.count} unreadable files skipped")
+    print(", ".join(parts), file=sys.stderr)
+    return 0 if count else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; see :func:`mambascope.evaluation.inference.run_command` for the status."""
+    args = _parser().parse_args(argv)
+    return run_command(lambda: _run(args))
