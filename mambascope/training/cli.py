@@ -1,0 +1,294 @@
+"""The command line of ``tools/train_cls.py``: LightningCLI with run directories, exact resume and short errors."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from mambascope.data.errors import DataError
+from mambascope.models import MambaScope
+from mambascope.models.checkpoint import CheckpointError, atomic_path
+from mambascope.training.args import RunArgs
+from mambascope.training.checkpointing import NonFiniteLossError, RunCheckpoint, TrainingStopped
+from mambascope.training.ema import EmaWeights
+from mambascope.training.export import ExportWeights
+from mambascope.training.io import AtomicCheckpointIO, read_training_checkpoint
+from mambascope.training.loggers import LOG_DIR, make_loggers
+from mambascope.training.module import ClassifierModule, is_main_process
+from mambascope.training.progress import TrainProgress
+from mambascope.training.runs import (
+    CHECKPOINT_DIR,
+    CONFIG_NAME,
+    find_checkpoint,
+    find_config,
+    new_run,
+    run_of,
+    shipped_configs,
+)
+
+DEFAULT_CONFIG = "scopedigits"
+WEIGHTS_NAME = "model.safetensors"
+REPORT_DIR = "report"
+_DEBUG = "MAMBASCOPE_DEBUG"
+
+
+class OneLineParser(LightningArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the error and ends with status 2."""
+        print(f"error: {' '.join(message.split())} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def data_facts(datamodule: Any) -> dict[str, Any]:
+    """Fields of the model's config that follow from the data, unless they are set."""
+    facts = {name: getattr(datamodule, name, None) for name in ("num_classes", "img_size", "in_chans")}
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+class TrainCLI(LightningCLI):
+    """Parses the options, makes the run directory, trains, exports and reports.
+
+    Args:
+        args: Command line; see :func:`complete_args`.
+
+    Attributes:
+        run_dir: The run directory.
+        resume_from: The checkpoint that is resumed, or ``None``.
+    """
+
+    run_dir: Path
+    resume_from: Path | None
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(
+            ClassifierModule,
+            LightningDataModule,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+            parser_class=OneLineParser,
+            parser_kwargs={"description": "Train a coarse-to-fine or a plain Vision Mamba classifier."},
+            args=list(args),
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses; Lightning's own method would warn that arguments are given besides the command line."""
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the run, the average, the checkpoints and what to resume."""
+        parser.add_class_arguments(RunArgs, "run")
+        parser.add_lightning_class_args(EmaWeights, "ema")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Resume exactly: 'last' (of the newest run, or of --run.name), 'best', or a .ckpt file.",
+        )
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("data", "model.data_facts", compute_fn=data_facts, apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is finetuned when a run is resumed: the checkpoint brings the weights."""
+        if self.config.ckpt_path is not None:
+            self.config.model.net.checkpoint = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """The trainer with the run's loggers, callbacks and checkpoint files."""
+        run: RunArgs = self.config_init.run
+        main = is_main_process()
+        step = 0
+        self.resume_from = None
+        if self.config.ckpt_path is not None:
+            self.resume_from = find_checkpoint(self.config.ckpt_path, run.root, run.name)
+            step = int(read_training_checkpoint(self.resume_from, mmap=True)["global_step"])
+        known = run_of(self.resume_from) if self.resume_from and run.name is None else None
+        configs = [str(path) for path in self.config.config or []]
+        self.run_dir = known or new_run(run.root, run.name, configs, claim=main)
+        checkpoint: RunCheckpoint = self.config_init.checkpoint
+        checkpoint.dirpath = self.run_dir / CHECKPOINT_DIR
+        self.export = ExportWeights(self.run_dir / WEIGHTS_NAME, self._extra())
+        trainer = self.config_init.trainer
+        plugins = trainer.plugins or []
+        own: dict[str, Any] = {
+            "default_root_dir": str(self.run_dir),
+            "plugins": [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()],
+        }
+        if trainer.logger is None or trainer.logger is True:
+            own["logger"] = make_loggers(run, self.run_dir, step) or False
+        ema: EmaWeights = self.config_init.ema
+        callbacks = [*([ema] if ema.active else []), self.export, checkpoint]
+        if trainer.enable_progress_bar in (None, True):
+            callbacks.append(TrainProgress())
+        built = self._instantiate_trainer({**trainer, **own, **kwargs}, callbacks)
+        if main:
+            self._save_config()
+        return built
+
+    def _extra(self) -> dict[str, Any]:
+        """What the exported file should say about the data."""
+        facts = {name: getattr(self.datamodule, name, None) for name in ("class_names", "mean", "std")}
+        extra = {"model": self.model.net.name, "labels": facts.pop("class_names"), **facts}
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in extra.items() if v is not None}
+
+    def _save_config(self) -> None:
+        """Writes the whole configuration; neither the name nor the checkpoint belong to a run started from it."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        config.pop("config", None)
+        config["ckpt_path"] = None
+        config["run"]["name"] = None
+        with atomic_path(self.run_dir / CONFIG_NAME) as temporary:
+            temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    # ---- the run -------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Trains, then writes the report."""
+        if self.trainer.is_global_zero:
+            print(self._headline(), flush=True)
+        path = str(self.resume_from) if self.resume_from else None
+        self.trainer.fit(self.model, self.datamodule, ckpt_path=path)
+        if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", 0):
+            self._finish()
+
+    def _headline(self) -> str:
+        model = self.model.model
+        count = sum(p.numel() for p in model.parameters())
+        height, width = model.config.image_hw
+        start = f", resumed from {self.resume_from}" if self.resume_from else ""
+        return (
+            f"{self.model.net.name}: {count / 1e6:.2f} M parameters, {height}x{width} pixels, "
+            f"{model.num_classes} classes; run directory {self.run_dir}{start}"
+        )
+
+    def _finish(self) -> None:
+        """Report and table; the threshold that the report chose goes into the exported weights."""
+        run: RunArgs = self.config_init.run
+        model = self.model.model
+        if run.report:
+            from mambascope.evaluation.report import write_report
+
+            given = self.model.net.args.get("threshold")
+            report = write_report(
+                model.to(self.trainer.strategy.root_device).eval(),
+                self.datamodule,
+                self.run_dir / REPORT_DIR,
+                class_names=getattr(self.datamodule, "class_names", None),
+                metrics_csv=self.run_dir / LOG_DIR / "metrics.csv",
+                mean=getattr(self.datamodule, "mean", None),
+                std=getattr(self.datamodule, "std", None),
+                name=self.model.net.name,
+                threshold=given if isinstance(model, MambaScope) else None,
+                progress=sys.stdout.isatty(),
+                print_table=False,
+            )
+            print(f"\n{report.table}\n")
+            if isinstance(model, MambaScope) and report.threshold is not None:
+                model.threshold = report.threshold
+                self.export.write(self.model)
+            print(f"report:  {self.run_dir / REPORT_DIR}")
+        print(f"weights: {self.run_dir / WEIGHTS_NAME}")
+
+
+def complete_args(argv: Sequence[str]) -> list[str]:
+    """Adds the config that the command line leaves out.
+
+    Without ``--config`` that is the built-in data's, or the resumed run's own. Shipped configs may be named without
+    their path. ``last`` and ``best`` become the checkpoint's path, so that every process means the same file.
+
+    Raises:
+        ValueError: If a config or a checkpoint does not exist.
+    """
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--config", "-c", action="append", default=[])
+    known.add_argument("--ckpt_path")
+    known.add_argument("--run.root", dest="root", default=RunArgs.root)
+    known.add_argument("--run.name", dest="name")
+    given, rest = known.parse_known_args(list(argv))
+    if given.ckpt_path == "null":
+        given.ckpt_path = None
+    before = [part for config in given.config for part in ("--config", find_config(config))]
+    if given.ckpt_path is not None:
+        checkpoint = find_checkpoint(given.ckpt_path, given.root, given.name)
+        run = run_of(checkpoint)
+        if not before and run is not None:
+            before = ["--config", str(run / CONFIG_NAME)]
+        if run is not None and given.name == run.name:
+            given.name = None  # the checkpoint says it
+        rest += ["--ckpt_path", str(checkpoint)]
+    before = before or ["--config", str(shipped_configs()[DEFAULT_CONFIG])]
+    if given.root != RunArgs.root:
+        rest += ["--run.root", given.root]
+    return before + rest + (["--run.name", given.name] if given.name is not None else [])
+
+
+def _quiet() -> None:
+    """Leaves the screen to what matters."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
+        ".*GPU available but not.*",
+        ".*LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Returns:
+        0 when training has ended, 2 for a mistake on the command line or in a config, 1 for a failure on the way, and
+        128 + signal number (130 for Ctrl-C, 143 for SIGTERM) when it was stopped and can be resumed.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    _quiet()
+    cli: TrainCLI | None = None
+    try:
+        cli = TrainCLI(complete_args(argv))
+        cli.train()
+        return 0
+    except TrainingStopped as stop:
+        return _stopped(stop)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except (CheckpointError, DataError, NonFiniteLossError, MisconfigurationException, OSError, ValueError) as error:
+        if os.environ.get(_DEBUG):
+            raise
+        own = isinstance(error, (CheckpointError, DataError, NonFiniteLossError))
+        hint = "" if own else f" ({_DEBUG}=1 shows where)"
+        print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        return 1 if cli is not None else 2
+
+
+def _stopped(stop: TrainingStopped) -> int:
+    if not is_main_process():
+        return 0  # a status other than 0 makes Lightning kill the process that prints
+    print(f"{stop}; state saved in {stop.path}", file=sys.stderr)
+    print(f"resume with: {' '.join(_resume_command(stop.path))}", file=sys.stderr, flush=True)
+    return 128 + stop.signum
+
+
+def _resume_command(path: Path | None) -> list[str]:
+    return ["python", sys.argv[0] or "tools/train_cls.py", "--ckpt_path", str(path)]

@@ -1,0 +1,38 @@
+"""The final weights as a file of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from mambascope.models import MambaScope
+from mambascope.models.checkpoint import save_safetensors
+
+
+class ExportWeights(Callback):
+    """Writes the final weights (the average, where there is one) with the model's config when training has ended.
+
+    Args:
+        path: The ``.safetensors`` file; ``mambascope.load_model(path)`` rebuilds the model from it.
+        extra: More facts for its description.
+    """
+
+    def __init__(self, path: Path, extra: Mapping[str, Any] | None = None) -> None:
+        self.path = path
+        self.extra = dict(extra or {})
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the file."""
+        if not trainer.is_global_zero:
+            return
+        if isinstance(pl_module.model, MambaScope):
+            pl_module.model.alpha = pl_module.model.config.alpha  # a run may end in its first phase
+        self.write(pl_module, {"epochs": trainer.current_epoch, "steps": trainer.global_step})
+
+    def write(self, pl_module: LightningModule, more: Mapping[str, Any] | None = None) -> None:
+        """Writes the model as it is now."""
+        self.extra.update(more or {})
+        save_safetensors(pl_module.model, self.path, self.extra)  # type: ignore[arg-type]

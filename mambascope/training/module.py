@@ -1,0 +1,297 @@
+"""Training and validation of the classifiers: MambaScope with both stages, and the one-stage Vim."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from timm.data import Mixup
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import BinaryCalibrationError
+
+import mambascope  # noqa: F401  (registers the timm entries)
+from mambascope.evaluation.cost import CONVENTIONS, stage_macs
+from mambascope.losses import ClassificationLoss, ScopeLoss
+from mambascope.models import SCOPE_CONFIGS, VIM_CONFIGS, MambaScope, VisionMamba, load_checkpoint
+from mambascope.models.checkpoint import describe
+from mambascope.models.exit import confidence, exit_mask
+from mambascope.models.selection import num_selected
+from mambascope.training.args import LossArgs, MixArgs, ModelArgs, OptimizerArgs, ScheduleArgs
+from mambascope.training.optim import build_optimizer, build_schedule, scaled_lr
+from mambascope.training.rng import seed_step
+
+SCOPE_METRICS = tuple(f"{stage}_{top}" for stage in ("coarse", "fine", "dynamic") for top in ("top1", "top5"))
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes; known before there is a trainer."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def build_model(args: ModelArgs, verbose: bool = True) -> VisionMamba:
+    """Creates the model and loads the weights to finetune from.
+
+    Raises:
+        ValueError: For an unknown model, an unknown field of its config, or a checkpoint that does not fit.
+    """
+    known = sorted({**VIM_CONFIGS, **SCOPE_CONFIGS})
+    if args.name not in known:
+        raise ValueError(f"net.name must be one of {', '.join(known)}, got {args.name!r}")
+    model = timm.create_model(args.name, **args.args)
+    assert isinstance(model, VisionMamba)
+    if args.checkpoint is not None:
+        load_checkpoint(model, args.checkpoint, strict=args.strict, verbose=verbose)
+    return model
+
+
+class ClassifierModule(LightningModule):
+    """Trains a classifier; a MambaScope with both stages on every image (section 3.5), a Vim with cross entropy.
+
+    Args:
+        net: The model.
+        loss: The loss.
+        optimizer: AdamW.
+        schedule: Learning rate over the steps.
+        mix: Mixup and CutMix.
+        full_refine_epochs: First epochs in which the fine stage re-reads every cell (alpha = 1); after them, and always
+            in validation, the model's own alpha holds. The paper has 200 of 300.
+        grad_checkpointing: Recompute blocks in the backward pass instead of keeping their activations.
+        compile: Compile the training step's forward pass: true, or the name of a ``torch.compile`` backend.
+        seed: Of everything that is drawn during training.
+        data_facts: Fields of the model's config that follow from the data (``num_classes``, ``img_size``); they hold
+            where ``net.args`` does not say otherwise.
+
+    Attributes:
+        model: The timm model.
+        monitor: Name of the metric that the best checkpoint is chosen by.
+    """
+
+    def __init__(
+        self,
+        net: ModelArgs = ModelArgs(),  # noqa: B008 (frozen)
+        loss: LossArgs = LossArgs(),  # noqa: B008
+        optimizer: OptimizerArgs = OptimizerArgs(),  # noqa: B008
+        schedule: ScheduleArgs = ScheduleArgs(),  # noqa: B008
+        mix: MixArgs = MixArgs(),  # noqa: B008
+        full_refine_epochs: int = 0,
+        grad_checkpointing: bool = False,
+        compile: bool | str = False,
+        seed: int = 0,
+        data_facts: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if full_refine_epochs < 0:
+            raise ValueError(f"full_refine_epochs must be >= 0, got {full_refine_epochs}")
+        self.net, self.optimizer_args, self.schedule_args, self.mix_args = net, optimizer, schedule, mix
+        self.full_refine_epochs = full_refine_epochs
+        self.compile_model = compile
+        self.seed = seed
+        net = replace(net, args={**(data_facts or {}), **net.args})
+        self.model = build_model(net, verbose=is_main_process())
+        if self.model.num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2 to train a classifier, got {self.model.num_classes}")
+        self.model.set_grad_checkpointing(grad_checkpointing)
+        self.two_stage = isinstance(self.model, MambaScope)
+        self.monitor = "val/dynamic_top1" if self.two_stage else "val/top1"
+        self.criterion: nn.Module = (
+            ScopeLoss(**asdict(loss)) if self.two_stage else ClassificationLoss(loss.label_smoothing)
+        )
+        self.mixup = self._make_mixup(mix)
+        names = (
+            (*SCOPE_METRICS, "share_refined", "fine_loss", "coarse_loss")
+            if self.two_stage
+            else ("top1", "top5", "loss")
+        )
+        # values that are not finite stay visible
+        self.val_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
+        if self.two_stage:
+            self.val_metrics["gate_ece"] = BinaryCalibrationError(n_bins=15, validate_args=False)
+        self._val_size: tuple[int, int] | None = None
+        self._schedule: Scheduler | None = None
+
+    def _make_mixup(self, mix: MixArgs) -> Mixup | None:
+        for name in ("mixup", "cutmix", "off_epochs"):
+            if getattr(mix, name) < 0:
+                raise ValueError(f"mix.{name} must be >= 0, got {getattr(mix, name)!r}")
+        if mix.mixup == 0 and mix.cutmix == 0:
+            return None
+        # smoothing is left to the loss: on mixed targets it gives the same numbers
+        return Mixup(
+            mixup_alpha=mix.mixup,
+            cutmix_alpha=mix.cutmix,
+            prob=mix.prob,
+            switch_prob=mix.switch_prob,
+            mode=mix.mode,
+            label_smoothing=0.0,
+            num_classes=self.model.num_classes,
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        """The model's own forward."""
+        return self.model(x)
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW; the schedule is driven by the step number (see ``on_train_batch_start``)."""
+        # fp16 unscales the gradients before they are clipped, which a fused optimizer would do itself
+        fused = self.trainer.precision not in ("16-mixed", "16-true")
+        return build_optimizer(self.model, self.optimizer_args, self._peak_lr(), fused)
+
+    def _peak_lr(self) -> float:
+        batch = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        if batch is None:
+            if self.optimizer_args.lr_batch is not None:
+                raise ValueError("optimizer.lr_batch needs a data module with a batch_size; set it to null")
+            return self.optimizer_args.lr
+        return scaled_lr(self.optimizer_args, batch * self.trainer.world_size * self.trainer.accumulate_grad_batches)
+
+    def on_fit_start(self) -> None:
+        """Compiles, if wanted: after the averaged copy was made, which need not be compiled."""
+        if self.compile_model:
+            backend = {} if self.compile_model is True else {"backend": self.compile_model}
+            self.model.compile(**backend)
+
+    def on_train_start(self) -> None:
+        """Builds the schedule; here the number of batches is known without touching the loader's restored state."""
+        epoch_steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        optimizer = self.trainer.optimizers[0]
+        total = self.trainer.estimated_stepping_batches
+        self._schedule = build_schedule(optimizer, self.schedule_args, self._peak_lr(), total, epoch_steps)
+
+    def _set_phase(self) -> None:
+        if isinstance(self.model, MambaScope):
+            full = self.current_epoch < self.full_refine_epochs
+            self.model.alpha = 1.0 if full else self.model.config.alpha
+
+    def on_train_epoch_start(self) -> None:
+        """Announces the phase."""
+        if self.two_stage and self.current_epoch == self.full_refine_epochs > 0:
+            rank_zero_info(f"epoch {self.current_epoch}: from now on the fine stage re-reads alpha = {self._alpha():g}")
+
+    def _alpha(self) -> float:
+        assert isinstance(self.model, MambaScope)
+        return self.model.config.alpha
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Sets what depends on the step alone: randomness, phase and learning rate."""
+        assert self._schedule is not None
+        seed_step(self.seed, self.current_epoch, batch_idx, self.global_rank)
+        self._set_phase()
+        self._schedule.step_update(self.global_step)
+
+    def _mixed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mixup is None or len(x) % 2:  # timm pairs images; a last odd batch stays as it is
+            return x, y
+        last = self.trainer.max_epochs or 0
+        if self.mix_args.off_epochs and 0 < last <= self.current_epoch + self.mix_args.off_epochs:
+            return x, y
+        return self.mixup(x, y)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch of images [B, C, H, W] and classes [B]."""
+        x, y = self._mixed(batch[0], batch[1])
+        parts = self.criterion(self.model(x), y)
+        if self._logs_now():
+            self.log("train/loss", parts["loss"].detach(), prog_bar=not self.two_stage)
+            if self.two_stage:
+                self.log("train/fine_ce", parts["fine_ce"], prog_bar=True)
+                self.log("train/coarse_kl", parts["coarse_kl"], prog_bar=True)
+                self.log("train/coarse_ce", parts["coarse_ce"])
+                self.log("train/alpha", float(self.model.alpha))  # type: ignore[arg-type]
+            self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return parts["loss"]
+
+    def _logs_now(self) -> bool:
+        """Whether the loggers write this step; asking them first keeps the other steps free of bookkeeping."""
+        return self.trainer._logger_connector.should_update_logs
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips, also for a fused optimizer under bf16, which Lightning refuses although nothing is scaled there."""
+        fused_bf16 = optimizer.defaults.get("fused") and self.trainer.precision == "bf16-mixed"
+        if not gradient_clip_val or not fused_bf16:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    # ---- validation ----------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Runs each stage once; what the threshold makes of them follows from the logits."""
+        x, y = batch[0], batch[1]
+        self._val_size = (x.shape[-2], x.shape[-1])
+        if not isinstance(self.model, MambaScope):
+            logits = self.model(x).float()
+            self._update("loss", F.cross_entropy(logits, y, reduction="none"))
+            self._update_tops("", logits, y)
+            return
+        both = self.model.forward_both(x, self.model.config.alpha)
+        coarse, fine = both.coarse.float(), both.fine.float()
+        self._update("coarse_loss", F.cross_entropy(coarse, y, reduction="none"))
+        self._update("fine_loss", F.cross_entropy(fine, y, reduction="none"))
+        conf = confidence(coarse)
+        # alpha = 0 selects nothing, so that every coarse answer stands, as in forward_scope
+        selects = num_selected(self.model.config.alpha, self._cells()) > 0
+        exited = exit_mask(conf, self.model.threshold if selects else 0.0)
+        self._update_tops("coarse_", coarse, y)
+        self._update_tops("fine_", fine, y)
+        self._update_tops("dynamic_", torch.where(exited.unsqueeze(1), coarse, fine), y)
+        self._update("share_refined", (~exited).float())
+        self.val_metrics["gate_ece"].update(conf, (coarse.argmax(1) == y).long())  # type: ignore[operator]
+
+    def _cells(self) -> int:
+        assert self._val_size is not None
+        height, width = (math.ceil(side / (2 * self.model.config.patch_size)) for side in self._val_size)
+        return height * width
+
+    def _update(self, name: str, values: Tensor) -> None:
+        self.val_metrics[name].update(values)  # type: ignore[operator]
+
+    def _update_tops(self, prefix: str, logits: Tensor, y: Tensor) -> None:
+        """Adds hits; with ties the lower class wins top-1."""
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        self._update(f"{prefix}top1", (logits.argmax(1) == y).float())
+        self._update(f"{prefix}top5", (best == y.unsqueeze(1)).any(1).float())
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics over all processes, and the mean GFLOPs they imply."""
+        results: dict[str, Any] = {}
+        for name, metric in self.val_metrics.items():
+            assert isinstance(metric, Metric)
+            results[f"val/{name}"] = metric.compute()
+            metric.reset()
+        share = float(results["val/share_refined"]) if self.two_stage else 1.0
+        for convention, suffix in zip(CONVENTIONS, ("", "_both_directions"), strict=True):
+            cost = stage_macs(self.model.config, self._val_size, convention=convention)
+            results[f"val/gflops{suffix}"] = cost.gflops(share)
+        for name, value in results.items():
+            # already reduced over the processes by the metrics themselves
+            self.log(name, value, sync_dist=self.trainer.world_size > 1)
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what ``mambascope.load_model`` needs to rebuild the model from the file."""
+        checkpoint["mambascope"] = self.describe()
+
+    def describe(self) -> dict[str, Any]:
+        """Description of the model as it will be used, whatever the phase of the training."""
+        description = describe(self.model)
+        if self.two_stage:
+            description["config"]["alpha"] = self._alpha()
+        return description

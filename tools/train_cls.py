@@ -1,0 +1,8 @@
+"""Trains a classifier; without arguments a MambaScope on the built-in data. See ``--help`` and docs in README.md."""
+
+import sys
+
+from mambascope.training.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
