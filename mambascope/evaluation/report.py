@@ -42,12 +42,14 @@ class Report:
         threshold: the chosen η; ``None`` for a one-stage model.
         table: the printed table.
         data: everything in ``report.json``.
+        collected: both stages' answers and the sampled images that it was made from.
     """
 
     directory: Path
     threshold: float | None
     table: str
     data: dict[str, Any]
+    collected: Collected
 
 
 def machine_info(device: torch.device) -> dict[str, Any]:
@@ -204,7 +206,7 @@ def write_report(
     _write_json(out / "report.json", data_out)
     if print_table:
         print(table)
-    return Report(out, eta, table, data_out)
+    return Report(out, eta, table, data_out, found)
 
 
 def _choice_curve(
@@ -401,7 +403,7 @@ def _write_one_stage(
     _write_json(out / "report.json", data)
     if print_table:
         print(table)
-    return Report(out, None, table, data)
+    return Report(out, None, table, data, found)
 
 
 def _write_text(path: Path, text: str) -> None:
