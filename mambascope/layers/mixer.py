@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambascope.layers.linear import Linear
 from mambascope.ops import ScanDirection, bidirectional_conv, bidirectional_scan, selective_scan
 
 SCORE_METRICS = ("max", "l2", "mean", "clip", "softplus", "topk")
@@ -103,18 +104,18 @@ class BidirectionalMamba(nn.Module):
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.depth = depth
         self.scan_backend = scan_backend
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.in_proj = Linear(dim, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
-        self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(rank, inner)
+        self.x_proj = Linear(inner, rank + 2 * d_state, bias=False)
+        self.dt_proj = Linear(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, d_state))
         self.D = nn.Parameter(torch.empty(inner))
         self.conv1d_b = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
-        self.x_proj_b = nn.Linear(inner, rank + 2 * d_state, bias=False)
-        self.dt_proj_b = nn.Linear(rank, inner)
+        self.x_proj_b = Linear(inner, rank + 2 * d_state, bias=False)
+        self.dt_proj_b = Linear(rank, inner)
         self.A_b_log = nn.Parameter(torch.empty(inner, d_state))
         self.D_b = nn.Parameter(torch.empty(inner))
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.out_proj = Linear(inner, dim, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()

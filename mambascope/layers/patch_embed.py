@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambascope.ops import linear
+
 
 def pad_to(x: Tensor, multiple: int) -> Tensor:
     """Pads images [B, C, H, W] with zeros on the right and at the bottom to multiples of ``multiple`` pixels."""
@@ -62,4 +64,4 @@ class PatchEmbed(nn.Module):
         view = x.view(batch, chans, height // (2 * p), 2, p, width // (2 * p), 2, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
         index = rows.new_tensor(range(batch)).unsqueeze(1)
         pixels = view[index, rows, cols].flatten(5).flatten(2, 3).flatten(3)
-        return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
