@@ -5,27 +5,28 @@ Shape letters: B batch, L tokens, H heads, P head width, G groups, N states.
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import cache
-from warnings import warn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mambascope.ops._checks import check_tensor
-from mambascope.ops.backends import ENV, check_backend
-from mambascope.ops.selective_scan.reference import state_dtype
+from mambascope.ops.backends import BACKENDS, ENV
+from mambascope.ops.selective_scan.common import state_dtype
 from mambascope.ops.ssd import mamba_ssm
 from mambascope.ops.ssd.chunked import CHUNK_SIZE, scan_chunked
 from mambascope.ops.ssd.reference import scan_reference, step_reference
 
+_log = logging.getLogger(__name__)
 SSD_BACKENDS = ("reference", "torch", "mamba_ssm")
 
 
 @cache
 def _log_fallback(wanted: str, reason: str) -> None:
-    warn(f"SSD scan: backend {wanted!r} is not used, 'torch' is: {reason}", RuntimeWarning, stacklevel=4)
+    _log.warning("ssd: backend %r refused (%s); using 'torch'", wanted, reason)
 
 
 def ssd_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -41,7 +42,8 @@ def ssd_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -
         ValueError: If the name is unknown.
     """
     wanted = backend or os.environ.get(ENV) or None
-    check_backend(wanted)
+    if wanted is not None and wanted not in BACKENDS:
+        raise ValueError(f"{'backend' if backend else ENV} must be one of {', '.join(BACKENDS)}, got {wanted!r}")
     if wanted is None:
         return "torch" if mamba_ssm.refusal(device, dtype) else "mamba_ssm"
     if wanted not in SSD_BACKENDS:
