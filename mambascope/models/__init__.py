@@ -2,16 +2,23 @@
 
 from mambascope.models.checkpoint import LoadReport, load_checkpoint, load_model, read_state_dict, save_safetensors
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, ScopeConfig, VimConfig
+from mambascope.models.mambaeye import EyeState, MambaEye
+from mambascope.models.mambaeye_config import MAMBAEYE_CONFIGS, MambaEyeConfig
+from mambascope.models.mambaeye_registry import *  # noqa: F403  (registers the timm entries)
 from mambascope.models.registry import *  # noqa: F403  (registers the timm entries)
 from mambascope.models.scope import CoarseState, FineState, MambaScope, ScopeOutput, StageLogits
 from mambascope.models.vim import VisionMamba
 
 __all__ = [
+    "MAMBAEYE_CONFIGS",
     "SCOPE_CONFIGS",
     "VIM_CONFIGS",
     "CoarseState",
+    "EyeState",
     "FineState",
     "LoadReport",
+    "MambaEye",
+    "MambaEyeConfig",
     "MambaScope",
     "ScopeConfig",
     "ScopeOutput",

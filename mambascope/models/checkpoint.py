@@ -1,4 +1,4 @@
-"""Weights in and out: official Vim ``.pth``, Lightning ``.ckpt`` and our ``.safetensors``."""
+"""Weights in and out: official Vim ``.pth`` and MambaEye ``.pt``, Lightning ``.ckpt`` and our ``.safetensors``."""
 
 from __future__ import annotations
 
@@ -21,17 +21,41 @@ from torch import Tensor
 
 from mambascope._version import __version__
 from mambascope.layers import resample_pos_embed
-from mambascope.models.configs import ScopeConfig, VimConfig, with_overrides
+from mambascope.models.configs import with_overrides
+from mambascope.models.mambaeye import MambaEye
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
 
 _POSITION_TABLES = ("pos_embed", "pos_embed_coarse")
 _PREFIXES = ("_orig_mod.", "module.", "model.")
-_ARCHITECTURES: dict[str, type[VisionMamba]] = {"vim": VisionMamba, "mambascope": MambaScope}
+_MARKS = ("cls_token", "init_fc.0.weight")  # a name that every Vim has, and one that every MambaEye has
+_ARCHITECTURES: dict[str, type[VisionMamba] | type[MambaEye]] = {
+    "vim": VisionMamba,
+    "mambascope": MambaScope,
+    "mambaeye": MambaEye,
+}
+# Besides its own classes, a pickled OmegaConf names these as the types of its values.
+_SETTINGS_TYPES = {"typing.Any", "collections.defaultdict"} | {
+    f"builtins.{t}" for t in ("bool", "bytes", "dict", "float", "int", "list", "set", "str", "tuple")
+}
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not fit the model."""
+
+
+class _Ignored:
+    """Takes the place of every class of a pickled OmegaConf: holds nothing and does nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        del args
+
+    def __new__(cls, *args: Any) -> _Ignored:
+        del args
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        del state
 
 
 @dataclass
@@ -79,7 +103,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         return _read_safetensors(path)
     try:
         # the official files carry their training arguments; a Namespace only holds values
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),
+            torch.serialization.safe_globals(_ignored_settings(path)),
+        ):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
@@ -99,6 +126,17 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
             f"checkpoint {path} holds no weights; expected tensors at the top, under 'model' or 'state_dict'"
         )
     return _without_prefixes(state), dict(description)
+
+
+def _ignored_settings(path: Path) -> list[Any]:
+    """Lets the OmegaConf settings of official MambaEye ``.ckpt`` files be skipped; empty if there is anything else."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # no zip archive, or damaged: torch.load will say so
+        return []
+    if not all(name.startswith("omegaconf.") or name in _SETTINGS_TYPES for name in names):
+        return []
+    return [(_Ignored, name) for name in names]
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -121,7 +159,7 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     while changed:
         changed = False
         for prefix in _PREFIXES:
-            if any(k == prefix + "cls_token" or (k.startswith(prefix) and k.endswith("cls_token")) for k in state):
+            if any(k.startswith(prefix) and k.endswith(_MARKS) for k in state):
                 state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
                 changed = True
     return state
@@ -146,14 +184,14 @@ def _table_grid(rows: int, config: Mapping[str, Any], coarse: bool) -> tuple[int
 
 
 def load_checkpoint(
-    model: VisionMamba, path: str | os.PathLike[str], strict: bool = True, verbose: bool = True
+    model: VisionMamba | MambaEye, path: str | os.PathLike[str], strict: bool = True, verbose: bool = True
 ) -> LoadReport:
     """Loads weights into a model; position tables are resampled to the model's grids.
 
     A plain Vim starts a MambaScope: its position table also gives the coarse one, and feature reuse stays new.
 
     Args:
-        model: A :class:`VisionMamba` or :class:`MambaScope`.
+        model: A :class:`VisionMamba`, :class:`MambaScope` or :class:`MambaEye`.
         path: See :func:`read_state_dict`.
         strict: Whether tensors that are missing, left over or of another shape are an error.
         verbose: Whether to print the report.
@@ -173,7 +211,13 @@ def load_checkpoint(
         coarse = name == "pos_embed_coarse"
         if coarse and found is None and start:
             found = source.get("pos_embed")
-        if name in _POSITION_TABLES and found is not None and found.ndim == 3 and found.shape[2] == wanted.shape[2]:
+        if (
+            isinstance(model, VisionMamba)
+            and name in _POSITION_TABLES
+            and found is not None
+            and found.ndim == 3
+            and found.shape[2] == wanted.shape[2]
+        ):
             new_grid = (model.grid[0] // 2, model.grid[1] // 2) if coarse else model.grid
             old_grid = _table_grid(found.shape[1] - 1, config, coarse and not start)
             if old_grid is None:
@@ -229,10 +273,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def describe(model: VisionMamba, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def describe(model: VisionMamba | MambaEye, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a file says about its model: architecture, config as it is set now, and the model's own description."""
     config = asdict(model.config)
-    architecture = "vim"
+    architecture = "mambaeye" if isinstance(model, MambaEye) else "vim"
     if isinstance(model, MambaScope):
         architecture = "mambascope"
         config.update(alpha=model.alpha, threshold=model.threshold)
@@ -240,7 +284,9 @@ def describe(model: VisionMamba, extra: Mapping[str, Any] | None = None) -> dict
     return {**model.description, **(extra or {}), **known}
 
 
-def save_safetensors(model: VisionMamba, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
+def save_safetensors(
+    model: VisionMamba | MambaEye, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None
+) -> None:
     """Writes weights with the model's config, so that :func:`load_model` can rebuild it.
 
     Args:
@@ -254,10 +300,11 @@ def save_safetensors(model: VisionMamba, path: str | os.PathLike[str], extra: Ma
         temporary.write_bytes(save(state, metadata={"mambascope": json.dumps(description)}))
 
 
-def load_model(path: str | os.PathLike[str]) -> VisionMamba:
+def load_model(path: str | os.PathLike[str]) -> Any:
     """Builds the model that a file of ours describes and loads its weights; the model is in evaluation mode.
 
-    The file's description is at ``model.description``.
+    It is a :class:`VisionMamba`, :class:`MambaScope` or :class:`MambaEye`, as the file says; the file's description is
+    at ``model.description``.
 
     Raises:
         CheckpointError: If the file cannot be read or does not say which model it belongs to.
@@ -269,9 +316,9 @@ def load_model(path: str | os.PathLike[str]) -> VisionMamba:
             f"checkpoint {path} does not describe its model; create the model with timm.create_model and call "
             "load_checkpoint"
         )
-    base: VimConfig = ScopeConfig() if architecture == "mambascope" else VimConfig()
+    kind: Any = _ARCHITECTURES[architecture]
     try:
-        model = _ARCHITECTURES[architecture](with_overrides(base, dict(description["config"])))
+        model = kind(with_overrides(kind.config_class(), dict(description["config"])))
         model.load_state_dict(state)
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(
