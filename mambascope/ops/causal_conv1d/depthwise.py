@@ -69,9 +69,9 @@ def conv_backward(
                 torch.mul(g[:, : length - shift], x_cast[:, shift:], out=product[:, : length - shift])
             else:
                 torch.mul(g[:, shift:], x_cast[:, : length - shift], out=product[:, shift:])
-            columns.append((ones @ product.view(ones.shape[1], -1))[0])
+            columns.append((ones @ product.view(-1, g.shape[2]))[0])
         d_weight = torch.stack(columns, dim=1).to(side.weight.dtype)
-        d_bias = None if side.bias is None else (ones @ g.reshape(ones.shape[1], -1))[0].to(side.bias.dtype)
+        d_bias = None if side.bias is None else (ones @ g.reshape(-1, g.shape[2]))[0].to(side.bias.dtype)
         params.append((d_weight, d_bias))
     assert dx is not None
     return dx.to(x.dtype).contiguous(), params
