@@ -2,6 +2,7 @@
 
 from mambascope.ops.backends import BACKENDS, check_backend, report
 from mambascope.ops.causal_conv1d import bidirectional_conv, causal_conv1d
+from mambascope.ops.flops import count_macs
 from mambascope.ops.gemm import linear
 from mambascope.ops.norm import add_rms_norm
 from mambascope.ops.selective_scan import ScanDirection, bidirectional_scan, selective_scan
@@ -14,6 +15,7 @@ __all__ = [
     "bidirectional_scan",
     "causal_conv1d",
     "check_backend",
+    "count_macs",
     "linear",
     "report",
     "selective_scan",
