@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -17,7 +18,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from mambascope.data.errors import DataError
+from mambascope.data import DataError, ImageDataModule, ScopeDigitsDataModule  # noqa: F401 (--data finds them by name)
 from mambascope.models import MambaScope
 from mambascope.models.checkpoint import CheckpointError, atomic_path
 from mambascope.training.args import RunArgs
@@ -49,7 +50,12 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the error and ends with status 2."""
-        print(f"error: {' '.join(message.split())} (see --help)", file=sys.stderr)
+        message = " ".join(message.split())
+        # only data modules have options without a default, and their names come without a prefix
+        missing = re.fullmatch(r"the following arguments are required: ([\w, ]+)", message)
+        if missing:
+            message = f"required: {', '.join(f'--data.{name}' for name in missing[1].split(', '))}"
+        print(f"error: {message} (see --help)", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -105,6 +111,7 @@ class TrainCLI(LightningCLI):
             help="Resume exactly: 'last' (of the newest run, or of --run.name), 'best', or a .ckpt file.",
         )
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
         parser.link_arguments("data", "model.data_facts", compute_fn=data_facts, apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
@@ -126,7 +133,8 @@ class TrainCLI(LightningCLI):
         self.run_dir = known or new_run(run.root, run.name, configs, claim=main)
         checkpoint: RunCheckpoint = self.config_init.checkpoint
         checkpoint.dirpath = self.run_dir / CHECKPOINT_DIR
-        self.export = ExportWeights(self.run_dir / WEIGHTS_NAME, self._extra())
+        self.model.model.description.update(self._facts())
+        self.export = ExportWeights(self.run_dir / WEIGHTS_NAME)
         trainer = self.config_init.trainer
         plugins = trainer.plugins or []
         own: dict[str, Any] = {
@@ -144,11 +152,12 @@ class TrainCLI(LightningCLI):
             self._save_config()
         return built
 
-    def _extra(self) -> dict[str, Any]:
-        """What the exported file should say about the data."""
-        facts = {name: getattr(self.datamodule, name, None) for name in ("class_names", "mean", "std")}
-        extra = {"model": self.model.net.name, "labels": facts.pop("class_names"), **facts}
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in extra.items() if v is not None}
+    def _facts(self) -> dict[str, Any]:
+        """What weights files say about the data, so that they can be used without them."""
+        told = self.datamodule.describe() if hasattr(self.datamodule, "describe") else {}
+        transform = {name: told[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in told}
+        facts = {"model": self.model.net.name, "labels": told.get("class_names"), "transform": transform}
+        return {name: value for name, value in facts.items() if value}
 
     def _save_config(self) -> None:
         """Writes the whole configuration; neither the name nor the checkpoint belong to a run started from it."""
@@ -187,6 +196,7 @@ class TrainCLI(LightningCLI):
         if run.report:
             from mambascope.evaluation.report import write_report
 
+            self.datamodule.trainer = None  # the loaders shall give this process every image
             given = self.model.net.args.get("threshold")
             report = write_report(
                 model.to(self.trainer.strategy.root_device).eval(),
@@ -204,7 +214,8 @@ class TrainCLI(LightningCLI):
             print(f"\n{report.table}\n")
             if isinstance(model, MambaScope) and report.threshold is not None:
                 model.threshold = report.threshold
-                self.export.write(self.model)
+            model.description["report"] = {"threshold": report.threshold, "table": report.data["table"]}
+            self.export.write(self.model)
             print(f"report:  {self.run_dir / REPORT_DIR}")
         print(f"weights: {self.run_dir / WEIGHTS_NAME}")
 
@@ -276,6 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, DataError, NonFiniteLossError, MisconfigurationException, OSError, ValueError) as error:
         if os.environ.get(_DEBUG):
             raise
+        if isinstance(error.__cause__, (DataError, ValueError)):
+            error = error.__cause__  # what is linked between the options wraps what it meets
         own = isinstance(error, (CheckpointError, DataError, NonFiniteLossError))
         hint = "" if own else f" ({_DEBUG}=1 shows where)"
         print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -17,12 +15,10 @@ class ExportWeights(Callback):
 
     Args:
         path: The ``.safetensors`` file; ``mambascope.load_model(path)`` rebuilds the model from it.
-        extra: More facts for its description.
     """
 
-    def __init__(self, path: Path, extra: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.extra = dict(extra or {})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the file."""
@@ -30,9 +26,9 @@ class ExportWeights(Callback):
             return
         if isinstance(pl_module.model, MambaScope):
             pl_module.model.alpha = pl_module.model.config.alpha  # a run may end in its first phase
-        self.write(pl_module, {"epochs": trainer.current_epoch, "steps": trainer.global_step})
+        pl_module.model.description.update(epochs=trainer.current_epoch, steps=trainer.global_step)  # type: ignore
+        self.write(pl_module)
 
-    def write(self, pl_module: LightningModule, more: Mapping[str, Any] | None = None) -> None:
+    def write(self, pl_module: LightningModule) -> None:
         """Writes the model as it is now."""
-        self.extra.update(more or {})
-        save_safetensors(pl_module.model, self.path, self.extra)  # type: ignore[arg-type]
+        save_safetensors(pl_module.model, self.path)  # type: ignore[arg-type]
