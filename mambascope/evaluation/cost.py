@@ -26,7 +26,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, ScopeConfig, VimConfig, with_overrides
@@ -232,9 +232,35 @@ def format_cost(name: str, config: VimConfig, rows: Sequence[dict], img_size: Se
     ]
     for row in rows:
         tokens = "" if row["tokens"] is None else str(row["tokens"])
-        cells = [format_gflops(row[c]) for c in CONVENTIONS]
-        lines.append(f"{row['stage']:<24}{tokens:>8}{cells[0]:>16}{cells[1]:>18}")
+        cells = ["" if row[c] is None else format_gflops(row[c]) for c in CONVENTIONS]
+        note = f"  {row['note']}" if "note" in row else ""
+        lines.append(f"{row['stage']:<24}{tokens:>8}{cells[0]:>16}{cells[1]:>18}{note}")
     return "\n".join(lines)
+
+
+def _counted_rows(name: str, config: VimConfig) -> list[dict]:
+    """What torch.utils.flop_counter sees, without the classifier head, which the table leaves out."""
+    import timm
+
+    from mambascope.evaluation.flop_count import count_macs, expected_count
+
+    model: Any = timm.create_model(name, **asdict(config))
+    counted, expected = count_macs(model), expected_count(model)
+    head = config.embed_dim * config.num_classes
+    skipped = skipped_macs(config) if isinstance(config, ScopeConfig) else 0
+    less = f" less {format_gflops(skipped)} for the cells left out" if skipped else ""
+    rows = [("counted, coarse", counted.coarse, expected.coarse, "")] if counted.coarse else []
+    rows += [(f"counted, {'reuse + fine' if rows else 'all'}", counted.fine, expected.fine, less)]
+    return [
+        {
+            "stage": stage,
+            "tokens": None,
+            CONVENTIONS[0]: None,
+            CONVENTIONS[1]: macs - head,
+            "note": ("equal to the closed form" if macs == wanted else f"closed form {wanted - head}") + note,
+        }
+        for stage, macs, wanted, note in rows
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -253,6 +279,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[0.25, 0.5, 0.75],
         help="shares of refined images for the expected cost",
     )
+    parser.add_argument("--count", action="store_true", help="also run the model under torch.utils.flop_counter")
     parser.add_argument("--json", action="store_true", help="print the numbers (multiply-adds) as JSON")
     return parser
 
@@ -274,6 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if args.count:
+        rows += _counted_rows(args.model, config)
     if args.json:
         print(json.dumps({"model": args.model, "parameters": count_parameters(config), "rows": rows}, indent=2))
     else:
