@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class ResumableDataModule(LightningDataModule):
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.num_workers, self.drop_last, self.seed = num_workers, drop_last, check_seed(seed)
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
-        self._train_loader: Loader | None = None
+        # weak: a cycle would leave the end of the worker processes to the garbage collector, which takes 5 s for each
+        self._train_loader: weakref.ref[Loader] | None = None
         self._wanted: tuple[int, int] | None = None
 
     def _processes(self) -> tuple[int, int]:
@@ -80,10 +82,11 @@ class ResumableDataModule(LightningDataModule):
 
         It has ``state_dict`` and ``load_state_dict``, which Lightning calls, and ``set_epoch`` through its sampler.
         """
-        self._train_loader = self._make_train_loader()
+        loader = self._make_train_loader()
         if self._wanted is not None:
-            self._train_loader.set_position(*self._wanted)
-        return self._train_loader
+            loader.set_position(*self._wanted)
+        self._train_loader = weakref.ref(loader)
+        return loader
 
     def val_dataloader(self) -> Loader:
         """Loader of the validation images, in order; every image is seen once over all processes."""
@@ -99,8 +102,9 @@ class ResumableDataModule(LightningDataModule):
         Lightning's own resume needs no call; this is for loops that keep their position elsewhere.
         """
         self._wanted = (epoch, batches_done)
-        if self._train_loader is not None:
-            self._train_loader.set_position(epoch, batches_done)
+        loader = self._train_loader() if self._train_loader is not None else None
+        if loader is not None:
+            loader.set_position(epoch, batches_done)
 
     def describe(self) -> dict[str, Any]:
         """What a model must know to be used without this module."""

@@ -10,6 +10,8 @@ from mambascope.data.sampling import EpochBatchSampler
 from mambascope.data.scopedigits import CLASS_NAMES, ScopeDigits, ScopeDigitsConfig
 from mambascope.data.sources import KeyedDigits, first
 
+_DIGITS = ScopeDigitsConfig()
+
 
 class ScopeDigitsDataModule(ResumableDataModule):
     """The built-in handwritten digits: nothing to download.
@@ -40,7 +42,7 @@ class ScopeDigitsDataModule(ResumableDataModule):
         self,
         train_length: int = 6000,
         val_length: int = 1000,
-        digits: ScopeDigitsConfig | None = None,
+        digits: ScopeDigitsConfig = _DIGITS,
         fresh_each_epoch: bool = True,
         batch_size: int = 64,
         val_batch_size: int | None = None,
@@ -50,7 +52,7 @@ class ScopeDigitsDataModule(ResumableDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, val_batch_size, num_workers, pin_memory, drop_last, seed)
-        self.digits = digits or ScopeDigitsConfig()
+        self.digits = digits
         self.fresh_each_epoch = fresh_each_epoch
         self.class_names = list(CLASS_NAMES)
         self.img_size = (self.digits.size, self.digits.size)

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from mambascope.data.datamodule import Loader, ResumableDataModule
 from mambascope.data.errors import DataError
 from mambascope.data.loader import ResumableLoader, StreamLoader
-from mambascope.data.readers import adopt_classes, find_split, is_stream, open_folder, open_named
+from mambascope.data.readers import ClassMap, adopt_classes, find_split, is_stream, open_folder, open_named
 from mambascope.data.sampling import EpochBatchSampler
 from mambascope.data.sources import ImageSource, KeyedImages, KeyedStream
+from mambascope.data.transforms import make_transform
 
 
 class ImageDataModule(ResumableDataModule):
@@ -31,7 +32,8 @@ class ImageDataModule(ResumableDataModule):
         train_split: name of the training split; "training" is tried as well.
         val_split: name of the validation split; "val", "valid", "eval" and "test" are tried as well.
         num_classes: number of classes of the model; by default as many as the data have.
-        class_map: text file with one class folder name per line, when the order is not alphabetical.
+        class_map: class folder names in the order of the labels, as a list or as a text file with one per line, when
+            the order is not alphabetical (or when there are only validation images, which may lack some classes).
         img_size: image side in pixels that the model sees, or (height, width).
         batch_size: images per step and process.
         val_batch_size: images per validation step and process; by default ``batch_size``.
@@ -73,7 +75,7 @@ class ImageDataModule(ResumableDataModule):
         train_split: str = "train",
         val_split: str = "validation",
         num_classes: int | None = None,
-        class_map: str | None = None,
+        class_map: str | list[str] | None = None,
         img_size: int | tuple[int, int] = 224,
         batch_size: int = 128,
         val_batch_size: int | None = None,
@@ -112,7 +114,10 @@ class ImageDataModule(ResumableDataModule):
         if not 0 < crop_pct <= 1:
             raise ValueError(f"crop_pct must be in (0, 1], got {crop_pct}")
         self.root, self.dataset, self.train_split, self.val_split = root, dataset, train_split, val_split
-        self.class_map, self.num_samples, self.download = class_map, num_samples, download
+        self.class_map: ClassMap = (
+            {name: number for number, name in enumerate(class_map)} if isinstance(class_map, list) else class_map
+        )
+        self.num_samples, self.download = num_samples, download
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         if min(self.img_size) < 1:
             raise ValueError(f"img_size must be positive, got {img_size}")
@@ -147,7 +152,7 @@ class ImageDataModule(ResumableDataModule):
         """Number of classes: as asked for, or as many as the data have."""
         if self._wanted_classes is not None:
             return self._wanted_classes
-        self._open("train")
+        self._open_any()
         if not self._classes:
             raise DataError(f"data set {self.dataset} does not say how many classes it has: pass num_classes")
         return max(self._classes.values()) + 1
@@ -155,7 +160,7 @@ class ImageDataModule(ResumableDataModule):
     @property
     def class_names(self) -> list[str]:  # type: ignore[override]
         """One name per class; numbers where the data have no names."""
-        self._open("train")
+        self._open_any()
         names = [str(number) for number in range(self.num_classes)]
         for name, number in self._classes.items():
             if number < len(names):
@@ -168,8 +173,13 @@ class ImageDataModule(ResumableDataModule):
             self._open_named(self.train_split, True, 0)
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the splits and checks them against each other and against ``num_classes``."""
-        self._open("train")
+        """Opens the splits and checks them against each other and against ``num_classes``.
+
+        Validation and tests alone need no training images; labels are then numbered by ``class_map`` or, without it, by
+        the validation folders.
+        """
+        if stage in (None, "fit"):
+            self._open("train")
         self._open("val")
 
     def _open_named(self, split: str, is_training: bool, epoch: int) -> Any:
@@ -194,18 +204,30 @@ class ImageDataModule(ResumableDataModule):
         if self.dataset == "folder":
             path = find_split(Path(self.root), split)
             rows, classes = open_folder(path, self.class_map)
-            if which == "val":
+            if which == "val" and self._has_training_images():
                 self._open("train")
                 adopt_classes(rows, classes, self._classes, path)
         else:
             rows = self._open_named(split, which == "train", 0)
             source = getattr(rows, "reader", rows)
             classes = dict(getattr(source, "class_to_idx", None) or {})
-        if which == "train":
+        if which == "train" or not self._classes:
             self._check_classes(classes)
             self._classes = classes
         self._opened[which] = rows
         return rows
+
+    def _has_training_images(self) -> bool:
+        try:
+            find_split(Path(self.root), self.train_split)
+        except DataError:
+            return False
+        return True
+
+    def _open_any(self) -> None:
+        """Opens the split that numbers the classes."""
+        alone = self.dataset == "folder" and "val" in self._opened and not self._has_training_images()
+        self._open("val" if alone else "train")
 
     def _check_classes(self, classes: dict[str, int]) -> None:
         if self._wanted_classes is None or not classes:
@@ -220,12 +242,11 @@ class ImageDataModule(ResumableDataModule):
 
     def train_transform(self) -> Callable[[Any], Any]:
         """Random augmentation: RGB picture to tensor [3, H, W]."""
-        size = (3, *self.img_size)
-        return create_transform(size, is_training=True, mean=self.mean, std=self.std, **self._augmentation)
+        return make_transform(self.img_size, is_training=True, mean=self.mean, std=self.std, **self._augmentation)
 
     def val_transform(self) -> Callable[[Any], Any]:
         """Resize and centre crop: RGB picture to tensor [3, H, W]."""
-        return create_transform((3, *self.img_size), mean=self.mean, std=self.std, **self._eval_options)
+        return make_transform(self.img_size, mean=self.mean, std=self.std, **self._eval_options)
 
     def _make_train_loader(self) -> Loader:
         return self._stream_loader(True) if self.streams else self._row_loader(True)
@@ -271,9 +292,12 @@ class ImageDataModule(ResumableDataModule):
             return KeyedStream(opened(epoch), transform, self.num_classes, self.seed, epoch, rank)
 
         batch_size = self.batch_size if training else self.val_batch_size
+        batches = math.ceil(len(opened(0)) / batch_size)
+        if not training and self.num_workers > 1:
+            batches += self.num_workers  # each worker may end with a smaller batch
         return StreamLoader(
             factory,
-            max(1, math.ceil(len(opened(0)) / batch_size)),
+            max(1, batches),
             batch_size,
             self.seed,
             num_workers=self.num_workers,

@@ -123,10 +123,11 @@ def open_image(source: str | os.PathLike[str] | IO[bytes], name: str | None = No
     except MemoryError:
         raise
     except Exception as error:  # decoders raise a dozen kinds of exceptions on damaged files
-        raise BadImageError(f"cannot read image {name}: {_reason(error)}") from error
+        raise BadImageError(f"cannot read image {name}: {read_reason(error)}") from error
 
 
-def _reason(error: Any) -> str:
+def read_reason(error: Any) -> str:
+    """Why a file cannot be read, in one line."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image, or of an unknown format"
     if isinstance(error, OSError) and error.strerror:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from mambascope.data.errors import DataError
+from mambascope.data.errors import DataError, worker_failure
 from mambascope.data.sampling import EpochBatchSampler
 
 _log = logging.getLogger("mambascope.data")
@@ -66,18 +67,20 @@ class _Worklog:
 
 def _receive(loader: DataLoader, worklog: _Worklog) -> Iterator[Any]:
     """Batches (None where nothing was left of one) with errors turned into one-line ones."""
+    iterator = iter(loader)
     try:
-        for packet in loader:
+        for packet in iterator:
             if packet.failure is not None:
                 raise DataError(packet.failure)
             worklog.add(packet.skipped)
             yield packet.batch
-    except RuntimeError as error:
-        # the only trace that a killed worker leaves is the text of this error
-        if str(error).startswith("DataLoader worker"):
-            raise DataError(
-                f"{str(error).splitlines()[0]} Was memory short? Fewer num_workers or a smaller batch_size may help."
-            ) from None
+    except Exception as error:
+        # left to the garbage collector (the traceback holds the iterator), workers may take seconds to end
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()
+            loader._iterator = None
+        if (failure := worker_failure(error)) is not None:
+            raise failure from None
         raise
     worklog.summary()
 
@@ -183,6 +186,12 @@ class ResumableLoader(_Positioned):
     @_iterator.setter
     def _iterator(self, value: Any) -> None:
         self._loader._iterator = value  # Lightning ends the workers through this name
+
+    def close(self) -> None:
+        """Ends the worker processes now."""
+        if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
+            self._iterator._shutdown_workers()
+        self._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, batches done, and the settings that decide the order."""

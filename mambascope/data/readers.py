@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,23 @@ def _check_class_folders(folder: Path, samples: Any) -> None:
         raise DataError(f"images in {folder} must lie in one folder per class, found {_some(loose)} beside them")
 
 
-def open_folder(path: Path, class_map: str | None = None) -> tuple[Any, dict[str, int]]:
+ClassMap = str | dict[str, int] | None
+
+
+def _check_class_map(folder: Path, classes: dict[str, int]) -> None:
+    """timm leaves out folders that the map does not name; that must not go unseen."""
+    names = [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    if unknown := sorted(set(names) - set(classes)):
+        raise DataError(f"class folders in {folder} that class_map does not name: {_some(unknown)}")
+
+
+def open_folder(path: Path, class_map: ClassMap = None) -> tuple[Any, dict[str, int]]:
     """Opens an ImageFolder, a .tar file or a folder of .tar files.
 
     Args:
         path: result of :func:`find_split`.
-        class_map: text file with one class name per line, for another order than the alphabetical one.
+        class_map: text file with one class name per line, or the number of each name, for another order than the
+            alphabetical one.
 
     Returns:
         timm's ``ImageDataset`` and the class number of each class name.
@@ -76,7 +88,7 @@ def open_folder(path: Path, class_map: str | None = None) -> tuple[Any, dict[str
             data = ImageDataset(str(path), reader=ReaderImageInTar(str(path), class_map=class_map or ""))
         else:
             data = create_dataset("", root=str(path), search_split=False, class_map=class_map)  # type: ignore[arg-type]
-    except (RuntimeError, ValueError, AssertionError, OSError) as error:
+    except (RuntimeError, ValueError, AssertionError, OSError, tarfile.TarError) as error:
         if "Found 0 images" in str(error) or "not enough values to unpack" in str(error):
             if path.is_dir() and (folders := sorted(p.name for p in path.iterdir() if p.is_dir())):
                 raise DataError(f"no images in {path}: its class folders ({_some(folders)}) hold none") from None
@@ -84,7 +96,9 @@ def open_folder(path: Path, class_map: str | None = None) -> tuple[Any, dict[str
         raise DataError(f"cannot read {path}: {' '.join(str(error).split()) or type(error).__name__}") from error
     reader = data.reader
     classes = dict(getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", {}))
-    if path.is_dir() and not tars and class_map is None:
+    if path.is_dir() and not tars:
+        if class_map is not None:
+            _check_class_map(path, classes)
         _check_class_folders(path, reader.samples)
     return data, classes
 
@@ -115,7 +129,7 @@ def open_named(
     batch_size: int,
     seed: int,
     num_samples: int | None = None,
-    class_map: str | None = None,
+    class_map: ClassMap = None,
     download: bool = False,
 ) -> Any:
     """Opens ``hfds/…``, ``wds/…``, ``tfds/…``, ``hfids/…`` or ``torch/…`` through timm.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from mambascope.data.errors import DataError
-from mambascope.data.image_io import BadImageError, open_image
+from mambascope.data.image_io import BadImageError, open_image, read_reason
 from mambascope.data.loader import Item, Packet
 from mambascope.data.sampling import SampleKey
 from mambascope.data.scopedigits import ScopeDigits
@@ -80,8 +81,8 @@ class ImageSource:
             return picture.convert("RGB"), check_label(target, self.num_classes, f"row {index}")
         try:
             file, target = self.reader[index][:2]
-        except OSError as error:
-            raise BadImageError(f"cannot read image {self.name(index)}: {error.strerror or error}") from error
+        except (OSError, tarfile.TarError) as error:
+            raise BadImageError(f"cannot read image {self.name(index)}: {read_reason(error)}") from error
         with file:
             picture = open_image(file, self.name(index))
         return picture, check_label(target, self.num_classes, self.name(index))

@@ -98,7 +98,7 @@ def test_hard_digits_keep_their_pixels_at_any_image_size():
     assert ScopeDigitsConfig(size=224, hard_size=(0.1, 0.2)).pixels("hard") == (22, 45)
 
 
-def nearest_scan_accuracy(data, halve, count=150):
+def nearest_scan_accuracy(data, halve, count=100):
     """How often the nearest training scan, enlarged to the true box, names the hard digit."""
     train = load_scans("train")
     hits = total = 0
