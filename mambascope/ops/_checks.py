@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 
-def check_tensor(name: str, tensor: Tensor, letters: str, sizes: Sequence[int], like: Tensor | None = None) -> None:
+def check_tensor(name: str, tensor: Tensor, letters: str, sizes: tuple[int, ...], like: Tensor | None = None) -> None:
     """Raises ValueError unless `tensor` is floating point, has exactly these `sizes` and is on the device of `like`.
 
     Args:
@@ -17,6 +15,13 @@ def check_tensor(name: str, tensor: Tensor, letters: str, sizes: Sequence[int], 
         sizes: Expected sizes.
         like: Tensor that sets the device.
     """
+    if (
+        isinstance(tensor, Tensor)
+        and tensor.shape == sizes
+        and tensor.is_floating_point()
+        and (like is None or tensor.device == like.device)
+    ):
+        return  # first, because it runs a dozen times per call
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor {letters}, got {type(tensor).__name__}")
     if tensor.dim() != len(sizes) or any(have != want for have, want in zip(tensor.shape, sizes, strict=True)):

@@ -48,9 +48,9 @@ class Backend:
     Attributes:
         name: One of :data:`BACKENDS`.
         why_not: ``None`` if the request can be served, else the reason in words.
-        modules: Module per op, imported on first use. A scan module has ``scan_forward`` and ``scan_backward``, a
-            convolution module ``conv_forward`` and ``conv_backward``, a norm module ``norm_forward`` and
-            ``norm_backward``.
+        modules: Module per op, imported on first use. A scan module has ``scan_forward`` and ``scan_backward`` (and may
+            have ``joint_forward``: two directions with unsplit projections), a convolution module ``conv_forward`` and
+            ``conv_backward``, a norm module ``norm_forward`` and ``norm_backward``.
         auto: Device types on which it is chosen automatically, before the backends registered after it.
         note: Line for :func:`report`.
     """
@@ -64,7 +64,7 @@ class Backend:
 
 _REGISTRY: dict[str, Backend] = {}
 _chosen: dict[tuple, str] = {}
-_modules: dict[tuple[str, str], ModuleType] = {}
+_modules: dict[tuple, ModuleType] = {}
 _logged: set[str] = set()
 
 
@@ -153,13 +153,13 @@ def implementation(op: str, name: str, tensor: torch.Tensor, size: int = 0) -> M
 
     A program that was exported elsewhere may name a backend that this machine does not have.
     """
-    return _module(op, resolve(op, name or None, tensor.device.type, tensor.dtype, size))
-
-
-def _module(op: str, name: str) -> ModuleType:
-    found = _modules.get((op, name))
+    key = (op, name, tensor.device.type, tensor.dtype, size)
+    found = _modules.get(key)
     if found is None:
-        found = _modules[op, name] = importlib.import_module(_REGISTRY[name].modules[op])
+        chosen = resolve(op, name or None, *key[2:])
+        found = importlib.import_module(_REGISTRY[chosen].modules[op])
+        if name:  # otherwise the environment decides, and it may change
+            _modules[key] = found
     return found
 
 

@@ -35,6 +35,12 @@ class ScanDirection(NamedTuple):
     D: Tensor
 
 
+_LETTERS = ("[B, L, E]", "[B, L, R + 2N]", "[E, R]", "[E]", "[E, N]", "[E]")
+_FORWARD_NAMES, _BACKWARD_NAMES = (
+    [f"{side}.{name}" for name in ScanDirection._fields] for side in ("forward", "backward")
+)
+
+
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -165,24 +171,23 @@ def bidirectional_scan(
     if not isinstance(forward.dt_weight, Tensor) or forward.dt_weight.dim() != 2:
         raise ValueError("forward.dt_weight must be [E, R]")
     rank = forward.dt_weight.shape[1]
-    for side, direction in (("forward", forward), ("backward", backward)):
-        check_tensor(f"{side}.x", direction.x, "[B, L, E]", (batch, length, width), forward.x)
-        check_tensor(f"{side}.proj", direction.proj, "[B, L, R + 2N]", (batch, length, rank + 2 * states), forward.x)
-        check_tensor(f"{side}.dt_weight", direction.dt_weight, "[E, R]", (width, rank), forward.x)
-        check_tensor(f"{side}.dt_bias", direction.dt_bias, "[E]", (width,), forward.x)
-        check_tensor(f"{side}.A", direction.A, "[E, N]", (width, states), forward.x)
-        check_tensor(f"{side}.D", direction.D, "[E]", (width,), forward.x)
+    shapes = (
+        (batch, length, width),
+        (batch, length, rank + 2 * states),
+        (width, rank),
+        (width,),
+        (width, states),
+        (width,),
+    )
+    for direction, names in ((forward, _FORWARD_NAMES), (backward, _BACKWARD_NAMES)):
+        for name, tensor, letters, shape in zip(names, direction, _LETTERS, shapes, strict=True):
+            check_tensor(name, tensor, letters, shape, forward.x)
     if backward.x.dtype != forward.x.dtype:
         raise ValueError(f"backward.x must be {forward.x.dtype} as forward.x is, got {backward.x.dtype}")
     if z is not None:
         check_tensor("z", z, "[B, L, E]", (batch, length, width), forward.x)
-    tensors = (*_operands(forward), *_operands(backward), z)
+    tensors = (*forward, *backward, z)  # the fields of a direction are the operands, in the order of the operator
     grad = needs_grad(*tensors)
     chosen = resolve("scan", backend, forward.x.device.type, forward.x.dtype, states)
     out, score, *_ = call(BIDIRECTIONAL, grad, *tensors, float(scale), chosen, grad, return_score)
     return (out, score) if return_score else out
-
-
-def _operands(d: ScanDirection) -> tuple[Tensor, ...]:
-    """In the order of the operator's arguments."""
-    return d.x, d.proj, d.dt_weight, d.dt_bias, d.A, d.D

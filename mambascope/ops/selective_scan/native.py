@@ -26,19 +26,29 @@ def scan_forward(
     return_score: bool,
 ) -> tuple[Tensor, Tensor | None, Kept | None]:
     """Output [B, L, E], the score [B, L] if asked for and what to keep if asked for."""
-    x = sides[0].x
-    kept = new_kept(len(sides), x, sides[0].A.shape[1], False) if save else None
-    states = kept.states if kept is not None and kept.states.numel() else None
     if len(sides) == 2:
-        want_sum = save and z is not None
-        out, total, score = native.bidirectional_forward(*[*_joint(sides), z, scale, return_score, want_sum, states])
-        return out, score, kept if kept is None or total is None else Kept(kept.states, total)
+        return joint_forward(_joint(sides), z, scale=scale, save=save, return_score=return_score)
     (s,) = sides
+    x = s.x
+    kept = new_kept(1, x, s.A.shape[1], False) if save else None
+    states = kept.states if kept is not None and kept.states.numel() else None
     y = native.scan_forward(s.x, s.dt, s.A, s.B, s.C, s.D, z, s.dt_weight, s.dt_bias, dt_softplus, s.reverse, states)
     if kept is not None and z is not None:
         # this kernel computes y again for the gate, but the operator promises the buffer whatever the backend
         kept = kept._replace(total=x.new_zeros(x.shape))
     return y, None, kept
+
+
+def joint_forward(
+    tensors: Sequence[Tensor], z: Tensor | None, *, scale: float, save: bool, return_score: bool
+) -> tuple[Tensor, Tensor | None, Kept | None]:
+    """:func:`scan_forward` of both directions from the operands of the operator, in its order."""
+    kept = new_kept(2, tensors[0], tensors[4].shape[1], False) if save else None
+    states = kept.states if kept is not None and kept.states.numel() else None
+    want_sum = save and z is not None
+    arguments: list[Any] = [*tensors, z, scale, return_score, want_sum, states]
+    out, total, score = native.bidirectional_forward(*arguments)
+    return out, score, kept if kept is None or total is None else Kept(kept.states, total)
 
 
 def scan_backward(

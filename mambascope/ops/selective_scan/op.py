@@ -159,14 +159,19 @@ def _two_sides(tensors: Sequence[Tensor]) -> tuple[ScanSide, ScanSide]:
 def _bidirectional(*args: Any) -> tuple[Tensor, ...]:
     *tensors, z, scale, backend, save, return_score = args
     x, n = tensors[0], tensors[4].shape[1]
-    out, score, kept = implementation("scan", backend, x, n).scan_forward(
-        _two_sides(tensors),
-        _optional(z),
-        scale=scale,
-        dt_softplus=True,
-        save=save,
-        return_score=return_score,
-    )
+    module = implementation("scan", backend, x, n)
+    joint = getattr(module, "joint_forward", None)
+    if joint is not None:
+        out, score, kept = joint(tensors, z, scale=scale, save=save, return_score=return_score)
+    else:
+        out, score, kept = module.scan_forward(
+            _two_sides(tensors),
+            _optional(z),
+            scale=scale,
+            dt_softplus=True,
+            save=save,
+            return_score=return_score,
+        )
     return out, x.new_empty(0, dtype=state_dtype(x.dtype)) if score is None else score, *(kept or _nothing(x))
 
 
