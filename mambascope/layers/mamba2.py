@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from mambascope.layers.linear import Linear
 from mambascope.layers.norm import RMSNorm
 from mambascope.ops import causal_conv1d
 from mambascope.ops.selective_scan.common import state_dtype
@@ -97,13 +98,13 @@ class Mamba2(nn.Module):
         self.scan_backend = scan_backend
         heads = inner // head_dim
         conv_dim = inner + 2 * d_state
-        self.in_proj = nn.Linear(dim, inner + conv_dim + heads, bias=False)
+        self.in_proj = Linear(dim, inner + conv_dim + heads, bias=False)
         self.conv1d = nn.Conv1d(conv_dim, conv_dim, d_conv, groups=conv_dim, padding=d_conv - 1)
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
         self.norm = GatedRMSNorm(inner, norm_eps)
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.out_proj = Linear(inner, dim, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mambascope.layers.linear import Linear
 from mambascope.layers.mamba2 import Mamba2, Mamba2Block, Mamba2State
 from mambascope.layers.norm import RMSNorm
 from mambascope.models.configs import with_overrides
@@ -188,13 +189,13 @@ class MambaEye(nn.Module):
         self.grad_checkpointing = False
         # the projection and the head keep PyTorch's initialisation, as in the official code
         self.init_fc = nn.Sequential(
-            nn.Linear(config.input_dim, config.embed_dim), nn.SiLU(), nn.Dropout(config.drop_rate)
+            Linear(config.input_dim, config.embed_dim), nn.SiLU(), nn.Dropout(config.drop_rate)
         )
         self.mamba2_net = _Encoder(config)
         self.classification_head = self._make_head(config.num_classes)
 
     def _make_head(self, num_classes: int) -> nn.Sequential:
-        return nn.Sequential(nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity())
+        return nn.Sequential(Linear(self.embed_dim, num_classes) if num_classes else nn.Identity())
 
     # ---- inputs --------------------------------------------------------------------------------------------------
 

@@ -25,9 +25,8 @@ def step_reference(
         The output [B, H, P] and the new state [B, H, P, N].
     """
     heads = x_BHP.shape[1]
-    decay_BH = torch.exp(dt_BH * A_H)
-    update = (dt_BH[..., None] * x_BHP)[..., None] * per_head(B_BGN, heads)[:, :, None]
-    state_BHPN = decay_BH[..., None, None] * state_BHPN + update
+    kept_BHPN = torch.exp(dt_BH * A_H)[..., None, None] * state_BHPN
+    state_BHPN = torch.addcmul(kept_BHPN, (dt_BH[..., None] * x_BHP)[..., None], per_head(B_BGN, heads)[:, :, None])
     return (state_BHPN @ per_head(C_BGN, heads)[..., None]).squeeze(-1), state_BHPN
 
 
