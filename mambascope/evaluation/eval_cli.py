@@ -80,7 +80,15 @@ def engine_table(model: MambaScope, report: Report, args: argparse.Namespace) ->
             kept = images[: max(size, len(images) // 4)] if size == 1 else images
             eta = float(report.threshold or 0.0)
             rows.append(
-                compare_engine(model, kept, eta, batch_size=size, fine_batch_size=args.batch_size, rounds=args.rounds)
+                compare_engine(
+                    model,
+                    kept,
+                    eta,
+                    batch_size=size,
+                    fine_batch_size=args.batch_size,
+                    rounds=args.rounds,
+                    max_seconds=args.max_seconds,
+                )
             )
     lines = [f"{'coarse batch':>12}  {'split ms/image':>14}  {'engine ms/image':>15}  {'saved':>6}"]
     cells = ["batch_size,split_ms,engine_ms,share_refined"]

@@ -162,18 +162,14 @@ def write_report(
     # loaders may be sorted by class: timed batches and pictures are mixed
     order = torch.randperm(len(found.images), generator=torch.Generator().manual_seed(seed))
     found.images, found.labels, found.index = found.images[order], found.labels[order], found.index[order]
+    effort: dict[str, Any] = {"rounds": rounds, "max_seconds": max_seconds, "progress": progress}
     if not isinstance(model, MambaScope):
-        return _write_one_stage(model, found, out, base, batch_sizes, rounds, metrics_csv, progress, print_table)
+        return _write_one_stage(model, found, out, base, batch_sizes, effort, metrics_csv, print_table)
+    effort["count"] = timing_images
 
     size = tuple(found.images.shape[-2:])
     costs = costs_of(model, size)
     curve = sw.sweep(found.record, costs)
-    effort: dict[str, Any] = {
-        "count": timing_images,
-        "rounds": rounds,
-        "max_seconds": max_seconds,
-        "progress": progress,
-    }
     chosen_on, choice = _choice_curve(model, found, curve, calibration_loader, threshold, target, effort, batch_sizes)
     eta = check_threshold(threshold) if threshold is not None else float(chosen_on.threshold[target.pick(chosen_on)])
     etas = list(dict.fromkeys([eta, *map(float, measure_thresholds)]))
@@ -371,9 +367,8 @@ def _write_one_stage(
     out: Path,
     base: dict[str, Any],
     batch_sizes: Sequence[int],
-    rounds: int,
+    effort: dict[str, Any],
     metrics_csv: str | os.PathLike[str] | None,
-    progress: bool,
     print_table: bool,
 ) -> Report:
     """A model without stages: accuracy, cost and time."""
@@ -383,7 +378,7 @@ def _write_one_stage(
     timings = []
     for size in dict.fromkeys(min(s, len(found.images)) for s in batch_sizes):
         sample = found.images if size > 8 else found.images[: max(size, len(found.images) // 4)]
-        timings.append(measure_model(model, sample, batch_size=size, rounds=rounds, progress=progress))
+        timings.append(measure_model(model, sample, batch_size=size, **effort))
         row[f"ms_batch_{size}"] = timings[-1].ms
     parts = [f"top-1 {100 * row['top1']:.2f} %", f"top-5 {100 * row['top5']:.2f} %"]
     parts += [f"{format_gflops(1e9 * row[f'gflops_{c}'])} GFLOPs ({c.replace('_', ' ')})" for c in CONVENTIONS]

@@ -69,6 +69,7 @@ def interleaved(
     *,
     rounds: int,
     warmup: int = 1,
+    max_seconds: float | None = None,
     progress: str | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every run in every round; the order rotates from round to round.
@@ -78,14 +79,17 @@ def interleaved(
         device: synchronised before every clock reading.
         rounds: timed rounds, at least 1.
         warmup: rounds before them that are not timed.
+        max_seconds: no further round is begun after that time, once three (or `rounds`) are done.
         progress: label of a progress bar; ``None`` for none.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    steps = range(-warmup, rounds)
-    for step in tqdm(steps, desc=progress, unit="round", disable=progress is None, leave=False):
+    begin = time.perf_counter()
+    for step in tqdm(range(-warmup, rounds), desc=progress, unit="round", disable=progress is None, leave=False):
+        if max_seconds is not None and step >= 3 and time.perf_counter() - begin > max_seconds:
+            break
         for offset in range(len(names)):
             name = names[(step + offset) % len(names)]
             synchronize(device)
@@ -183,7 +187,9 @@ def measure_scope(
 
     with evaluating(model):
         if max_seconds is not None:
-            batches, rounds = _fit(model, batches, alpha, len(settings), rounds, max_seconds)
+            # modes between coarse only and everything refined cost about two thirds of the latter
+            modes = len(settings) * 2 / 3
+            batches, rounds = _fit(lambda x: model.forward_scope(x, 1.0, alpha), batches, modes, rounds, max_seconds)
             total = sum(len(b) for b in batches)
         shares = []
         for _, threshold in settings:
@@ -194,6 +200,7 @@ def measure_scope(
             device,
             rounds=rounds,
             warmup=0,  # the pass over the shares has warmed everything up
+            max_seconds=max_seconds,
             progress=f"timing, batch {batch_size}" if progress else None,
         )
     timings = []
@@ -204,19 +211,18 @@ def measure_scope(
 
 
 def _fit(
-    model: MambaScope, batches: list[Tensor], alpha: float | None, modes: int, rounds: int, max_seconds: float
+    once: Callable[[Tensor], Any], batches: list[Tensor], modes: float, rounds: int, max_seconds: float
 ) -> tuple[list[Tensor], int]:
-    """Batches and rounds that take about `max_seconds` for `modes` modes, judged by one batch through both stages."""
-    device = model_device(model)
-    model.forward_scope(batches[0], 1.0, alpha)
+    """Batches and rounds that take about `max_seconds` for `modes` times what `once` does, judged by one batch."""
+    device = batches[0].device
+    once(batches[0])
     synchronize(device)
     start = time.perf_counter()
-    model.forward_scope(batches[0], 1.0, alpha)
+    once(batches[0])
     synchronize(device)
-    # modes between coarse only and everything refined cost two thirds of the latter, and one pass is for warming up
-    step = max(1e-9, (time.perf_counter() - start) * modes * 2 / 3)
+    step = max(1e-9, (time.perf_counter() - start) * modes)
     rounds = max(min(rounds, 3), min(rounds, int(max_seconds / (step * len(batches))) - 1))
-    keep = max(1, min(len(batches), int(max_seconds / (step * (rounds + 1)))))
+    keep = max(1, min(len(batches), int(max_seconds / (step * (rounds + 1)))))  # one more pass is for warming up
     return batches[:keep], rounds
 
 
@@ -240,6 +246,7 @@ def compare_engine(
     batch_size: int,
     fine_batch_size: int = 64,
     rounds: int = 7,
+    max_seconds: float | None = None,
     progress: bool = False,
 ) -> tuple[Timing, Timing]:
     """Times splitting every batch on its own (``split``) against :class:`ScopePredictor` (``engine``) in one run.
@@ -251,6 +258,7 @@ def compare_engine(
         batch_size: images per coarse pass.
         fine_batch_size: images per fine pass of the engine.
         rounds: timed rounds.
+        max_seconds: see :func:`interleaved`.
         progress: whether to show a progress bar.
     """
     device = model_device(model)
@@ -268,25 +276,33 @@ def compare_engine(
 
     with evaluating(model):
         label = f"split against engine, batch {batch_size}" if progress else None
-        seconds = interleaved({"split": split, "engine": stream}, device, rounds=rounds, progress=label)
+        runs = {"split": split, "engine": stream}
+        seconds = interleaved(runs, device, rounds=rounds, max_seconds=max_seconds, progress=label)
     share = sum(engine.fine_batches) / total
     first, second = (_timing(name, batch_size, total, seconds[name], threshold, share) for name in ("split", "engine"))
     return first, second
 
 
 def measure_model(
-    model: nn.Module, images: Tensor, *, batch_size: int, rounds: int = 7, progress: bool = False
+    model: nn.Module,
+    images: Tensor,
+    *,
+    batch_size: int,
+    rounds: int = 7,
+    max_seconds: float | None = None,
+    progress: bool = False,
 ) -> Timing:
     """Times a one-stage model on `images` [K, C, H, W]; see :func:`measure_scope`."""
     device = model_device(model)
     batches = _batches(images.to(device), batch_size)
-    total = sum(len(b) for b in batches)
 
     def run() -> None:
         for batch in batches:
             model(batch)
 
     with evaluating(model):
+        if max_seconds is not None:
+            batches, rounds = _fit(model, batches, 1, rounds, max_seconds)
         label = f"timing, batch {batch_size}" if progress else None
-        seconds = interleaved({"all": run}, device, rounds=rounds, progress=label)["all"]
-    return _timing("all", batch_size, total, seconds)
+        seconds = interleaved({"all": run}, device, rounds=rounds, max_seconds=max_seconds, progress=label)["all"]
+    return _timing("all", batch_size, sum(len(b) for b in batches), seconds)

@@ -120,6 +120,15 @@ def test_runs_are_interleaved_with_a_rotating_order():
         interleaved(runs, torch.device("cpu"), rounds=0)
 
 
+def test_time_limits_shrink_rounds_and_images_but_not_below_what_is_needed(tiny_scope, images):
+    few = measure_scope(tiny_scope, images, [], batch_size=5, rounds=50, max_seconds=0.0)
+    assert [(t.rounds, t.images) for t in few] == [(3, 5)] * 2
+    generous = measure_scope(tiny_scope, images, [], batch_size=5, rounds=4, max_seconds=1e6)
+    assert [(t.rounds, t.images) for t in generous] == [(4, 30)] * 2
+    model = VisionMamba(VimConfig(img_size=32, patch_size=8, embed_dim=16, depth=1, num_classes=3))
+    assert measure_model(model, images, batch_size=10, rounds=9, max_seconds=0.0).images == 10
+
+
 def test_quartiles():
     assert quartiles([1.0]) == (1.0, 1.0, 1.0)
     assert quartiles([1, 2, 3, 4, 5]) == (2, 3, 4)
