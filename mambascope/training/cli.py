@@ -88,7 +88,8 @@ class TrainCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
             parser_class=OneLineParser,
-            parser_kwargs={"description": "Train a coarse-to-fine or a plain Vision Mamba classifier."},
+            # an abbreviation would turn a wrong name into another option
+            parser_kwargs={"description": "Train a MambaScope or Vision Mamba classifier.", "allow_abbrev": False},
             args=list(args),
             run=False,
             auto_configure_optimizers=False,

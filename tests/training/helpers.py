@@ -39,14 +39,15 @@ class SignalAt(Callback):
     Args:
         signum: The signal.
         step: After this optimizer step, or
-        val_epoch: in the first batch of the validation of this epoch.
+        val_epoch: in the second batch of the validation of this epoch.
+        rank: Only in this process.
     """
 
-    def __init__(self, signum: int = 15, step: int | None = None, val_epoch: int | None = None) -> None:
-        self.signum, self.step, self.val_epoch = signum, step, val_epoch
+    def __init__(self, signum: int = 15, step: int | None = None, val_epoch: int | None = None, rank: int = 0) -> None:
+        self.signum, self.step, self.val_epoch, self.rank = signum, step, val_epoch, rank
 
     def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == self.step:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
             os.kill(os.getpid(), self.signum)
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):

@@ -1,0 +1,215 @@
+"""The command line: configs, run directories, mistakes."""
+
+import json
+import os
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import mambascope
+from mambascope.evaluation.cost import count_parameters, model_config
+from mambascope.training.cli import TrainCLI, complete_args, main
+from mambascope.training.runs import find_checkpoint, find_config, new_run, run_of, shipped_configs
+from tests.training.helpers import tiny, train
+
+CONFIGS = shipped_configs()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An ImageNet-like folder of two classes."""
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (40, 30), (90 * i, 20, 30)).save(tmp_path / "images" / split / name / f"{i}.jpg")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+    os.environ.pop("PL_GLOBAL_SEED", None)
+
+
+def cli(*args):
+    return TrainCLI(complete_args([*args, "--trainer.accelerator=cpu", "--trainer.devices=1"]))
+
+
+def test_all_configs_ship():
+    expected = {f"{kind}_{size}_imagenet" for kind in ("vim", "mambascope") for size in ("tiny", "small", "base")}
+    assert CONFIGS.keys() >= expected | {"scopedigits"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_parses_and_builds(name, here, folder):
+    root = [] if name == "scopedigits" else ["--data.root", str(folder)]
+    # two of the blocks are enough to build, and the whole model's size is checked in closed form
+    built = cli("--config", name, *root, "--model.net.args.depth=2")
+    model = built.model.model
+    config = yaml.safe_load(CONFIGS[name].read_text())["model"]["net"]
+    args = {**config["args"], "img_size": model.config.img_size, "num_classes": model.num_classes, "depth": 2}
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(model_config(config["name"], **args))
+    assert model.num_classes == (10 if name == "scopedigits" else 2)
+    size = built.datamodule.img_size
+    assert model.config.image_hw == tuple(size)
+    assert built.run_dir.name == name
+    written = yaml.safe_load((built.run_dir / "config.yaml").read_text())
+    assert written["run"]["name"] is None
+    assert written["ckpt_path"] is None
+
+
+@pytest.mark.parametrize(("size", "rate"), [("tiny", 0.0), ("small", 0.05), ("base", 0.3)])
+@pytest.mark.parametrize("kind", ["mambascope", "vim"])
+def test_recipe_is_the_papers(kind, size, rate, here, folder):
+    built = cli("--config", f"{kind}_{size}_imagenet", "--data.root", str(folder), "--model.net.args.depth=1")
+    net, data = built.model, built.datamodule
+    assert (built.trainer.max_epochs, data.batch_size, data.img_size) == (300, 256, (224, 224))
+    assert (net.optimizer_args.lr, net.optimizer_args.lr_batch, net.optimizer_args.weight_decay) == (5e-4, 512, 0.05)
+    assert (net.schedule_args.name, net.schedule_args.warmup_epochs) == ("cosine", 5)
+    assert (net.mix_args.mixup, net.mix_args.cutmix, net.criterion.label_smoothing) == (0.8, 1.0, 0.1)
+    assert net.model.config.drop_path_rate == rate
+    assert built.config_init.ema.decay == 0.9999
+    assert built.config.data.init_args.auto_augment.startswith("rand-m9")
+    assert built.config.data.init_args.re_prob == 0.25
+    if kind == "mambascope":
+        assert (net.full_refine_epochs, net.model.alpha) == (200, 0.7)
+
+
+def test_runs_without_arguments_on_the_builtin_data(here):
+    assert complete_args([]) == ["--config", str(CONFIGS["scopedigits"])]
+    built = cli()
+    assert built.model.net.name == "mambascope_nano_patch8_64"
+    assert type(built.datamodule).__name__ == "ScopeDigitsDataModule"
+    assert built.run_dir.parts == ("runs", "scopedigits")
+
+
+def test_overrides_and_seed(here):
+    built = cli("--model.net.args.alpha=0.25", "--data.batch_size=7", "--seed_everything=5", "--ema.decay=0")
+    assert (built.model.model.alpha, built.datamodule.batch_size) == (0.25, 7)
+    assert (built.model.seed, built.datamodule.seed) == (5, 5)
+    assert not any(type(callback).__name__ == "EmaWeights" for callback in built.trainer.callbacks)
+
+
+def test_print_config_is_a_config(here, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--model.net.args.alpha=0.25", "--print_config"])
+    assert ended.value.code == 0
+    (here / "mine.yaml").write_text(capsys.readouterr().out)
+    built = cli("--config", "mine.yaml")
+    assert built.model.model.alpha == 0.25
+    assert built.run_dir.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["--config", "nothing.yaml"],
+            "config 'nothing.yaml' does not exist; the package has mambascope_base_imagenet",
+        ),
+        (["--config", "vim_tiny_imagenet"], "required: --data.root"),
+        (["--config", "vim_tiny_imagenet", "--data.root", "/nowhere"], "data folder /nowhere does not exist"),
+        (["--model.optimizer.learning_rate", "1"], "--model.optimizer.learning_rate"),
+        (["--data.batchsize", "1"], "Option 'batchsize' is not accepted"),
+        (["--model.net.args.alhpa", "0.5"], "unknown model argument alhpa"),
+        (["--model.optimizer.lr", "fast"], "model.optimizer.lr"),
+        (["--model.net.name", "resnet50"], "net.name must be one of mambascope_base_patch16_224"),
+        (["--model.net.checkpoint", "no.pth"], "checkpoint no.pth does not exist"),
+        (["--trainer.max_epoch", "3"], "--trainer.max_epoch"),
+        (["--ckpt_path", "last"], "ckpt_path 'last': no run below runs/ has a last.ckpt"),
+        (["--ckpt_path", "no.ckpt"], "ckpt_path 'no.ckpt' does not exist"),
+        (["--run.loggers", "[csvv]"], "csvv"),
+        (["--run.name", "a/b"], "run.name must be a plain directory name"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(args, message, here, capsys):
+    try:
+        status = main(args)
+    except SystemExit as ended:
+        status = ended.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_wrong_key_in_a_config_is_named(here, capsys):
+    (here / "bad.yaml").write_text("model:\n  net:\n    nmae: vim_tiny_patch16_224\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", "bad.yaml"])
+    assert ended.value.code == 2
+    assert "net.nmae" in capsys.readouterr().err
+
+
+def test_run_directories(tmp_path):
+    root = str(tmp_path / "runs")
+    assert new_run(root, None, ["a/scopedigits.yaml"]).name == "scopedigits"
+    (tmp_path / "runs" / "scopedigits" / "config.yaml").write_text("")
+    assert new_run(root, None, ["a/scopedigits.yaml"]).name == "scopedigits-2"
+    assert new_run(root, None, ["runs/scopedigits/config.yaml"]).name == "scopedigits-2"  # empty: not a run yet
+    with pytest.raises(ValueError, match=r"scopedigits exists; choose another --run\.name"):
+        new_run(root, "scopedigits", [])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"run\.root .*file' cannot be used"):
+        new_run(str(tmp_path / "file"), None, [])
+
+
+def test_last_is_the_newest_run(tmp_path):
+    for age, name in enumerate(("new", "old")):
+        path = tmp_path / name / "checkpoints" / "last.ckpt"
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+        (tmp_path / name / "config.yaml").write_text("")
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert run_of(find_checkpoint("last", str(tmp_path), None)) == tmp_path / "new"
+    assert run_of(find_checkpoint("last", str(tmp_path), "old")) == tmp_path / "old"
+    assert run_of(tmp_path / "elsewhere.ckpt") is None
+    args = complete_args(["--run.root", str(tmp_path), "--ckpt_path", "last"])
+    assert args[:2] == ["--config", str(tmp_path / "new" / "config.yaml")]
+    assert str(tmp_path / "new" / "checkpoints" / "last.ckpt") in args
+
+
+def test_shipped_configs_by_name_and_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for value in ("vim_tiny_imagenet", "vim_tiny_imagenet.yaml", "mambascope/configs/vim_tiny_imagenet.yaml"):
+        assert find_config(value) == str(CONFIGS["vim_tiny_imagenet"])
+    with pytest.raises(ValueError, match="does not exist"):
+        find_config("other/vim_tiny_imagenet.yaml")
+
+
+def test_a_whole_run_with_its_report(tmp_path):
+    """The real command: it leaves what the README names, and the threshold it chose is in the weights."""
+    done = train(*tiny(run__report="true", trainer__max_epochs=1), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    run = tmp_path / "runs" / "scopedigits"
+    for name in ("config.yaml", "logs/metrics.csv", "checkpoints/last.ckpt", "checkpoints/best.ckpt"):
+        assert (run / name).is_file(), name
+    assert list((run / "logs").glob("events.out.tfevents*"))
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert report["images"] == 24
+    for column in ("coarse only", "refine everything", "dynamic", "top-1", "refined", "GFLOPs", "ms/image"):
+        assert column in done.stdout
+    model = mambascope.load_model(run / "model.safetensors")
+    assert model.threshold == report["threshold"]
+    assert model.labels == [str(i) for i in range(10)]
+    assert model.description["transform"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
+
+
+def test_training_on_a_folder(here, folder):
+    """Images from disk at another size than the model's, without the report."""
+    args = ["--data", "ImageDataModule", f"--data.root={folder}", "--data.img_size=32", "--data.batch_size=2"]
+    own = {"run__report": "false", "trainer__max_epochs": 1}
+    kept = [a for a in tiny(**own) if not a.startswith("--data.")]
+    done = train("--config", CONFIGS["scopedigits"], *args, "--data.num_workers=0", *kept, cwd=here)
+    assert done.returncode == 0, done.stderr
+    model = mambascope.load_model(here / "runs" / "scopedigits" / "model.safetensors")
+    assert (model.num_classes, model.labels, model.config.image_hw) == (2, ["cat", "dog"], (32, 32))
