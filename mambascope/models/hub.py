@@ -53,7 +53,7 @@ class HubMixin(ModelHubMixin):
         from timm.data import create_transform, resolve_data_config
 
         stored = self.description.get("transform") or {}
-        config = resolve_data_config({**stored, "img_size": None}, model=self)  # type: ignore[arg-type]
+        config = resolve_data_config({**stored, "img_size": None}, model=self)
         return create_transform(**{**config, **stored}, is_training=is_training)
 
     @classmethod

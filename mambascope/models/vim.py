@@ -145,7 +145,8 @@ class VisionMamba(nn.Module, HubMixin):
         """
         scores: list[Tensor] = []
         taken: list[Tensor] = []
-        hidden, residual = tokens, None
+        hidden = tokens
+        residual: Any = None
         last = len(self.layers) - 1 if stop_after is None else stop_after
         for i, block in enumerate(self.layers[: last + 1]):
             layer_score = score if i in score_layers else None
