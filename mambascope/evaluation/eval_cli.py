@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engine", action="store_true", help="also time the throughput engine against plain splitting")
     parser.add_argument("--export", metavar="FILE", help="write the model with the chosen threshold (.safetensors)")
     parser.add_argument("--published", action="store_true", help="draw the published ImageNet rows too, marked as such")
+    parser.add_argument("--no-figures", action="store_true", help="numbers only")
     parser.add_argument("--alpha", type=float, help="share of the cells that the fine stage reads, 0 to 1")
     parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width, in pixels")
     parser.add_argument("--model", metavar="NAME", help="model of weights that do not describe it")
@@ -151,6 +152,7 @@ def _run(args: argparse.Namespace) -> int:
         max_seconds=args.max_seconds,
         name=model.description.get("model"),
         published=args.published,
+        figures=not args.no_figures,
         progress=sys.stderr.isatty(),
     )
     if args.engine and isinstance(model, MambaScope):

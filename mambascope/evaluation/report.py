@@ -109,6 +109,7 @@ def write_report(
     std: Sequence[float] | None = None,
     name: str | None = None,
     published: bool = False,
+    figures: bool = True,
     seed: int = 0,
     progress: bool = True,
     print_table: bool = True,
@@ -134,6 +135,7 @@ def write_report(
         mean, std: normalisation of the images, to show them; default: the model's.
         name: of the model.
         published: whether the frontier carries the published ImageNet rows of this size, marked as such.
+        figures: whether to draw figures.
         seed: of the sample.
         progress: whether to show progress bars.
         print_table: whether to print the table.
@@ -191,15 +193,19 @@ def write_report(
         "curve": curve_rows(curve),
         "table": card_rows(results, eta),
     }
-    look = {"class_names": class_names, "mean": mean, "std": std}
-    plot_timings = list(zip(timings, points, strict=True))
-    files = _frontier(curve, sw.sweep(found.record, costs, thresholds=[eta]), plot_timings, out, name, published)
-    files += _pictures(model, found, eta, out, look, name) + _curves(metrics_csv, out, name)
     _write_text(out / "curve.csv", curve_csv(curve))
     _write_text(out / "timings.csv", timings_csv(timings, points))
     _write_text(out / "report.txt", table + "\n")
-    data_out["files"] = sorted([*files, "curve.csv", "timings.csv", "report.txt", "report.json"])
-    _write_json(out / "report.json", data_out)
+    files = ["curve.csv", "report.json", "report.txt", "timings.csv"]
+    data_out["files"] = files
+    _write_json(out / "report.json", data_out)  # the numbers are safe whatever happens to the figures
+    if figures:
+        look = {"class_names": class_names, "mean": mean, "std": std}
+        timed = list(zip(timings, points, strict=True))
+        files += _frontier(curve, sw.sweep(found.record, costs, thresholds=[eta]), timed, out, name, published)
+        files += _pictures(model, found, eta, out, look, name) + _curves(metrics_csv, out, name)
+        data_out["files"] = sorted(files)
+        _write_json(out / "report.json", data_out)
     if print_table:
         print(table)
     return Report(out, eta, table, data_out, found)

@@ -119,7 +119,7 @@ def _line(ax: Axes, name: str, steps: np.ndarray, values: np.ndarray, factor: fl
         shown,
         color=style.DYNAMIC if only else colour,
         lw=1.4 if training else 2.0,
-        ls="-",
+        ls="--" if name.endswith(("_kl", "_kl_step")) else "-",  # beside the coarse stage's cross entropy
         marker="" if len(values) > 30 or training else "o",
         ms=4,
         label=label,

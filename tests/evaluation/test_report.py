@@ -17,6 +17,7 @@ from mambascope.evaluation.throughput import representative
 from mambascope.models import VimConfig, VisionMamba
 
 QUICK = {"rounds": 2, "batch_sizes": (8, 1), "timing_images": 16, "max_seconds": 2.0, "progress": False}
+NO_FIGURES = {**QUICK, "figures": False}
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_calibration_data_decide_when_there_are_any(tiny_scope, loader, images, 
     with torch.no_grad():
         right = tiny_scope.forward_coarse(images).logits.argmax(1)
     # on data where the coarse stage is always right nothing needs to be refined
-    found = write_report(tiny_scope, loader, tmp_path, calibration_loader=[(images, right)], **QUICK)
+    found = write_report(tiny_scope, loader, tmp_path, calibration_loader=[(images, right)], **NO_FIGURES)
     assert found.threshold == 0.0
     assert found.data["choice"]["data"] == "calibration data"
     assert found.data["images"] == 30
@@ -123,7 +124,7 @@ def test_a_given_threshold_and_a_data_module(tiny_scope, loader, tmp_path, eta):
         def val_dataloader(self):
             return loader
 
-    found = write_report(tiny_scope, Module(), tmp_path, threshold=eta, measure_thresholds=[0.9], **QUICK)
+    found = write_report(tiny_scope, Module(), tmp_path, threshold=eta, measure_thresholds=[0.9], **NO_FIGURES)
     assert found.threshold == eta
     assert found.data["choice"]["rule"] == "given"
     assert sorted({t["threshold"] for t in found.data["timings"] if t["mode"] == "dynamic"}) == sorted({eta, 0.9})
@@ -132,19 +133,19 @@ def test_a_given_threshold_and_a_data_module(tiny_scope, loader, tmp_path, eta):
 
 def test_targets_for_gflops_and_time(tiny_scope, loader, tmp_path):
     cost = stage_macs(tiny_scope.config)
-    found = write_report(tiny_scope, loader, tmp_path, target=Target("gflops", cost.gflops(0.5)), **QUICK)
+    found = write_report(tiny_scope, loader, tmp_path, target=Target("gflops", cost.gflops(0.5)), **NO_FIGURES)
     assert found.data["results"]["dynamic"]["gflops_one_direction"] <= cost.gflops(0.5) + 1e-12
     assert "GFLOPs (one direction)" in found.data["choice"]["rule"]
-    generous = write_report(tiny_scope, loader, tmp_path, target=Target("ms", 1e6), **QUICK)
+    generous = write_report(tiny_scope, loader, tmp_path, target=Target("ms", 1e6), **NO_FIGURES)
     top1 = [row["top1"] for row in generous.data["curve"]]
     assert generous.data["results"]["dynamic"]["top1"] == pytest.approx(max(top1), abs=1e-5)
     with pytest.raises(ValueError, match="cannot be met"):
-        write_report(tiny_scope, loader, tmp_path, target=Target("ms", 1e-9), **QUICK)
+        write_report(tiny_scope, loader, tmp_path, target=Target("ms", 1e-9), **NO_FIGURES)
 
 
 def test_one_stage_model(images, labels, tmp_path):
     model = VisionMamba(VimConfig(img_size=32, patch_size=8, embed_dim=16, depth=1, num_classes=7))
-    found = write_report(model, [(images, labels)], tmp_path, **QUICK)
+    found = write_report(model, [(images, labels)], tmp_path, **NO_FIGURES)
     assert found.threshold is None
     assert found.data["results"]["all"]["gflops_one_direction"] == stage_macs(model.config).gflops()
     assert found.data["results"]["all"]["ms_batch_8"] > 0
@@ -157,7 +158,7 @@ def test_one_stage_model(images, labels, tmp_path):
 )
 def test_bad_options(tiny_scope, loader, tmp_path, options, word):
     with pytest.raises(ValueError, match=word):
-        write_report(tiny_scope, loader, tmp_path, **{**QUICK, **options})
+        write_report(tiny_scope, loader, tmp_path, **{**NO_FIGURES, **options})
 
 
 def test_a_crash_while_writing_keeps_the_old_report(tiny_scope, loader, tmp_path, monkeypatch):
@@ -168,7 +169,7 @@ def test_a_crash_while_writing_keeps_the_old_report(tiny_scope, loader, tmp_path
 
     monkeypatch.setattr(report_module.Path, "write_text", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        write_report(tiny_scope, loader, tmp_path, **QUICK)
+        write_report(tiny_scope, loader, tmp_path, **NO_FIGURES)
     monkeypatch.undo()
     assert (tmp_path / "report.json").read_text() == "old"
     assert not list(tmp_path.glob(".*"))

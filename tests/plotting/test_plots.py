@@ -108,9 +108,8 @@ def test_heat_map_sheets_and_single_pictures(tmp_path):
 def test_exits(tmp_path, record):
     examples = [example(exited=True), example(), example(true="7")]
     assert_picture(plot_exits(record, examples, 0.5, tmp_path / "exits.png"))
-    # nobody exits, everybody exits, and no picture for a stage
+    # nobody exits, and no picture for a stage
     assert_picture(plot_exits(record, [], 1.0, tmp_path / "none.png"))
-    assert_picture(plot_exits(record, examples, 0.0, tmp_path / "all.png"))
 
 
 def test_frontier_with_and_without_measured_times_and_published_rows(tmp_path, record):
