@@ -214,6 +214,12 @@ def _native_note() -> str:
     return f"compiled kernels, level {info['isa']}, {info['lanes']} lanes, {info['threads']} threads ({threads})"
 
 
+def _triton_why_not(request: Request) -> str | None:
+    from mambascope.ops import triton
+
+    return triton.why_not(*request)
+
+
 _SCAN, _CONV, _NORM = "mambascope.ops.selective_scan", "mambascope.ops.causal_conv1d", "mambascope.ops.norm"
 register(
     Backend(
@@ -222,6 +228,14 @@ register(
         {"scan": f"{_SCAN}.native", "conv": f"{_CONV}.native", "norm": f"{_NORM}_native"},
         auto=("cpu",),
         note=_native_note,
+    )
+)
+register(
+    Backend(
+        "triton",
+        _triton_why_not,
+        {op: f"mambascope.ops.triton.{op}" for op in OPS},
+        auto=("cuda",),
     )
 )
 register(
