@@ -52,9 +52,9 @@ class HubMixin(ModelHubMixin):
         """The preprocessing the weights were trained with: from a PIL image to a tensor [C, H, W]."""
         from timm.data import create_transform, resolve_data_config
 
-        stored = self.description.get("transform") or {}
-        config = resolve_data_config({**stored, "img_size": None}, model=self)
-        return create_transform(**{**config, **stored}, is_training=is_training)
+        size = (self.config.in_chans, *self.config.image_hw)  # type: ignore[attr-defined]
+        stored = {"input_size": size, "crop_pct": 1.0, **(self.description.get("transform") or {})}
+        return create_transform(**{**resolve_data_config(stored), **stored}, is_training=is_training)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ def test_a_saved_folder_is_a_ready_model(tmp_path):
     model.threshold = 0.42
     model.description = {
         "labels": ["cat", "dog"],
-        "transform": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0},
+        "transform": {"mean": [0.5] * 3, "std": [0.5] * 3},
         "report": {"table": [{"stage": "coarse", "top1": 71.25}, {"stage": "fine", "top1": 88.5}]},
     }
     folder = tmp_path / "tiny-model"
