@@ -220,6 +220,12 @@ def _triton_why_not(request: Request) -> str | None:
     return triton.why_not(*request)
 
 
+def _mamba_ssm_why_not(request: Request) -> str | None:
+    from mambascope.ops import mamba_ssm
+
+    return mamba_ssm.why_not(*request)
+
+
 _SCAN, _CONV, _NORM = "mambascope.ops.selective_scan", "mambascope.ops.causal_conv1d", "mambascope.ops.norm"
 register(
     Backend(
@@ -251,5 +257,12 @@ register(
         "reference",
         _torch_why_not,
         {"scan": f"{_SCAN}.reference", "conv": f"{_CONV}.reference", "norm": f"{_NORM}_torch"},
+    )
+)
+register(
+    Backend(
+        "mamba_ssm",
+        _mamba_ssm_why_not,
+        {"scan": "mambascope.ops.mamba_ssm", "conv": "mambascope.ops.mamba_ssm"},
     )
 )
