@@ -23,8 +23,8 @@ from mambascope.models.checkpoint import CheckpointError, atomic_path
 _FAR = 2**62  # larger than any step
 
 
-class TrainingStopped(Exception):
-    """Training ended by a signal, after its state was saved.
+class TrainingStopped(BaseException):
+    """Training ended by a signal; like ``KeyboardInterrupt`` it is no error that a handler on the way may swallow.
 
     Attributes:
         signum: The signal.
@@ -81,6 +81,7 @@ class RunCheckpoint(Checkpoint):
         self._signum = 0
         self._signals = 0
         self._handlers: dict[int, Any] = {}
+        self._pid = os.getpid()
         self._saved_step = -1
         self._seen_step = -1
         self._saved_at = 0.0
@@ -297,6 +298,7 @@ class RunCheckpoint(Checkpoint):
     def _take_signals(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
+        self._pid = os.getpid()
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._handlers.setdefault(signum, signal.getsignal(signum))
             signal.signal(signum, self._on_signal)
@@ -307,9 +309,14 @@ class RunCheckpoint(Checkpoint):
             signal.signal(signum, handler)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a loader's worker, which inherits the handler and a terminal's Ctrl-C
+            if signum == signal.SIGTERM:
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
+            return
         self._signals += 1
         self._signum = self._signum or signum
         if self._signals > 1:
-            raise KeyboardInterrupt
+            raise TrainingStopped(signum, self._seen_step)
         name = signal.Signals(signum).name
         print(f"\n{name}: saving after this step (once more to stop without saving)", file=sys.stderr, flush=True)

@@ -209,6 +209,7 @@ class TrainCLI(LightningCLI):
                 std=getattr(self.datamodule, "std", None),
                 name=self.model.net.name,
                 threshold=given if isinstance(model, MambaScope) else None,
+                published=model.num_classes == 1000,  # the published rows are ImageNet's
                 progress=sys.stdout.isatty(),
                 print_table=False,
             )
@@ -299,10 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _stopped(stop: TrainingStopped) -> int:
     if not is_main_process():
         return 0  # a status other than 0 makes Lightning kill the process that prints
-    print(f"{stop}; state saved in {stop.path}", file=sys.stderr)
-    print(f"resume with: {' '.join(_resume_command(stop.path))}", file=sys.stderr, flush=True)
+    if stop.path is None:
+        print(f"{stop}; nothing was saved", file=sys.stderr)
+    else:
+        print(f"{stop}; state saved in {stop.path}", file=sys.stderr)
+        print(f"resume with: python {sys.argv[0]} --ckpt_path {stop.path}", file=sys.stderr, flush=True)
     return 128 + stop.signum
-
-
-def _resume_command(path: Path | None) -> list[str]:
-    return ["python", sys.argv[0] or "tools/train_cls.py", "--ckpt_path", str(path)]

@@ -149,6 +149,14 @@ def test_wrong_key_in_a_config_is_named(here, capsys):
     assert "net.nmae" in capsys.readouterr().err
 
 
+def test_diverging_run_ends_in_one_line(here, capsys):
+    changes = {"model__optimizer__lr": 1e30, "model__schedule__warmup_epochs": 0, "trainer__accelerator": "cpu"}
+    assert main(tiny(**changes)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "not finite at step" in error
+
+
 def test_run_directories(tmp_path):
     root = str(tmp_path / "runs")
     assert new_run(root, None, ["a/scopedigits.yaml"]).name == "scopedigits"
