@@ -35,5 +35,8 @@ format: $(STAMP)  ## let ruff rewrite
 
 clean:  ## remove what the commands made, but not runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	rm -f mambascope/ops/native/*.so
+	rm -f mambascope/ops/native/*.so $(STAMP)
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+bench: $(STAMP)  ## time the models on this CPU against DeiT, and write benchmarks/results/
+	$(BIN)/python benchmarks/vim_cpu.py

@@ -295,6 +295,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "" if own else f" ({_DEBUG}=1 shows where)"
         print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 1 if cli is not None else 2
+    except RuntimeError as error:
+        # torch's own message for a checkpoint of another model lists every tensor
+        if os.environ.get(_DEBUG) or "Error(s) in loading state_dict" not in str(error):
+            raise
+        print("error: the checkpoint belongs to another model than the configuration describes", file=sys.stderr)
+        return 1
 
 
 def _stopped(stop: TrainingStopped) -> int:

@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -175,7 +175,7 @@ class ClassifierModule(LightningModule):
     def on_train_epoch_start(self) -> None:
         """Announces the phase."""
         if self.two_stage and self.current_epoch == self.full_refine_epochs > 0:
-            rank_zero_info(f"epoch {self.current_epoch}: from now on the fine stage re-reads alpha = {self._alpha():g}")
+            self.print(f"epoch {self.current_epoch}: from now on the fine stage re-reads alpha = {self._alpha():g}")
 
     def _alpha(self) -> float:
         assert isinstance(self.model, MambaScope)
@@ -189,7 +189,11 @@ class ClassifierModule(LightningModule):
         self._schedule.step_update(self.global_step)
 
     def _mixed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if self.mixup is None or len(x) % 2:  # timm pairs images; a last odd batch stays as it is
+        if self.mixup is None:
+            return x, y
+        if len(x) % 2:  # timm pairs images; a last odd batch stays as it is
+            if not self.trainer.is_last_batch:
+                raise ValueError(f"data.batch_size must be even with Mixup or CutMix, got {len(x)}")
             return x, y
         last = self.trainer.max_epochs or 0
         if self.mix_args.off_epochs and 0 < last <= self.current_epoch + self.mix_args.off_epochs:
