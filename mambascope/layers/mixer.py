@@ -178,7 +178,9 @@ class BidirectionalMamba(nn.Module):
         self, forward: ScanDirection, backward: ScanDirection, z_BLE: Tensor, score: ScoreOptions
     ) -> tuple[Tensor, Tensor]:
         """The ablation variants of the score: both directions' outputs are materialised."""
-        y_f, y_b = self._scan(forward, reverse=False), self._scan(backward, reverse=True)
+        # the sum of both directions overflows half precision before it is halved
+        y_f = _at_least_fp32(self._scan(forward, reverse=False))
+        y_b = _at_least_fp32(self._scan(backward, reverse=True))
         gate = F.silu(_at_least_fp32(z_BLE))
         out = self.out_proj(((y_f + y_b) * gate * 0.5).to(z_BLE.dtype))
         with torch.no_grad():

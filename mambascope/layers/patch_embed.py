@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -62,6 +63,6 @@ class PatchEmbed(nn.Module):
         p = self.patch_size
         # [B, cell rows, cell cols, child row, child col, C, p, p] as a view: indexing copies the selected pixels alone
         view = x.view(batch, chans, height // (2 * p), 2, p, width // (2 * p), 2, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
-        index = rows.new_tensor(range(batch)).unsqueeze(1)
+        index = torch.arange(batch, device=rows.device).unsqueeze(1)
         pixels = view[index, rows, cols].flatten(5).flatten(2, 3).flatten(3)
         return linear(pixels, self.proj.weight.flatten(1), self.proj.bias)

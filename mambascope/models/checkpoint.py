@@ -165,8 +165,8 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _table_grid(rows: int, config: Mapping[str, Any], coarse: bool) -> tuple[int, int] | None:
-    """Grid of a position table with this many patch rows: from the file's config, else a square."""
+def _table_grid(rows: int, config: Mapping[str, Any], coarse: bool, own: tuple[int, int]) -> tuple[int, int] | None:
+    """Grid of a table with this many patch rows: from the file's config, else the model's own, else a square."""
     if config.get("img_size") is not None:
         size = config["img_size"]
         height, width = (size, size) if isinstance(size, int) else size
@@ -179,6 +179,8 @@ def _table_grid(rows: int, config: Mapping[str, Any], coarse: bool) -> tuple[int
             grid = (max(0, -(-(height - patch) // stride)) + 1, max(0, -(-(width - patch) // stride)) + 1)
         if grid[0] * grid[1] == rows:
             return grid
+    if own[0] * own[1] == rows:
+        return own
     side = math.isqrt(rows)
     return (side, side) if side * side == rows else None
 
@@ -206,6 +208,9 @@ def load_checkpoint(
     report = LoadReport()
     problems: list[str] = []
     start = isinstance(model, MambaScope) and not any(k.startswith(("reuse.", "pos_embed_coarse")) for k in source)
+    place = getattr(model.config, "cls_position", None)
+    if config.get("cls_position", place) != place:
+        problems.append(f"CLS stands {config['cls_position']} in the file and {place} in the model")
     for name, wanted in target.items():
         found = source.get(name)
         coarse = name == "pos_embed_coarse"
@@ -219,8 +224,9 @@ def load_checkpoint(
             and found.shape[2] == wanted.shape[2]
         ):
             new_grid = (model.grid[0] // 2, model.grid[1] // 2) if coarse else model.grid
-            old_grid = _table_grid(found.shape[1] - 1, config, coarse and not start)
+            old_grid = _table_grid(found.shape[1] - 1, config, coarse and not start, new_grid)
             if old_grid is None:
+                report.new.append(name)
                 problems.append(f"{name} has {found.shape[1] - 1} rows, which is no square grid")
             elif old_grid == new_grid:
                 loaded[name] = found

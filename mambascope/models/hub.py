@@ -49,12 +49,13 @@ class HubMixin(ModelHubMixin):
         return self.description.get("labels")
 
     def transform(self, is_training: bool = False) -> Callable[[Any], Any]:
-        """The preprocessing the weights were trained with: from a PIL image to a tensor [C, H, W]."""
+        """The preprocessing stored with the weights, else the model's default: PIL image to tensor [C, H, W]."""
         from timm.data import create_transform, resolve_data_config
 
         size = (self.config.in_chans, *self.config.image_hw)  # type: ignore[attr-defined]
-        stored = {"input_size": size, "crop_pct": 1.0, **(self.description.get("transform") or {})}
-        return create_transform(**{**resolve_data_config(stored), **stored}, is_training=is_training)
+        stored = {"input_size": size, **(self.description.get("transform") or {})}
+        known = resolve_data_config(stored, pretrained_cfg=getattr(self, "pretrained_cfg", None) or {})
+        return create_transform(**{**known, **stored}, is_training=is_training)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:

@@ -221,7 +221,8 @@ class MambaScope(VisionMamba):
             take: Blocks whose outputs are wanted.
         """
         sequence, selected, others = self._fine_sequence(x, coarse, alpha)
-        self.fine_calls += x.shape[0]
+        if not torch.compiler.is_compiling():  # a counter that changes would recompile every call
+            self.fine_calls += x.shape[0]
         tokens, _, taken = self.encode(sequence, take=take)
         cls = tokens[:, cls_index(tokens.shape[1] - 1, self.config.fine_cls)]
         return FineState(self.classify(self.pool(tokens)), cls, tokens, selected, others, taken)
@@ -229,6 +230,8 @@ class MambaScope(VisionMamba):
     def forward_both(self, x: Tensor, alpha: float | None = None) -> StageLogits:
         """Both stages for every image, as in training (section 3.5)."""
         coarse = self.forward_coarse(x)
+        if num_selected(self.alpha if alpha is None else alpha, coarse.importance.shape[1]) == 0:
+            return StageLogits(coarse.logits, coarse.logits)  # alpha = 0 is the coarse model alone
         return StageLogits(coarse.logits, self.forward_fine(x, coarse, alpha).logits)
 
     def forward_scope(self, x: Tensor, threshold: float | None = None, alpha: float | None = None) -> ScopeOutput:
@@ -242,6 +245,8 @@ class MambaScope(VisionMamba):
             alpha: Share of cells to re-read; ``None`` for ``self.alpha``. 0 accepts every coarse answer.
         """
         threshold = check_threshold(self.threshold if threshold is None else threshold)
+        if not self._has_classifier() and 0 < threshold < 1:
+            raise ValueError(f"threshold must be 0 or 1 in a model without a classifier, got {threshold:g}")
         alpha = self.alpha if alpha is None else alpha
         coarse = self.forward_coarse(x)
         batch, cells = coarse.importance.shape
@@ -271,7 +276,13 @@ class MambaScope(VisionMamba):
 
     def forward(self, x: Tensor) -> Any:
         """Training: :class:`StageLogits`. Evaluation: logits [B, C] at ``self.threshold``."""
-        return self.forward_both(x) if self.training else self.forward_scope(x).logits
+        if self.training:
+            return self.forward_both(x)
+        # without class probabilities there is no confidence: a feature extractor refines everything
+        return self.forward_scope(x, None if self._has_classifier() else 1.0).logits
+
+    def _has_classifier(self) -> bool:
+        return self.num_classes > 0 and self.global_pool != ""
 
     def _cls_position(self) -> str:
         return self.config.fine_cls
@@ -313,7 +324,7 @@ class MambaScope(VisionMamba):
         """Fine maps of the layers ``take``; the coarse pass needs every block, so nothing stops early."""
         coarse = self.forward_coarse(x)
         fine = self.forward_fine(x, coarse, take=take)
-        taken = [self.norm_f(t)[0] for t in fine.taken] if norm else fine.taken
+        taken = [self._normalised(t) for t in fine.taken] if norm else fine.taken
         maps = [self.fine_map(t, fine, coarse.grid).contiguous() for t in taken]
         at = cls_index(fine.length - 1, self.config.fine_cls)
         return fine.tokens, maps, [t[:, at : at + 1] for t in taken]

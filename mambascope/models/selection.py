@@ -13,7 +13,13 @@ from torch import Tensor
 
 
 def num_selected(alpha: float, num_cells: int) -> int:
-    """``k = ceil(alpha * M)`` (eq. 13), safe against binary rounding: 0.7 of 10 cells is 7."""
+    """``k = ceil(alpha * M)`` (eq. 13), safe against binary rounding: 0.7 of 10 cells is 7.
+
+    Raises:
+        ValueError: If ``alpha`` is outside [0, 1].
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     return min(num_cells, math.ceil(alpha * num_cells - 1e-9))
 
 
@@ -39,8 +45,6 @@ def select_cells(importance_BM: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     Returns:
         Selected cells [B, k] and the others [B, M - k], int64, each in raster order.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     count = num_selected(alpha, importance_BM.shape[1])
     order = torch.sort(importance_BM, dim=1, descending=True, stable=True).indices
     return order[:, :count].sort(dim=1).values, order[:, count:].sort(dim=1).values
@@ -56,8 +60,8 @@ def children(cells: Tensor, grid: tuple[int, int]) -> Tensor:
     cols = grid[1]
     row, col = cells // cols, cells % cols
     corner = (4 * cols) * row + 2 * col  # two fine rows of 2 * cols patches per coarse row
-    offsets = torch.tensor([0, 1, 2 * cols, 2 * cols + 1], device=cells.device)
-    return corner.unsqueeze(-1) + offsets
+    pair = torch.arange(2, device=cells.device)  # made on the device: copying a list there would wait for it
+    return corner.unsqueeze(-1) + (2 * cols * pair.unsqueeze(1) + pair).flatten()
 
 
 def gather_rows(rows_BMd: Tensor, index_Bk: Tensor) -> Tensor:

@@ -238,11 +238,14 @@ class VisionMamba(nn.Module, HubMixin):
         tokens, grid = self._tokens(x)
         final, _, taken = self.encode(tokens, take=take, stop_after=stop)
         if norm:
-            taken = [self.norm_f(t)[0] for t in taken]
+            taken = [self._normalised(t) for t in taken]
         position = self.config.cls_position
         at = cls_index(tokens.shape[1] - 1, position)
         maps = [remove_cls(t, position).transpose(1, 2).unflatten(2, grid).contiguous() for t in taken]
         return final, maps, [t[:, at : at + 1] for t in taken]
+
+    def _normalised(self, tokens: Tensor) -> Tensor:
+        return tokens if isinstance(self.norm_f, nn.Identity) else self.norm_f(tokens)[0]
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -250,6 +253,7 @@ class VisionMamba(nn.Module, HubMixin):
         """Removes blocks after the last one needed; returns the kept feature indices."""
         take, last = feature_take_indices(len(self.layers), indices)
         self.layers = self.layers[: last + 1]
+        self.config = with_overrides(self.config, {"depth": last + 1})
         if prune_norm:
             self.norm_f = nn.Identity()
         if prune_head:
@@ -277,14 +281,20 @@ class VisionMamba(nn.Module, HubMixin):
             changes["img_size"] = img_size if isinstance(img_size, int) else tuple(img_size)
         if patch_size is not None and patch_size != self.config.patch_size:
             changes["patch_size"], changes["stride"] = patch_size, None
+        config = with_overrides(
+            self.config, changes
+        )  # before anything changes: a wrong size must not leave half a model
+        if "patch_size" in changes:
+            assert patch_size is not None
             with torch.no_grad():
                 proj = self.patch_embed.proj
                 kernel = resample_patch_embed(proj.weight, [patch_size, patch_size])
                 embed = PatchEmbed(patch_size, patch_size, self.in_chans, self.embed_dim).to(kernel)
                 embed.proj.weight.copy_(kernel)
                 embed.proj.bias.copy_(proj.bias)  # type: ignore[union-attr, arg-type]
+            embed.proj.requires_grad_(proj.weight.requires_grad)
             self.patch_embed = embed
-        self.config = with_overrides(self.config, changes)
+        self.config = config
         self._resample_tables()
         for info in self.feature_info:
             info["reduction"] = self.config.patch_stride

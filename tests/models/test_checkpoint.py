@@ -52,6 +52,21 @@ def test_other_resolution_is_resampled(tmp_path):
     assert load_checkpoint(model, path).resampled == ["pos_embed"]
 
 
+@pytest.mark.parametrize("size", [(32, 64), (16, 64)])  # 16 rows of (16, 64) could be taken for a 4 x 4 grid
+def test_a_table_of_the_models_own_grid_is_copied(tmp_path, size):
+    vim, path = official(tmp_path, img_size=size)
+    model = VisionMamba(**{**SMALL, "img_size": size})
+    assert load_checkpoint(model, path).resampled == []
+    assert torch.equal(model.pos_embed, vim.pos_embed)
+
+
+def test_another_place_of_cls_is_named(tmp_path):
+    path = tmp_path / "first.safetensors"
+    save_safetensors(VisionMamba(**SMALL, cls_position="first"), path)
+    with pytest.raises(CheckpointError, match="CLS stands first in the file and middle in the model"):
+        load_checkpoint(VisionMamba(**SMALL), path)
+
+
 def test_lightning_layout_and_wrappers(tmp_path):
     vim = VisionMamba(**SMALL)
     path = tmp_path / "last.ckpt"

@@ -262,3 +262,64 @@ def test_wrong_options_are_named(options, message):
 def test_wrong_channels_are_named():
     with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\]"):
         scope().forward_scope(torch.randn(1, 1, 48, 48))
+
+
+@torch.no_grad()
+def test_alpha_zero_holds_in_both_stages_too():
+    model = scope(alpha=0.0)
+    coarse, fine = model.forward_both(torch.randn(2, 3, 48, 48))
+    assert torch.equal(coarse, fine)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", ["token", ""])
+def test_without_a_classifier_everything_is_refined(pool):
+    model, x = scope(), torch.randn(3, 3, 48, 48)
+    model.reset_classifier(0, pool)
+    assert torch.equal(model(x), model.forward_head(model.forward_features(x)))
+    with pytest.raises(ValueError, match="threshold must be 0 or 1 in a model without a classifier"):
+        model.forward_scope(x, 0.5)
+
+
+@torch.no_grad()
+def test_refining_synchronises_once():
+    """Each of these operators would wait for the device."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        names: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.name().split("::")[1].split(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    model, x = scope(), torch.randn(8, 3, 48, 48)
+    eta = middle_threshold(model, x)
+    with Count() as count:
+        out = model.forward_scope(x, eta)
+    assert 0 < int(out.exited.sum()) < 8
+    waits = [n for n in count.names if n in ("nonzero", "_local_scalar_dense", "item", "is_nonzero", "lift_fresh")]
+    assert waits == ["nonzero"]
+
+
+@torch.no_grad()
+def test_copies_and_low_precision():
+    import copy
+    import pickle
+
+    model, x = scope(), torch.randn(2, 3, 48, 48)
+    expected = model.forward_both(x).fine
+    for twin_ in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin_.forward_both(x).fine, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model.forward_both(x).fine
+    assert relative_error(low.float(), expected) < 0.1
+    wide = copy.deepcopy(model).double().forward_both(x.double()).fine
+    assert wide.dtype == torch.float64
+    assert relative_error(expected, wide) < 1e-3
+
+
+@pytest.mark.parametrize("alpha", [-1.0, 2.0])
+def test_alpha_outside_its_range_is_named(alpha):
+    with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\]"):
+        scope().forward_scope(torch.randn(1, 3, 48, 48), 0.5, alpha=alpha)
