@@ -174,7 +174,10 @@ def test_file_in_the_way(tmp_path, capsys):
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_nothing(tmp_path, sign):
     command = [sys.executable, str(TOOL), "--task", "seg", "--out", str(tmp_path / "x"), "--train", "100000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # a test run started in the background has SIGINT ignored, which children inherit
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     deadline = time.monotonic() + 60
     while not any(tmp_path.glob(".x.tmp-*/images/training/*.jpg")) and time.monotonic() < deadline:
         time.sleep(0.05)
