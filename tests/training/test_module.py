@@ -216,6 +216,9 @@ def test_mixing_is_a_function_of_the_step(tmp_path):
     assert y.shape == (4, 10)
     torch.testing.assert_close(y.sum(1), torch.ones(4))
     assert not torch.equal(y, mixed(0, 4)[1])
+    with pytest.raises(ValueError, match=r"data\.batch_size must be even with Mixup or CutMix, got 3"):
+        net._mixed(batch[0][:3].clone(), batch[1][:3])
+    net.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True  # only the rest of an epoch may be odd
     odd, target = net._mixed(batch[0][:3].clone(), batch[1][:3])
     assert torch.equal(odd, batch[0][:3])
     assert torch.equal(target, batch[1][:3])
