@@ -96,6 +96,10 @@ class ResumableDataModule(LightningDataModule):
         """The validation images."""
         return self._make_val_loader()
 
+    def calibration_dataloader(self) -> Loader | None:
+        """Loader of the images on which an exit threshold may be chosen; ``None`` where there are none to spare."""
+        return None
+
     def set_position(self, epoch: int, batches_done: int) -> None:
         """Makes training continue after ``batches_done`` batches of an epoch, in this order and with these keys.
 

@@ -22,6 +22,7 @@ class ScopeDigitsDataModule(ResumableDataModule):
         digits: appearance and size of the images.
         fresh_each_epoch: draw new training images in every epoch (from the same 1,347 scans) instead of repeating the
             first epoch's.
+        calibration_length: images on which the exit threshold is chosen; further ones of the validation scans.
         batch_size: images per step and process.
         val_batch_size: images per validation step and process; by default ``batch_size``.
         num_workers: worker processes; drawing takes about 0.2 ms per 64-pixel image, so 0 is usually best.
@@ -44,6 +45,7 @@ class ScopeDigitsDataModule(ResumableDataModule):
         val_length: int = 1000,
         digits: ScopeDigitsConfig = _DIGITS,
         fresh_each_epoch: bool = True,
+        calibration_length: int = 1000,
         batch_size: int = 64,
         val_batch_size: int | None = None,
         num_workers: int = 0,
@@ -52,7 +54,10 @@ class ScopeDigitsDataModule(ResumableDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, val_batch_size, num_workers, pin_memory, drop_last, seed)
+        if calibration_length < 1:
+            raise ValueError(f"calibration_length must be at least 1, got {calibration_length}")
         self.digits = digits
+        self.calibration_length = calibration_length
         self.fresh_each_epoch = fresh_each_epoch
         self.class_names = list(CLASS_NAMES)
         self.img_size = (self.digits.size, self.digits.size)
@@ -80,12 +85,19 @@ class ScopeDigitsDataModule(ResumableDataModule):
         )
 
     def _make_val_loader(self) -> ResumableLoader:
-        rank, world_size = self._processes()
         self.val_digits.preload()
+        return self._eval_loader(len(self.val_digits))
+
+    def calibration_dataloader(self) -> ResumableLoader:
+        """Loader of the images that follow the validation images."""
+        return self._eval_loader(self.calibration_length, start=len(self.val_digits))
+
+    def _eval_loader(self, length: int, start: int = 0) -> ResumableLoader:
+        rank, world_size = self._processes()
         return ResumableLoader(
-            KeyedDigits(self.val_digits, self.mean, self.std),
+            KeyedDigits(self.val_digits, self.mean, self.std, start=start),
             EpochBatchSampler(
-                len(self.val_digits),
+                length,
                 self.val_batch_size,
                 shuffle=False,
                 drop_last=False,

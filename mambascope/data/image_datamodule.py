@@ -240,6 +240,10 @@ class ImageDataModule(ResumableDataModule):
                 f"(the first class too many is {extra[0]!r})"
             )
 
+    def describe(self) -> dict[str, Any]:
+        """What a model must know to be used without this module; here also how images are resized and cropped."""
+        return {**super().describe(), **self._eval_options}
+
     def train_transform(self) -> Callable[[Any], Any]:
         """Random augmentation: RGB picture to tensor [3, H, W]."""
         return make_transform(self.img_size, is_training=True, mean=self.mean, std=self.std, **self._augmentation)

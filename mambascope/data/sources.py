@@ -169,10 +169,18 @@ class KeyedDigits(Dataset):
         mean: per channel, of values in 0–1.
         std: per channel.
         fresh: draw new images in every epoch instead of repeating those of the first.
+        start: index of the image in row 0; beyond the data set's length come further images of the same kind.
     """
 
-    def __init__(self, digits: ScopeDigits, mean: Sequence[float], std: Sequence[float], fresh: bool = False) -> None:
-        self.digits, self.fresh = digits, fresh
+    def __init__(
+        self,
+        digits: ScopeDigits,
+        mean: Sequence[float],
+        std: Sequence[float],
+        fresh: bool = False,
+        start: int = 0,
+    ) -> None:
+        self.digits, self.fresh, self.start = digits, fresh, start
         self.scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
         self.shift = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1) * 255.0 * self.scale
 
@@ -182,7 +190,9 @@ class KeyedDigits(Dataset):
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> Packet:
         length = len(self.digits)
-        images, targets = self.digits.batch([k.row + (k.epoch * length if self.fresh else 0) for k in keys])
+        images, targets = self.digits.batch(
+            [self.start + k.row + (k.epoch * length if self.fresh else 0) for k in keys]
+        )
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         return Packet((pixels.mul_(self.scale).sub_(self.shift), torch.from_numpy(targets)))
 

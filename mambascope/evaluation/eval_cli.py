@@ -126,7 +126,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("give a target or --threshold, not both")
     if args.export and Path(args.export).suffix != ".safetensors":
         raise ValueError(f"--export must name a .safetensors file, got {args.export!r}")
-    loader, name = validation_loader(
+    data = validation_loader(
         model,
         checkpoint if checkpoint.is_file() else checkpoint / "model.safetensors",
         args.data,
@@ -138,11 +138,12 @@ def _run(args: argparse.Namespace) -> int:
     )
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     out = Path(args.out) if args.out else folder / "eval"
-    print(f"evaluating on {name}", file=sys.stderr)
+    print(f"evaluating on {data.name}", file=sys.stderr)
     report = write_report(
         model,
-        loader,
+        data.loader,
         out,
+        calibration_loader=data.calibration,
         threshold=args.threshold,
         target=target or Target(),
         measure_thresholds=args.measure,

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
+from mambascope.data.datamodule import ResumableDataModule
+from mambascope.data.digits_datamodule import ScopeDigitsDataModule
 from mambascope.data.errors import DataError
 from mambascope.data.readers import adopt_classes, find_split, is_stream, open_folder, open_named
+from mambascope.data.scopedigits import ScopeDigitsConfig
 from mambascope.evaluation.inference import make_transform
 from mambascope.models.vim import VisionMamba
 
 DIGITS = "scopedigits"
 TIMM_READERS = ("hfds", "hfids", "tfds", "torch", "wds")
 RUN_CONFIG = "config.yaml"
+
+
+class EvalData(NamedTuple):
+    """What a model is evaluated on.
+
+    Attributes:
+        loader: of (images [B, C, H, W], labels [B]).
+        name: what to call it.
+        calibration: loader of other images on which to choose a threshold; ``None`` where there are none to spare.
+    """
+
+    loader: Iterable[Any]
+    name: str
+    calibration: Iterable[Any] | None = None
 
 
 def run_config(checkpoint: Path) -> Path | None:
@@ -36,8 +53,8 @@ def validation_loader(
     num_workers: int = 0,
     length: int = 1000,
     skip_bad_files: bool = False,
-) -> tuple[Iterable[Any], str]:
-    """A loader of (images, labels) and what to call it.
+) -> EvalData:
+    """The data that a command line names.
 
     Args:
         model: gives image size, preprocessing and class names.
@@ -59,12 +76,15 @@ def validation_loader(
     if data is None:
         config = run_config(checkpoint)
         if config is not None:
-            return _run_data(config, model), f"validation data of {config.parent.name}"
+            module = _run_data(config, model)
+            name = f"validation data of {config.parent.name}"
+            return EvalData(module.val_dataloader(), name, module.calibration_dataloader())
         if model.num_classes != 10:
             raise DataError("there is no run configuration beside the checkpoint: pass --data FOLDER")
         data = DIGITS
     if data == DIGITS:
-        return _digits(model, batch_size, length), DIGITS
+        module = _digits(model, batch_size, length)
+        return EvalData(module.val_dataloader(), DIGITS, module.calibration_dataloader())
     transform = make_transform(model)
     if data.partition("/")[0] in TIMM_READERS and not Path(data).exists():
         if is_stream(data):
@@ -76,7 +96,7 @@ def validation_loader(
         where = _folder(Path(data), split)
         rows, classes = open_folder(where)
     _match_classes(model, rows, classes, where)
-    return _row_loader(rows, model, transform, batch_size, num_workers, skip_bad_files), str(where)
+    return EvalData(_row_loader(rows, model, transform, batch_size, num_workers, skip_bad_files), str(where))
 
 
 def _folder(root: Path, split: str) -> Path:
@@ -115,10 +135,7 @@ def _row_loader(
     return ResumableLoader(KeyedImages(source, transform, 0, skip_bad_files), sampler, num_workers=num_workers)
 
 
-def _digits(model: VisionMamba, batch_size: int, length: int) -> Iterable[Any]:
-    from mambascope.data.digits_datamodule import ScopeDigitsDataModule
-    from mambascope.data.scopedigits import ScopeDigitsConfig
-
+def _digits(model: VisionMamba, batch_size: int, length: int) -> ScopeDigitsDataModule:
     height, width = model.config.image_hw
     if height != width:
         raise DataError(f"ScopeDigits are square, the model reads {height}x{width}: pass --img-size SIDE")
@@ -127,15 +144,13 @@ def _digits(model: VisionMamba, batch_size: int, length: int) -> Iterable[Any]:
             f"ScopeDigits have {ScopeDigitsDataModule.num_classes} classes and 3 channels, the model has "
             f"{model.num_classes} and {model.in_chans}"
         )
-    module = ScopeDigitsDataModule(1, length, ScopeDigitsConfig(size=height), batch_size=1, val_batch_size=batch_size)
-    return module.val_dataloader()
+    digits = ScopeDigitsConfig(size=height)
+    return ScopeDigitsDataModule(1, length, digits=digits, batch_size=1, val_batch_size=batch_size)
 
 
-def _run_data(config: Path, model: VisionMamba) -> Iterable[Any]:
-    """The validation data that a run was trained with."""
+def _run_data(config: Path, model: VisionMamba) -> ResumableDataModule:
+    """The data that a run was trained with."""
     from jsonargparse import ArgumentError, ArgumentParser
-
-    from mambascope.data.datamodule import ResumableDataModule
 
     section = (yaml.safe_load(config.read_text()) or {}).get("data")
     parser = ArgumentParser(exit_on_error=False)
@@ -147,4 +162,4 @@ def _run_data(config: Path, model: VisionMamba) -> Iterable[Any]:
         raise DataError(f"the data of {config} cannot be opened again, pass --data: {reason[:200]}") from None
     if module.num_classes != model.num_classes:
         raise DataError(f"the data of {config} have {module.num_classes} classes, the model has {model.num_classes}")
-    return module.val_dataloader()
+    return module

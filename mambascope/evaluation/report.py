@@ -30,6 +30,7 @@ from mambascope.models.exit import check_threshold
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
 
+CALIBRATION = "calibration data"
 PICTURE_IMAGES = 192  # candidates for the figures
 
 
@@ -178,7 +179,7 @@ def write_report(
     timings = measure_all(model, found, etas, batch_sizes, **effort)
     points = [top1_at(found.record, t) for t in timings]
     results = _results(found.record, costs, eta, timings)
-    table = results_table(results, eta)
+    table = results_table(results, eta) + f"\n{_how_chosen(choice)}"
     data_out = {
         **base,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -211,6 +212,13 @@ def write_report(
     return Report(out, eta, table, data_out, found)
 
 
+def _how_chosen(choice: dict[str, Any]) -> str:
+    if choice["data"] is None:
+        return "η was given"
+    own = "" if choice["data"] == CALIBRATION else ", the same as above: its accuracy is slightly optimistic"
+    return f"η: {choice['rule']}; chosen on {choice['images']} images of the {choice['data']}{own}"
+
+
 def _choice_curve(
     model: MambaScope,
     found: Collected,
@@ -227,7 +235,7 @@ def _choice_curve(
     record, source = found.record, "evaluation data"
     if calibration is not None:
         record = collect(model, calibration, progress=effort["progress"], description="calibrating").record
-        source = "calibration data"
+        source = CALIBRATION
     if target.kind == "ms":
         coarse, full = measure_all(model, found, [], batch_sizes[:1], **effort)
         chosen_on = sw.sweep(record, ms_coarse=coarse.ms, ms_refined=full.ms)

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from mambascope.models.checkpoint import CheckpointError, atomic_path
+from mambascope.training.runs import LAST_NAME
 
 _FAR = 2**62  # larger than any step
 
@@ -93,7 +94,7 @@ class RunCheckpoint(Checkpoint):
     def last_path(self) -> Path:
         """The newest checkpoint."""
         assert self.dirpath is not None
-        return self.dirpath / "last.ckpt"
+        return self.dirpath / LAST_NAME
 
     @property
     def best_model_path(self) -> str:
@@ -121,6 +122,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock and takes over the signals."""
+        self._check_validation_interval(trainer)
         self._saved_at = time.monotonic()
         self._seen_step = trainer.global_step
         self._saved_step = -1
@@ -208,6 +210,16 @@ class RunCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the signals back: what follows training ends as any program does."""
         self._give_back_signals()
+
+    @staticmethod
+    def _check_validation_interval(trainer: Trainer) -> None:
+        """A checkpoint written while gradients are being accumulated would lose them."""
+        every, batches = trainer.val_check_batch, trainer.accumulate_grad_batches
+        if isinstance(every, int) and every < trainer.num_training_batches and every % batches:
+            raise ValueError(
+                f"trainer.val_check_interval means a validation every {every} batches, which must be a multiple of "
+                f"trainer.accumulate_grad_batches = {batches}"
+            )
 
     # ---- saving --------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
@@ -147,15 +148,22 @@ class ClassifierModule(LightningModule):
         return build_optimizer(self.model, self.optimizer_args, self._peak_lr(), fused)
 
     def _peak_lr(self) -> float:
-        batch = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        batch = self._global_batch()
         if batch is None:
             if self.optimizer_args.lr_batch is not None:
                 raise ValueError("optimizer.lr_batch needs a data module with a batch_size; set it to null")
             return self.optimizer_args.lr
-        return scaled_lr(self.optimizer_args, batch * self.trainer.world_size * self.trainer.accumulate_grad_batches)
+        return scaled_lr(self.optimizer_args, batch)
+
+    def _global_batch(self) -> int | None:
+        """Images of one optimizer step over all processes."""
+        batch = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        return None if batch is None else batch * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def on_fit_start(self) -> None:
         """Compiles, if wanted: after the averaged copy was made, which need not be compiled."""
+        if self._global_batch() is not None:
+            self.print(f"{self._global_batch()} images per step, peak learning rate {self._peak_lr():.3g}")
         if self.compile_model:
             backend = {} if self.compile_model is True else {"backend": self.compile_model}
             self.model.compile(**backend)
@@ -292,6 +300,12 @@ class ClassifierModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what ``mambascope.load_model`` needs to rebuild the model from the file."""
         checkpoint["mambascope"] = self.describe()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Where a run with an average goes on without one, training continues from the trained weights."""
+        averages = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if not averages and "current_model_state" in checkpoint:
+            checkpoint["state_dict"] = checkpoint.pop("current_model_state")
 
     def describe(self) -> dict[str, Any]:
         """Description of the model as it will be used, whatever the phase of the training."""

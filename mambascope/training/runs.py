@@ -7,6 +7,7 @@ from pathlib import Path
 
 CHECKPOINT_DIR = "checkpoints"
 CONFIG_NAME = "config.yaml"
+LAST_NAME = "last.ckpt"
 CONFIG_DIR = Path(__file__).parent.parent / "configs"
 _BY_NAME = ("last", "best")
 

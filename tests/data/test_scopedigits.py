@@ -4,8 +4,10 @@ import hashlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from mambascope.data.digits_datamodule import ScopeDigitsDataModule
 from mambascope.data.glyphs import enlarge, load_scans, resize_matrix, split_rows
 from mambascope.data.scopedigits import ScopeDigits, ScopeDigitsConfig
 
@@ -223,3 +225,20 @@ def test_index_out_of_range_ends_iteration():
         data[3]
     with pytest.raises(IndexError):
         data[-1]
+
+
+def test_calibration_images_are_further_images_of_the_validation_scans():
+    module = ScopeDigitsDataModule(
+        8, 12, ScopeDigitsConfig(size=32), calibration_length=7, batch_size=4, val_batch_size=5
+    )
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (module.mean, module.std))
+
+    def pixels(loader):
+        images = torch.cat([x for x, _ in loader])
+        return ((images * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+    expected = ScopeDigits("cls", "val", 19, size=32)
+    assert np.array_equal(pixels(module.val_dataloader()), [expected.image(i) for i in range(12)])
+    assert np.array_equal(pixels(module.calibration_dataloader()), [expected.image(i) for i in range(12, 19)])
+    labels = torch.cat([y for _, y in module.calibration_dataloader()])
+    assert labels.tolist() == [i % 10 for i in range(12, 19)]

@@ -77,10 +77,10 @@ def test_folder_with_the_model_class_numbers(checkpoint, data, tmp_path, capsys)
     model = ready_model(checkpoint, device="cpu")
     from mambascope.evaluation.eval_data import validation_loader
 
-    loader, _ = validation_loader(model, checkpoint, str(data))
+    loader = validation_loader(model, checkpoint, str(data)).loader
     assert torch.cat([y for _, y in loader]).tolist() == [1] * 6 + [3] * 6 + [6] * 6
     # the class folders may also be given directly
-    loader, _ = validation_loader(model, checkpoint, str(data / "val"), batch_size=4)
+    loader = validation_loader(model, checkpoint, str(data / "val"), batch_size=4).loader
     assert [len(y) for _, y in loader] == [4, 4, 4, 4, 2]
 
 

@@ -14,6 +14,7 @@ TOOL = ROOT / "tools" / "train_cls.py"
 TINY = {
     "data.train_length": 48,
     "data.val_length": 24,
+    "data.calibration_length": 16,
     "data.batch_size": 4,
     "data.val_batch_size": 8,
     "data.digits.size": 32,

@@ -221,3 +221,5 @@ def test_training_on_a_folder(here, folder):
     assert done.returncode == 0, done.stderr
     model = mambascope.load_model(here / "runs" / "scopedigits" / "model.safetensors")
     assert (model.num_classes, model.labels, model.config.image_hw) == (2, ["cat", "dog"], (32, 32))
+    assert model.description["transform"]["crop_pct"] == 0.875
+    assert model.description["transform"]["interpolation"] == "bicubic"

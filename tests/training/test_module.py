@@ -13,6 +13,7 @@ from mambascope.evaluation.collect import collect
 from mambascope.evaluation.cost import stage_macs
 from mambascope.evaluation.sweep import calibration_error, sweep
 from mambascope.training.args import LossArgs, MixArgs, ModelArgs, OptimizerArgs, ScheduleArgs
+from mambascope.training.checkpointing import RunCheckpoint
 from mambascope.training.ema import EmaWeights
 from mambascope.training.module import ClassifierModule
 from mambascope.training.rng import step_seed
@@ -183,6 +184,12 @@ def test_accumulated_batches_equal_one_large(tmp_path):
         nets.append(net)
     for (name, a), b in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_validation_between_accumulated_batches_is_refused(tmp_path):
+    options = {"accumulate_grad_batches": 4, "val_check_interval": 6, "enable_checkpointing": True}
+    with pytest.raises(ValueError, match=r"every 6 batches, which must be a multiple of .* = 4"):
+        trainer(tmp_path, RunCheckpoint(), **options).fit(module(), data())
 
 
 def test_gradient_checkpointing_and_compile_change_nothing(tmp_path):

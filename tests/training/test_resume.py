@@ -87,3 +87,25 @@ def test_resuming_a_finished_run_exports_the_average(whole, tmp_path):
     done = train("--ckpt_path=last", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert differences(load_file(whole / "model.safetensors"), load_file(run / "model.safetensors")) == []
+
+
+def test_going_on_from_the_best_starts_a_run_of_its_own(whole, tmp_path):
+    """An older state must not overwrite the newer one."""
+    run = tmp_path / "runs" / "whole"
+    shutil.copytree(whole, run)
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    done = train("--ckpt_path=best", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert checkpoint(tmp_path / "runs" / "whole-2")["global_step"] == 36
+
+
+def test_going_on_without_the_average_trains_the_trained_weights(whole, tmp_path):
+    run = tmp_path / "runs" / "whole"
+    shutil.copytree(whole, run)
+    done = train("--ckpt_path=last", "--ema.decay=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    trained = {name.removeprefix("model."): t for name, t in checkpoint(whole)["current_model_state"].items()}
+    exported = load_file(run / "model.safetensors")
+    assert exported
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in exported.items())
