@@ -65,7 +65,9 @@ def _close(got: Tensor | None, want: Tensor, tolerance: float, what: str) -> Non
     assert error < tolerance, f"{what}: relative error {error:.2e} above {tolerance:.0e}"
 
 
-def _check_bidirectional(B, L, E, N, R, dtype=torch.float32, gate=True, saved=True, dt_scale=1.0, tolerance=4e-6):
+def _check_bidirectional(
+    B, L, E, N, R, dtype=torch.float32, gate=True, saved=True, dt_scale=1.0, tolerance=4e-6, threads=1
+):
     sides = [_direction(B, L, E, N, R, seed, dt_scale) for seed in (0, 1)]
     z = torch.randn(B, L, 2 * E, generator=torch.Generator().manual_seed(2))[..., E:] if gate else None
     grad = torch.randn(B, L, E, generator=torch.Generator().manual_seed(3))
@@ -77,9 +79,12 @@ def _check_bidirectional(B, L, E, N, R, dtype=torch.float32, gate=True, saved=Tr
     inputs = [side[n] for side in sides for n in ("x", "proj", "dt_weight", "dt_bias", "A", "D")]
 
     states = native.new_states(B, L, E, N) if saved else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     out, y_sum, score = native.bidirectional_forward(*inputs, z, 0.5, want_score=True, want_sum=True, states=states)
     grads = native.bidirectional_backward(grad, *inputs, z, 0.5, y_sum, states=states)
     plain, no_sum, no_score = native.bidirectional_forward(*inputs, z, 0.5)
+    torch.set_num_threads(before)
     assert torch.equal(plain, out)
     assert no_sum is None
     assert no_score is None
@@ -198,13 +203,8 @@ def test_nan_input_stays_visible(isa):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_agree(isa, threads):
     """Any thread count, also one that splits the channels of a single image, gives the same numbers."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        _check_bidirectional(1, 50, 100, 16, 6)
-        _check_bidirectional(5, 33, 20, 8, 2)
-    finally:
-        torch.set_num_threads(before)
+    _check_bidirectional(1, 50, 100, 16, 6, threads=threads)
+    _check_bidirectional(6, 60, 40, 8, 2, threads=threads)
 
 
 def test_backward_is_reproducible(isa):
