@@ -6,11 +6,14 @@ the argument order and dtype demands of their interface, and stands in for them;
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from mambascope.layers.mixer import BidirectionalMamba
 from mambascope.ops import mamba_ssm
 from mambascope.ops.causal_conv1d.common import ConvSide
 from mambascope.ops.causal_conv1d.reference import conv_backward as conv_reference_backward
@@ -19,7 +22,7 @@ from mambascope.ops.selective_scan.common import ScanSide, states_numel
 from mambascope.ops.selective_scan.reference import gated_sum_reference
 from mambascope.ops.selective_scan.reference import scan_backward as reference_backward
 
-from .common import relative_error
+from .common import bidirectional, relative_error, two_directions
 
 
 def formula(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
@@ -198,6 +201,42 @@ def test_convolution_is_mapped_to_their_layout_and_back(width, silu, bias):
         assert (db is None) == (want_db is None) == (not bias)
         if db is not None:
             assert relative_error(db, want_db) < 1e-5
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    """The benchmark's peers, with the formulas in place of their compiled functions."""
+    path = Path(__file__).parents[2] / "benchmarks" / "gpu_peers.py"
+    spec = importlib.util.spec_from_file_location("gpu_peers", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def conv(x, weight, bias, activation):
+        return Conv.run(x, weight, bias, activation)
+
+    monkeypatch.setattr(module, "functions", lambda: (formula, conv))
+    return module
+
+
+def test_the_peer_of_the_model_benchmark_computes_what_our_mixer_computes(peers):
+    mixer = BidirectionalMamba(16, d_state=4)
+    tokens = torch.randn(2, 6, 16)
+    want, _ = mixer(tokens)
+    have, _ = peers.use_their_mixer(nn.Sequential(mixer))[0](tokens)
+    assert relative_error(have, want) < 1e-5
+    have.sum().backward()
+    assert all(p.grad is not None for p in mixer.parameters())
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_the_peer_of_the_op_benchmark_computes_what_our_op_computes(peers, pad):
+    tensors = two_directions(2, 9, 8, 4, 2)
+    peer = peers.OwnLayout(tensors, pad=pad)
+    first, second = (y[..., :9].transpose(1, 2) for y in peer.outputs())
+    want = bidirectional(**tensors, backend="reference")
+    assert relative_error((first + second.flip(1)) * 0.5, want) < 1e-5
+    leaves = peer.leaves()
+    assert len(torch.autograd.grad(peer().sum(), leaves)) == 2 * 9
 
 
 def test_reasons_are_precise(monkeypatch, tmp_path):
