@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -16,10 +17,10 @@ def num_selected(alpha: float, num_cells: int) -> int:
     """``k = ceil(alpha * M)`` (eq. 13), safe against binary rounding: 0.7 of 10 cells is 7.
 
     Raises:
-        ValueError: If ``alpha`` is outside [0, 1].
+        ValueError: If ``alpha`` is no number in [0, 1].
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    if not (type(alpha) is float and 0 <= alpha <= 1):  # first what torch.compile can follow
+        alpha = share("alpha", alpha)
     return min(num_cells, math.ceil(alpha * num_cells - 1e-9))
 
 
@@ -67,5 +68,6 @@ def children(cells: Tensor, grid: tuple[int, int]) -> Tensor:
 def gather_rows(rows_BMd: Tensor, index_Bk: Tensor) -> Tensor:
     """Takes rows [B, k, d] by index [B, k] out of [B, M, d] or of one shared table [1, M, d]."""
     if rows_BMd.shape[0] == 1:
-        return rows_BMd[0][index_Bk]
+        # indexing would add up the gradients in an order that differs from run to run
+        return F.embedding(index_Bk, rows_BMd[0])
     return rows_BMd.gather(1, index_Bk.unsqueeze(-1).expand(-1, -1, rows_BMd.shape[-1]))

@@ -323,3 +323,24 @@ def test_copies_and_low_precision():
 def test_alpha_outside_its_range_is_named(alpha):
     with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\]"):
         scope().forward_scope(torch.randn(1, 3, 48, 48), 0.5, alpha=alpha)
+
+
+def test_gradients_are_the_same_bits_in_every_run():
+    """Resumed training is exact only if no sum depends on which thread came first; new inputs lie elsewhere in memory."""
+    torch.manual_seed(0)
+    model = scope(img_size=64, embed_dim=96).train()
+    x = torch.randn(32, 3, 64, 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen = []
+        for shift in range(4):
+            moved = torch.empty(x.numel() + 16)[shift : shift + x.numel()].view_as(x).copy_(x)
+            model.zero_grad()
+            sum(logits.square().sum() for logits in model(moved)).backward()
+            seen.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen[0]) > 50
+    different = {name for grads in seen[1:] for name, grad in grads.items() if not torch.equal(grad, seen[0][name])}
+    assert not different
