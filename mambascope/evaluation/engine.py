@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mambascope.evaluation.collect import evaluating, model_device
+from mambascope.models.configs import share
 from mambascope.models.exit import check_threshold, confidence, exit_mask
 from mambascope.models.scope import CoarseState, MambaScope, ScopeOutput
 from mambascope.models.selection import num_selected
@@ -94,11 +95,9 @@ class ScopePredictor:
         for name, value in (("fine_batch_size", fine_batch_size), ("max_open", max_open)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if alpha is not None and not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
         self.model = model
         self.threshold = check_threshold(model.threshold if threshold is None else threshold)
-        self.alpha = model.alpha if alpha is None else alpha
+        self.alpha = share("alpha", model.alpha if alpha is None else alpha)
         self.fine_batch_size = fine_batch_size
         self.max_open = max_open
         self.fine_batches: list[int] = []

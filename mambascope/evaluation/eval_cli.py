@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mambascope.evaluation.eval_data import validation_loader
-from mambascope.evaluation.inference import ready_model, run_command
+from mambascope.evaluation.inference import CHECKPOINT_HELP, ready_model, run_command
 from mambascope.evaluation.predict_cli import image_size
 from mambascope.evaluation.report import Report, write_report
 from mambascope.evaluation.sweep import Target
@@ -18,6 +18,7 @@ from mambascope.evaluation.throughput import Timing, compare_engine, representat
 from mambascope.models.checkpoint import atomic_path, save_safetensors
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
+from mambascope.models.weights import SHIPPED, find_weights
 
 ENGINE_BATCHES = (1, 8, 64)
 
@@ -27,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Accuracy, GFLOPs and measured time of a classifier at every exit threshold.",
         epilog="Without a target the threshold that costs at most half a point against refining every image is shown.",
     )
-    parser.add_argument("checkpoint", help="weights of ours (.safetensors, .ckpt) or a folder with model.safetensors")
+    parser.add_argument("checkpoint", help=CHECKPOINT_HELP)
     parser.add_argument("--data", help="folder, timm data set, or scopedigits; default: the run's validation data")
     parser.add_argument("--split", default="validation", help="of the data (default validation)")
     parser.add_argument("--length", type=int, default=1000, help="images of scopedigits (default 1000)")
@@ -112,7 +113,7 @@ def _export(model: VisionMamba, report: Report, target: Path) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     target = chosen_target(args)
-    checkpoint = Path(args.checkpoint)
+    checkpoint = find_weights(args.checkpoint)
     model = ready_model(
         checkpoint, name=args.model, device=args.device, alpha=args.alpha, img_size=image_size(args.img_size)
     )
@@ -128,7 +129,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"--export must name a .safetensors file, got {args.export!r}")
     data = validation_loader(
         model,
-        checkpoint if checkpoint.is_file() else checkpoint / "model.safetensors",
+        checkpoint,
         args.data,
         split=args.split,
         batch_size=args.batch_size,
@@ -136,8 +137,9 @@ def _run(args: argparse.Namespace) -> int:
         length=args.length,
         skip_bad_files=args.skip_bad,
     )
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    out = Path(args.out) if args.out else folder / "eval"
+    # nothing is written into the package itself
+    beside = Path("runs") / f"eval_{args.checkpoint}" if checkpoint in SHIPPED.values() else checkpoint.parent / "eval"
+    out = Path(args.out) if args.out else beside
     print(f"evaluating on {data.name}", file=sys.stderr)
     report = write_report(
         model,

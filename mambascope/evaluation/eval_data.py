@@ -15,10 +15,12 @@ from mambascope.data.readers import adopt_classes, find_split, is_stream, open_f
 from mambascope.data.scopedigits import ScopeDigitsConfig
 from mambascope.evaluation.inference import make_transform
 from mambascope.models.vim import VisionMamba
+from mambascope.models.weights import SHIPPED
 
 DIGITS = "scopedigits"
 TIMM_READERS = ("hfds", "hfids", "tfds", "torch", "wds")
 RUN_CONFIG = "config.yaml"
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 class EvalData(NamedTuple):
@@ -36,7 +38,10 @@ class EvalData(NamedTuple):
 
 
 def run_config(checkpoint: Path) -> Path | None:
-    """The configuration of the run that a checkpoint lies in, beside it or one folder up."""
+    """The configuration of the run that a checkpoint lies in, beside it or one folder up, or a shipped model's."""
+    for name, path in SHIPPED.items():
+        if checkpoint == path:
+            return CONFIGS / f"{name}.yaml"
     for folder in (checkpoint.parent, checkpoint.parent.parent):
         if (folder / RUN_CONFIG).is_file():
             return folder / RUN_CONFIG
@@ -77,7 +82,7 @@ def validation_loader(
         config = run_config(checkpoint)
         if config is not None:
             module = _run_data(config, model)
-            name = f"validation data of {config.parent.name}"
+            name = f"validation data of {config.parent.name if config.name == RUN_CONFIG else config.stem}"
             return EvalData(module.val_dataloader(), name, module.calibration_dataloader())
         if model.num_classes != 10:
             raise DataError("there is no run configuration beside the checkpoint: pass --data FOLDER")

@@ -11,12 +11,14 @@ from typing import Any
 import timm
 import torch
 
-from mambascope.models.checkpoint import CheckpointError, load_checkpoint, load_model, read_state_dict
+from mambascope.models.checkpoint import load_checkpoint, load_model, read_state_dict
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS
 from mambascope.models.exit import check_threshold
-from mambascope.models.hub import WEIGHTS
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
+from mambascope.models.weights import find_weights
+
+CHECKPOINT_HELP = "weights of ours (.safetensors, .ckpt), a folder with model.safetensors, or scopedigits (shipped)"
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -51,7 +53,7 @@ def ready_model(
 
     Args:
         checkpoint: weights that describe their model (``.safetensors`` or ``.ckpt`` of ours), a folder with
-            ``model.safetensors``, or any other weights together with `name`.
+            ``model.safetensors``, the name of a shipped model, or any other weights together with `name`.
         name: registered model that the weights belong to; needed where they do not describe it.
         device: see :func:`pick_device`.
         threshold, alpha: replace the stored η and α of a MambaScope.
@@ -60,11 +62,7 @@ def ready_model(
     Raises:
         ValueError: an argument outside what is accepted, or a checkpoint that cannot be used.
     """
-    path = Path(checkpoint)
-    if path.is_dir():
-        if not (path / WEIGHTS).is_file():
-            raise CheckpointError(f"folder {path} holds no {WEIGHTS}; give the checkpoint itself")
-        path = path / WEIGHTS
+    path = find_weights(checkpoint)
     target = pick_device(device)
     model = load_model(path) if name is None else _named(name, path)
     if img_size is not None:

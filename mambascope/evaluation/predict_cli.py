@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from mambascope.data.image_io import BadImageError, open_image
 from mambascope.evaluation.engine import ScopePredictor
-from mambascope.evaluation.inference import CommandError, make_transform, ready_model, run_command
+from mambascope.evaluation.inference import CHECKPOINT_HELP, CommandError, make_transform, ready_model, run_command
 from mambascope.models.exit import confidence
 from mambascope.models.scope import MambaScope, ScopeOutput
 from mambascope.models.vim import VisionMamba
@@ -254,7 +254,7 @@ def save_pictures(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Classify images; show which stage decided and the tokens it took.")
-    parser.add_argument("checkpoint", help="weights of ours (.safetensors, .ckpt) or a folder with model.safetensors")
+    parser.add_argument("checkpoint", help=CHECKPOINT_HELP)
     parser.add_argument("inputs", nargs="+", help="image files and folders")
     parser.add_argument("--format", choices=FORMATS, default="table", help="default: table")
     parser.add_argument("--output", metavar="FILE", help="write there instead of to the screen")

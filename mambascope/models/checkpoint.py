@@ -25,6 +25,7 @@ from mambascope.models.configs import with_overrides
 from mambascope.models.mambaeye import MambaEye
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
+from mambascope.models.weights import SHIPPED, find_weights
 
 _POSITION_TABLES = ("pos_embed", "pos_embed_coarse")
 _PREFIXES = ("_orig_mod.", "module.", "model.")
@@ -98,7 +99,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist" if not path.exists() else f"{path} is not a file")
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder that holds no model.safetensors; give the checkpoint itself")
+        raise CheckpointError(f"checkpoint {path} is not a file" if path.exists() else _missing(path))
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
@@ -115,7 +118,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         raise CheckpointError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}, not weights")
-    description = content.get("mambascope", {})
+    description = _described(path, content.get("mambascope", {}))
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), Mapping):
             content = content[key]
@@ -125,7 +128,19 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         raise CheckpointError(
             f"checkpoint {path} holds no weights; expected tensors at the top, under 'model' or 'state_dict'"
         )
-    return _without_prefixes(state), dict(description)
+    return _without_prefixes(state), description
+
+
+def _described(path: Path, description: Any) -> dict[str, Any]:
+    """What a file says about itself; it comes from outside, so its shape is checked."""
+    if not isinstance(description, Mapping) or not isinstance(description.get("config", {}), Mapping):
+        raise CheckpointError(f"checkpoint {path} has a damaged description: 'mambascope' must be a mapping")
+    return dict(description)
+
+
+def _missing(path: Path) -> str:
+    names = f"; names of shipped models: {', '.join(SHIPPED)}" if path.parent == Path() and not path.suffix else ""
+    return f"checkpoint {path} does not exist{names}"
 
 
 def _ignored_settings(path: Path) -> list[Any]:
@@ -148,9 +163,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
     try:
         description = json.loads(metadata.get("mambascope", "{}"))
-    except json.JSONDecodeError:
-        raise CheckpointError(f"checkpoint {path} has a damaged description") from None
-    return state, description
+    except (json.JSONDecodeError, RecursionError):
+        raise CheckpointError(f"checkpoint {path} has a damaged description: it is not JSON") from None
+    return state, _described(path, description)
 
 
 def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -183,6 +198,22 @@ def _table_grid(rows: int, config: Mapping[str, Any], coarse: bool, own: tuple[i
         return own
     side = math.isqrt(rows)
     return (side, side) if side * side == rows else None
+
+
+def fit_tables(state: Mapping[str, Tensor], model: VisionMamba, description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The position tables of a state dict on the grids of `model`; those whose own grid is unknown are left out."""
+    config = description.get("config", {})
+    fitted = {}
+    for name in _POSITION_TABLES:
+        table = state.get(name)
+        if table is None or table.ndim != 3 or not hasattr(model, name):
+            continue
+        coarse = name == "pos_embed_coarse"
+        new = (model.grid[0] // 2, model.grid[1] // 2) if coarse else model.grid
+        old = _table_grid(table.shape[1] - 1, config, coarse, new)
+        if old is not None:
+            fitted[name] = resample_pos_embed(table, old, new, model.config.cls_position)
+    return fitted
 
 
 def load_checkpoint(
@@ -312,9 +343,14 @@ def load_model(path: str | os.PathLike[str]) -> Any:
     It is a :class:`VisionMamba`, :class:`MambaScope` or :class:`MambaEye`, as the file says; the file's description is
     at ``model.description``.
 
+    Args:
+        path: A file, a folder that holds ``model.safetensors``, or the name of a model that is shipped with the
+            package (``"scopedigits"``).
+
     Raises:
         CheckpointError: If the file cannot be read or does not say which model it belongs to.
     """
+    path = find_weights(path)
     state, description = read_state_dict(path)
     architecture = description.get("architecture")
     if architecture not in _ARCHITECTURES or not isinstance(description.get("config"), Mapping):

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from mambascope.layers.mixer import ScoreOptions
 from mambascope.layers.pos_embed import CLS_POSITIONS
 from mambascope.layers.reuse import REUSE_KINDS
+from mambascope.models.exit import as_number, check_threshold
+from mambascope.ops import check_backend
 
 GLOBAL_POOLS = ("token", "avg", "")
 CELL_ORDERS = ("cell", "raster")
@@ -22,13 +24,16 @@ def _choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
 
 
 def _positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
-def _share(name: str, value: float, *, below_one: bool = False) -> None:
-    if not 0 <= value <= 1 or (below_one and value == 1):
-        raise ValueError(f"{name} must lie in [0, 1{')' if below_one else ']'}, got {value}")
+def share(name: str, value: Any, *, below_one: bool = False) -> float:
+    """Returns a number in [0, 1] as a float; raises ``ValueError``, naming it, for anything else."""
+    number = as_number(value)
+    if number is None or not 0 <= number <= 1 or (below_one and number == 1):
+        raise ValueError(f"{name} must lie in [0, 1{')' if below_one else ']'}, got {value!r}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,17 @@ class VimConfig:
             raise ValueError(f"stride must not exceed patch_size {self.patch_size}, got {self.stride}")
         if not isinstance(self.num_classes, int) or self.num_classes < 0:
             raise ValueError(f"num_classes must be an integer >= 0, got {self.num_classes!r}")
-        _share("drop_rate", self.drop_rate, below_one=True)
-        _share("drop_path_rate", self.drop_path_rate, below_one=True)
+        for name in ("drop_rate", "drop_path_rate"):
+            # as plain floats: NumPy's are no JSON
+            object.__setattr__(self, name, share(name, getattr(self, name), below_one=True))
+        eps = as_number(self.norm_eps)
+        if eps is None or not 0 < eps < math.inf:
+            raise ValueError(f"norm_eps must be a positive number, got {self.norm_eps!r}")
+        object.__setattr__(self, "norm_eps", eps)
+        try:
+            check_backend(self.scan_backend)
+        except ValueError as error:
+            raise ValueError(f"scan_{error}") from None
         _choice("cls_position", self.cls_position, CLS_POSITIONS)
         _choice("global_pool", self.global_pool, GLOBAL_POOLS)
 
@@ -161,10 +175,9 @@ class ScopeConfig(VimConfig):
                 f"stride must equal patch_size {self.patch_size} in MambaScope (a cell owns four patches), "
                 f"got {self.stride}"
             )
-        _share("alpha", self.alpha)
-        _share("beta", self.beta, below_one=True)
-        if not isinstance(self.threshold, (int, float)) or math.isnan(self.threshold):
-            raise ValueError(f"threshold must be a number, got {self.threshold!r}")
+        object.__setattr__(self, "alpha", share("alpha", self.alpha))
+        object.__setattr__(self, "beta", share("beta", self.beta, below_one=True))
+        object.__setattr__(self, "threshold", check_threshold(self.threshold))
         _ = self.score  # checks the metric, source and direction
         if self.score_layers is not None and not 1 <= self.score_layers <= self.depth:
             raise ValueError(f"score_layers must lie in 1..{self.depth} (the depth), got {self.score_layers}")
@@ -174,6 +187,9 @@ class ScopeConfig(VimConfig):
         _choice("cell_order", self.cell_order, CELL_ORDERS)
         _choice("reuse", self.reuse, REUSE_KINDS)
         _choice("coarse_interpolation", self.coarse_interpolation, COARSE_INTERPOLATIONS)
+        ratio = as_number(self.reuse_ratio)
+        if ratio is None or not 0 < ratio < math.inf:
+            raise ValueError(f"reuse_ratio must be a positive number, got {self.reuse_ratio!r}")
         if self.reuse_cls and self.reuse == "off":
             raise ValueError("reuse_cls needs reuse to be 'mlp' or 'linear', got reuse='off'")
 

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import math
+import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def check_threshold(threshold: float) -> float:
-    """Returns the threshold, or raises ``ValueError`` if it is no number."""
-    if not isinstance(threshold, (int, float)) or math.isnan(threshold):
+def as_number(value: Any) -> float | None:
+    """A Python, NumPy or one-element torch number as a float; ``None`` for anything else, also for bool and NaN."""
+    if isinstance(value, Tensor) and value.numel() == 1 and value.dtype != torch.bool and not value.is_complex():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
+        return None
+    return float(value)
+
+
+def check_threshold(threshold: Any) -> float:
+    """Returns the threshold as a float, or raises ``ValueError`` if it is no number."""
+    if type(threshold) is float and not math.isnan(threshold):  # what torch.compile can follow
+        return threshold
+    number = as_number(threshold)
+    if number is None:
         raise ValueError(f"threshold must be a number (<= 0 always exits, >= 1 always refines), got {threshold!r}")
-    return float(threshold)
+    return number
 
 
 def confidence(logits: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from typing import Any
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 
-WEIGHTS = "model.safetensors"
+from mambascope.models.weights import WEIGHTS
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 _CARD = """---
 library_name: mambascope
@@ -61,11 +63,22 @@ class HubMixin(ModelHubMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """Loads a folder written by :meth:`save_pretrained`, or a hub id.
 
+        Args:
+            pretrained_model_name_or_path: The folder, or the id on the hub.
+            **kwargs: Of the hub: ``cache_dir``, ``force_download``, ``local_files_only``, ``revision``, ``token``.
+
         Raises:
             CheckpointError: If there is no such folder or hub model, or its weights belong to another class.
+            ValueError: If another argument is given: sizes and options of the model come from its file.
         """
         from mambascope.models.checkpoint import CheckpointError
 
+        unknown = sorted(set(kwargs) - set(_HUB_OPTIONS))
+        if unknown:
+            raise ValueError(
+                f"from_pretrained does not accept {', '.join(unknown)}, only {', '.join(_HUB_OPTIONS)}; the model is "
+                "as its file describes it, and alpha, threshold, input size or classifier are changed afterwards"
+            )
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except CheckpointError:

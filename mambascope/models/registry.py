@@ -1,19 +1,23 @@
 """timm entries: after ``import mambascope``, ``timm.create_model("mambascope_tiny_patch16_224", num_classes=10)``.
 
-Every field of the model's config is accepted as a keyword.
+Every field of the model's config is accepted as a keyword. ``pretrained=True`` loads the weights that are shipped for a
+model, or any file of weights that ``pretrained_cfg_overlay=dict(file=...)`` names.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from mambascope.models.checkpoint import fit_tables, read_state_dict
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, VimConfig, with_overrides
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
+from mambascope.models.weights import PRETRAINED
 
 __all__ = [
     "mambascope_base_patch16_224",
@@ -46,29 +50,50 @@ def _default_cfg(config: VimConfig) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs(
-    {name: _default_cfg(cfg) for name, cfg in {**VIM_CONFIGS, **SCOPE_CONFIGS}.items()}
+    {
+        name: {**_default_cfg(cfg), **({"file": str(PRETRAINED[name])} if name in PRETRAINED else {})}
+        for name, cfg in {**VIM_CONFIGS, **SCOPE_CONFIGS}.items()
+    }
 )
+_TIMM_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "out_indices", "feature_cls")
+
+
+def _weights_file(variant: str, kwargs: dict[str, Any]) -> str:
+    """The file that ``pretrained=True`` means: of the overlay, of the given cfg, or the shipped one."""
+    for name in ("pretrained_cfg_overlay", "pretrained_cfg"):
+        given = kwargs.get(name)
+        file = given.get("file") if isinstance(given, dict) else getattr(given, "file", None)
+        if file:
+            return os.fspath(file)
+    if variant not in PRETRAINED:
+        raise ValueError(
+            f"no pretrained weights are published for {variant}; load your own with "
+            "mambascope.models.checkpoint.load_checkpoint(model, path), or pass "
+            "pretrained_cfg_overlay=dict(file=path)"
+        )
+    return str(PRETRAINED[variant])
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
-    if pretrained:
-        raise ValueError(
-            f"no pretrained weights are published for {variant}; load your own with "
-            "mambascope.models.checkpoint.load_checkpoint(model, path)"
-        )
-    if "scan_backend" in kwargs and kwargs["scan_backend"] is not None:
-        from mambascope.ops import check_backend
-
-        check_backend(kwargs["scan_backend"])
     scope = variant in SCOPE_CONFIGS
     base: VimConfig = SCOPE_CONFIGS[variant] if scope else VIM_CONFIGS[variant]
-    timm_only = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "out_indices", "feature_cls")
-    overrides = {k: v for k, v in kwargs.items() if k not in timm_only}
-    config = with_overrides(base, overrides)
-    rest = {k: v for k, v in kwargs.items() if k in timm_only}
+    description: dict[str, Any] = {}
+    loading: dict[str, Any] = {}
+    if pretrained:
+        file = _weights_file(variant, kwargs)
+        state, description = read_state_dict(file)
+        # alpha, threshold, the place of CLS and so on are those that the weights were trained with
+        base = with_overrides(base, dict(description.get("config", {})))
+        source = {"num_classes": base.num_classes, "input_size": (base.in_chans, *base.image_hw)}
+        loading["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), **source}
+        loading["pretrained_cfg_overlay"]["file"] = file
+        # timm's own reader would keep the names of compiled or wrapped models
+        loading["pretrained_filter_fn"] = lambda _, model: {**state, **fit_tables(state, model, description)}
+    config = with_overrides(base, {k: v for k, v in kwargs.items() if k not in _TIMM_ONLY})
+    rest = {k: v for k, v in kwargs.items() if k in _TIMM_ONLY}
     # four maps, evenly spaced, as the dense heads of ViT-like backbones expect
     indices = tuple(config.depth * (i + 1) // 4 - 1 for i in range(4)) if config.depth >= 4 else (config.depth - 1,)
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         MambaScope if scope else VisionMamba,
         variant,
         pretrained,
@@ -77,8 +102,12 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
         num_classes=config.num_classes,
         in_chans=config.in_chans,
         feature_cfg={"out_indices": indices, "feature_cls": "getter"},
-        **rest,
+        **{**rest, **loading},
     )
+    if pretrained and isinstance(model, VisionMamba):
+        same_head = config.num_classes == base.num_classes
+        model.description = {k: v for k, v in description.items() if k != "labels" or same_head}
+    return model
 
 
 @register_model

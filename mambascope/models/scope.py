@@ -14,7 +14,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from mambascope.layers import FeatureReuse, cls_index, insert_cls, pad_to, remove_cls, resample_pos_embed
-from mambascope.models.configs import ScopeConfig, with_overrides
+from mambascope.models.configs import ScopeConfig, share
 from mambascope.models.exit import check_threshold, confidence, exit_mask
 from mambascope.models.selection import average_importance, children, gather_rows, num_selected, select_cells
 from mambascope.models.vim import VisionMamba
@@ -346,8 +346,7 @@ class MambaScope(VisionMamba):
 
     def set_alpha(self, alpha: float) -> None:
         """Sets the share of cells to re-read; raises ``ValueError`` outside [0, 1]."""
-        with_overrides(self.config, {"alpha": alpha})
-        self.alpha = alpha
+        self.alpha = share("alpha", alpha)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

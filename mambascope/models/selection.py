@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambascope.models.configs import share
+
 
 def num_selected(alpha: float, num_cells: int) -> int:
     """``k = ceil(alpha * M)`` (eq. 13), safe against binary rounding: 0.7 of 10 cells is 7.

@@ -1,0 +1,28 @@
+"""Trained weights that come with the package, and how weights are named in commands and in Python."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+WEIGHTS = "model.safetensors"
+"""Name of the weights in a run's or a saved model's folder."""
+
+SHIPPED = {"scopedigits": Path(__file__).parent.parent / "weights" / "scopedigits_nano.safetensors"}
+"""File of each model that is shipped, by the name that stands for it."""
+
+PRETRAINED = {"mambascope_nano_patch8_64": SHIPPED["scopedigits"]}
+"""What ``timm.create_model(name, pretrained=True)`` loads."""
+
+
+def find_weights(weights: str | os.PathLike[str]) -> Path:
+    """The file meant by a path, by a folder that holds ``model.safetensors``, or by the name of a shipped model.
+
+    A file or folder of the same name goes first. Whether the file exists is left to whoever reads it.
+    """
+    path = Path(weights)
+    if path.is_dir() and (path / WEIGHTS).is_file():
+        return path / WEIGHTS
+    if isinstance(weights, str) and weights in SHIPPED and not path.exists():
+        return SHIPPED[weights]
+    return path
