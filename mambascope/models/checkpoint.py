@@ -217,7 +217,11 @@ def fit_tables(state: Mapping[str, Tensor], model: VisionMamba, description: Map
 
 
 def load_checkpoint(
-    model: VisionMamba | MambaEye, path: str | os.PathLike[str], strict: bool = True, verbose: bool = True
+    model: VisionMamba | MambaEye,
+    path: str | os.PathLike[str],
+    strict: bool = True,
+    verbose: bool = True,
+    ignore: tuple[str, ...] = (),
 ) -> LoadReport:
     """Loads weights into a model; position tables are resampled to the model's grids.
 
@@ -228,6 +232,7 @@ def load_checkpoint(
         path: See :func:`read_state_dict`.
         strict: Whether tensors that are missing, left over or of another shape are an error.
         verbose: Whether to print the report.
+        ignore: Starts of names that may be left over, e.g. ``("head.",)`` for a model without a classifier.
 
     Raises:
         CheckpointError: If the file cannot be read, or does not fit and ``strict`` is set. The model is then unchanged.
@@ -275,7 +280,8 @@ def load_checkpoint(
             elif not (start and name.startswith("reuse.")):
                 problems.append(f"{name} is missing")
     report.unused = [k for k in source if k not in loaded]
-    problems += [f"{k} has no place in the model" for k in report.unused if k not in target]
+    surplus = [k for k in report.unused if k not in target and not k.startswith(ignore)]
+    problems += [f"{k} has no place in the model" for k in surplus]
     if not report.matched:
         problems.insert(0, "no tensor of the file has a place in the model")
     if problems and (strict or not report.matched):

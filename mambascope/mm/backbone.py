@@ -1,0 +1,377 @@
+"""MambaScope and Vim as OpenMMLab backbones (MambaScope section 5.2 and Appendix A).
+
+Shape letters: B batch, C gate classes, d model width, h x w patch grid, M coarse cells, k selected cells. Registered in
+mmengine's root registry, so one class serves mmseg and mmdet.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from mambascope.evaluation.cost import stage_macs
+from mambascope.layers import pad_to, remove_cls
+from mambascope.mm.gate import GateHead, gate_confidence
+from mambascope.mm.pyramid import STEPS, SimplePyramid
+from mambascope.models.checkpoint import CheckpointError, load_checkpoint, read_state_dict
+from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, VimConfig, with_overrides
+from mambascope.models.exit import check_threshold, exit_mask
+from mambascope.models.scope import CoarseState, MambaScope
+from mambascope.models.selection import num_selected
+from mambascope.models.vim import VisionMamba
+
+# fields that a checkpoint and the backbone must agree on: without them the weights mean something else
+_SAME = ("patch_size", "embed_dim", "depth", "d_state", "d_conv", "expand", "cls_position")
+_SAME_SCOPE = ("fine_cls", "fine_order", "cell_order", "reuse", "reuse_cls")
+
+
+@dataclass
+class ScopeFeatures:
+    """What the backbone found in a batch and how it came to it.
+
+    Attributes:
+        maps: Four maps [B, channels, H/s, W/s], s = 4, 8, 16, 32 for 16-pixel patches; sides rounded up.
+        gate_logits: Multi-label logits [B, C] of the coarse look; ``None`` without a gate.
+        confidence: Of the gate [B]; ``None`` without one.
+        exited: Which images kept the coarse features [B] bool.
+        importance: Importance of each coarse cell [B, M].
+        selected: Re-read cells [B, k]; rows of -1 for images that exited.
+        grid: Rows and columns of the coarse grid.
+    """
+
+    maps: tuple[Tensor, ...]
+    gate_logits: Tensor | None
+    confidence: Tensor | None
+    exited: Tensor
+    importance: Tensor
+    selected: Tensor
+    grid: tuple[int, int]
+
+
+def default_indices(depth: int) -> tuple[int, ...]:
+    """The last block of every quarter: 5, 11, 17, 23 for 24 blocks."""
+    if depth < len(STEPS):
+        raise ValueError(f"depth must be at least {len(STEPS)} for {len(STEPS)} feature maps, got {depth}")
+    return tuple(-(-depth * (i + 1) // len(STEPS)) - 1 for i in range(len(STEPS)))
+
+
+class _EncoderBackbone(BaseModule):
+    """What both backbones share: the encoder, the pyramid, freezing and weights."""
+
+    encoder_class: type[VisionMamba] = VisionMamba
+    archs: Mapping[str, VimConfig] = VIM_CONFIGS
+    ignored: tuple[str, ...] = ("head.",)
+
+    def __init__(
+        self,
+        arch: str = "",
+        arch_options: dict | None = None,
+        img_size: int | Sequence[int] | None = None,
+        out_indices: Sequence[int] | None = None,
+        out_channels: int | None = None,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        norm_eval: bool = False,
+        norm_cfg: dict | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if arch not in self.archs:
+            raise ValueError(f"arch must be one of {', '.join(self.archs)}, got {arch!r}")
+        options: dict[str, Any] = {**(arch_options or {}), "num_classes": 0, "drop_path_rate": drop_path_rate}
+        if img_size is not None:
+            options["img_size"] = img_size if isinstance(img_size, int) else tuple(img_size)
+        config = with_overrides(self.archs[arch], options)
+        self.arch = arch
+        self.encoder = self.encoder_class(config)
+        indices = default_indices(config.depth) if out_indices is None else tuple(out_indices)
+        rising = all(a < b for a, b in zip(indices, indices[1:], strict=False))
+        if len(indices) != len(STEPS) or not rising or indices[0] < 0 or indices[-1] >= config.depth:
+            raise ValueError(
+                f"out_indices must be {len(STEPS)} rising block numbers in 0..{config.depth - 1}, got {out_indices}"
+            )
+        self.out_indices = indices
+        if not -1 <= frozen_stages <= config.depth:
+            raise ValueError(
+                f"frozen_stages must lie in -1..{config.depth} (-1 nothing, 0 the embeddings, n also n blocks), "
+                f"got {frozen_stages}"
+            )
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.encoder.set_grad_checkpointing(with_cp)
+        self.pyramid = SimplePyramid(config.embed_dim, out_channels, norm_cfg)
+        self.strides = tuple(config.patch_size / step for step in STEPS)
+        self._freeze()
+
+    # ---- weights -------------------------------------------------------------------------------------------------
+
+    def init_weights(self) -> None:
+        """Loads what ``init_cfg=dict(type='Pretrained', checkpoint=..., strict=True)`` names and logs a report.
+
+        An empty checkpoint means random weights, with a warning: so that configs can leave the place to be filled in.
+
+        Reads our ``.safetensors``, Lightning ``.ckpt`` and official Vim ``.pth`` files; position tables are resampled.
+        All modules initialise themselves when they are made, so without ``init_cfg`` there is nothing to do.
+
+        Raises:
+            ValueError: If the file cannot be read or belongs to another architecture, or ``init_cfg`` is of another
+                type.
+        """
+        if self.init_cfg is None:
+            return
+        given = self.init_cfg
+        accepted = {"type", "checkpoint", "strict"}
+        if not isinstance(given, Mapping) or given.get("type") != "Pretrained" or set(given) - accepted:
+            raise ValueError(
+                f"init_cfg must be dict(type='Pretrained', checkpoint=FILE, strict=True) or None, got {given!r}"
+            )
+        path, strict = given.get("checkpoint"), given.get("strict", True)
+        if not path:
+            print_log(
+                f"{type(self).__name__} starts from random weights; give a file with "
+                "--cfg-options model.backbone.init_cfg.checkpoint=FILE",
+                logger="current",
+                level=logging.WARNING,
+            )
+            return
+        _, description = read_state_dict(path)
+        self._check_description(str(path), description.get("config", {}))
+        report = load_checkpoint(self.encoder, path, strict, verbose=False, ignore=self.ignored)
+        print_log(f"{type(self).__name__} starts from {path}\n{report}", logger="current")
+        self._is_init = True
+
+    def _check_description(self, path: str, config: Mapping[str, Any]) -> None:
+        own = self.encoder.config
+        names = _SAME + (_SAME_SCOPE if "alpha" in config and isinstance(self.encoder, MambaScope) else ())
+        other = [f"{n}={config[n]!r} (here {getattr(own, n)!r})" for n in names if config.get(n, getattr(own, n)) != getattr(own, n)]
+        if other:
+            raise CheckpointError(
+                f"checkpoint {path} belongs to another architecture than {self.arch}: it has {', '.join(other)}; "
+                "change arch or arch_options of the backbone"
+            )
+
+    # ---- training mode -------------------------------------------------------------------------------------------
+
+    def _frozen(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        return [self.encoder.patch_embed, *self.encoder.layers[: self.frozen_stages]]
+
+    def _freeze(self) -> None:
+        for module in self._frozen():
+            module.eval()
+            module.requires_grad_(False)
+        if self.frozen_stages >= 0:
+            for name in ("cls_token", "pos_embed", "pos_embed_coarse"):
+                if hasattr(self.encoder, name):
+                    getattr(self.encoder, name).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> _EncoderBackbone:
+        """Switches the mode; frozen blocks and, with ``norm_eval``, batch norms stay in evaluation mode."""
+        super().train(mode)
+        if mode:
+            for module in self._frozen():
+                module.eval()
+            if self.norm_eval:
+                for module in self.modules():
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                        module.eval()
+        return self
+
+    # ---- features ------------------------------------------------------------------------------------------------
+
+    def _pad(self, x: Tensor) -> Tensor:
+        return pad_to(x, 2 * self.encoder.config.patch_size)
+
+    def _levels(self, maps: Sequence[Tensor], height: int, width: int) -> tuple[Tensor, ...]:
+        """The pyramid without what only covers padding."""
+        sizes = [(-(-height // s), -(-width // s)) for s in self.strides]
+        levels = self.pyramid(maps)
+        return tuple(m[..., : int(r), : int(c)].contiguous() for m, (r, c) in zip(levels, sizes, strict=True))
+
+    def cost(self, height: int, width: int, convention: str = "both_directions") -> tuple[float, float]:
+        """GFLOPs (multiply-adds / 1e9) of one image for the backbone, pyramid included.
+
+        Args:
+            height, width: Of the image in pixels.
+            convention: ``both_directions`` (what is computed) or ``one_direction`` (as published).
+
+        Returns:
+            For an image that exits and for one that is refined; the same figure twice for a plain Vim.
+        """
+        config = self.encoder.config
+        cell = 2 * config.patch_size
+        size = (-(-height // cell) * cell, -(-width // cell) * cell)
+        alpha = {"alpha": self.encoder.alpha} if isinstance(self.encoder, MambaScope) else {}
+        cost = stage_macs(config, size, convention=convention, **alpha)
+        pyramid = self.pyramid.macs(size[0] // config.patch_size, size[1] // config.patch_size)
+        first = cost.coarse if alpha else cost.fine
+        return (first + pyramid) / 1e9, (cost.refined + pyramid) / 1e9
+
+
+@MODELS.register_module()
+class VimBackbone(_EncoderBackbone):
+    """Plain Vim: every patch of the full-size image in one pass.
+
+    Args:
+        arch: ``vim_tiny_patch16_224``, ``vim_small_patch16_224``, ``vim_base_patch16_224`` or ``vim_nano_patch8_64``.
+        arch_options: Further fields of :class:`~mambascope.models.configs.VimConfig`.
+        img_size: Side or (height, width) that the position table is made for; ``None`` for the arch's. Any other image
+            size works: the table is resampled.
+        out_indices: Four blocks whose outputs become the maps; ``None`` for the last of every quarter.
+        out_channels: Channels of the maps; ``None`` for the width d.
+        drop_path_rate: Stochastic depth of the last block.
+        frozen_stages: -1 trains everything, 0 freezes the embeddings, n also the first n blocks.
+        with_cp: Recompute blocks in the backward pass to save memory.
+        norm_eval: Keep batch norms of the pyramid in evaluation mode while training.
+        norm_cfg: Normalisation inside the pyramid; ``None`` for LayerNorm.
+        init_cfg: See :meth:`init_weights`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    # a MambaScope file starts a plain Vim too: the encoder is the same
+    ignored = ("head.", "reuse.", "pos_embed_coarse")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Maps [B, channels, H/s, W/s] of images [B, 3, H, W], s = 4, 8, 16, 32 for 16-pixel patches."""
+        _, maps, _ = self.encoder._intermediates(self._pad(x), list(self.out_indices), None, False)
+        return self._levels(maps, *x.shape[-2:])
+
+
+@MODELS.register_module()
+class ScopeBackbone(_EncoderBackbone):
+    """MambaScope: coarse features for images of which the gate is confident, refined ones for the others.
+
+    In training every image exits with probability ``exit_prob``, so that the heads learn from both kinds of features.
+    The gate learns in models that ask for its loss (``ScopeEncoderDecoder``, ``ScopeCascadeRCNN``); inside others it
+    stays untrained and ``threshold`` should be 0 or 1.
+
+    Args:
+        arch: ``mambascope_tiny_patch16_224`` and so on, as :class:`VimBackbone`.
+        gate: Arguments of :class:`~mambascope.mm.gate.GateHead` without the width, ``num_classes`` at least; ``None``
+            for no gate.
+        threshold: Confidence at which the coarse features are kept; ``<= 0`` always, ``>= 1`` never.
+        exit_prob: Share of training images that exit, in [0, 1].
+        **kwargs: As for :class:`VimBackbone`; ``arch_options`` takes fields of
+            :class:`~mambascope.models.configs.ScopeConfig`, e.g. ``alpha``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    encoder_class = MambaScope
+    archs = SCOPE_CONFIGS
+    encoder: MambaScope
+
+    def __init__(
+        self,
+        arch: str = "",
+        gate: dict | None = None,
+        threshold: float = 0.8,
+        exit_prob: float = 0.25,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(arch, **kwargs)
+        if not 0 <= exit_prob <= 1:
+            raise ValueError(f"exit_prob must lie in [0, 1], got {exit_prob!r}")
+        self.gate = None if gate is None else GateHead(self.encoder.embed_dim, **gate)
+        self.threshold = check_threshold(threshold)
+        self.exit_prob = exit_prob
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Maps [B, channels, H/s, W/s] of images [B, 3, H, W], s = 4, 8, 16, 32 for 16-pixel patches."""
+        return self.forward_scope(x).maps
+
+    def _decide(self, x: Tensor, confidence: Tensor | None, cells: int) -> Tensor:
+        """Which images [B] exit."""
+        everything = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+        if num_selected(self.encoder.alpha, cells) == 0:
+            return everything  # alpha = 0 is the coarse model alone
+        if self.training:
+            return torch.rand(x.shape[0], device=x.device) < self.exit_prob
+        threshold = check_threshold(self.threshold)
+        if confidence is not None:
+            return exit_mask(confidence, threshold)
+        if 0 < threshold < 1:
+            raise ValueError(f"threshold must be 0 or 1 in a backbone without a gate, got {threshold:g}")
+        return everything if threshold <= 0 else ~everything
+
+    def forward_scope(self, x: Tensor) -> ScopeFeatures:
+        """Features of images [B, 3, H, W] with what was decided on the way; the fine pass reads refined images only."""
+        height, width = x.shape[-2:]
+        x = self._pad(x)
+        coarse = self.encoder.forward_coarse(x, take=self.out_indices)
+        logits = None if self.gate is None else self.gate(coarse.cls)
+        confidence = None if logits is None else gate_confidence(logits.detach(), self.gate.confidence)
+        batch, cells = coarse.importance.shape
+        exited = self._decide(x, confidence, cells)
+        selected = torch.full(
+            (batch, num_selected(self.encoder.alpha, cells)), -1, dtype=torch.long, device=x.device
+        )
+        refined = exited.logical_not().nonzero().squeeze(1)
+        if refined.numel() == batch:
+            maps, selected = self._fine_maps(x, coarse)
+        elif refined.numel() == 0:
+            maps = self._coarse_maps(coarse)
+            if self.training:
+                maps[0] = maps[0] + self._unused(maps[0])
+        else:
+            stayed = exited.nonzero().squeeze(1)
+            fine, cells_read = self._fine_maps(x.index_select(0, refined), coarse.index_select(refined))
+            selected = selected.index_copy(0, refined, cells_read)
+            back = torch.cat([stayed, refined]).argsort()
+            kept = self._coarse_maps(coarse.index_select(stayed))
+            maps = [torch.cat([a, b.to(a.dtype)]).index_select(0, back) for a, b in zip(kept, fine, strict=True)]
+        levels = self._levels(maps, height, width)
+        return ScopeFeatures(levels, logits, confidence, exited, coarse.importance, selected, coarse.grid)
+
+    def _coarse_maps(self, coarse: CoarseState) -> list[Tensor]:
+        """Coarse tokens resized to the fine grid [B, d, h, w]."""
+        position = self.encoder.config.cls_position
+        maps = (remove_cls(t, position).transpose(1, 2).unflatten(2, coarse.grid) for t in coarse.taken)
+        return [F.interpolate(m, scale_factor=2, mode="bilinear", align_corners=False) for m in maps]
+
+    def _fine_maps(self, x: Tensor, coarse: CoarseState) -> tuple[list[Tensor], Tensor]:
+        """Fine tokens on the fine grid [B, d, h, w], and the cells that were re-read [B, k]."""
+        fine = self.encoder.forward_fine(x, coarse, take=self.out_indices)
+        return [self.encoder.fine_map(t, fine, coarse.grid) for t in fine.taken], fine.selected
+
+    def _unused(self, like: Tensor) -> Tensor:
+        """Zero that depends on what only the fine pass uses: DDP wants a gradient for every parameter in every step."""
+        own = [self.encoder.pos_embed, *(self.encoder.reuse.parameters() if self.encoder.reuse is not None else ())]
+        return sum((0.0 * p.sum() for p in own), like.new_zeros(()))
+
+    def image_gflops(self, features: ScopeFeatures, height: int, width: int) -> dict[str, list[float]]:
+        """Backbone GFLOPs of every image of a batch, per convention of :meth:`cost`."""
+        left = features.exited.tolist()
+        both = {c: self.cost(height, width, c) for c in ("one_direction", "both_directions")}
+        return {c: [cost[0] if out else cost[1] for out in left] for c, cost in both.items()}
+
+
+def check_gate(backbone: Any, num_classes: int) -> ScopeBackbone:
+    """Returns the backbone if it is a :class:`ScopeBackbone` whose gate knows ``num_classes`` classes.
+
+    Raises:
+        ValueError: Otherwise.
+    """
+    if not isinstance(backbone, ScopeBackbone) or backbone.gate is None:
+        raise ValueError("backbone must be a ScopeBackbone with a gate; other backbones belong in mmseg's or mmdet's own models")
+    if backbone.gate.num_classes != num_classes:
+        raise ValueError(
+            f"num_classes of the gate must equal that of the heads, {num_classes}, got {backbone.gate.num_classes}"
+        )
+    return backbone
+
+

@@ -1,0 +1,27 @@
+"""What current PyTorch needs to work with mmengine 0.10."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging.history_buffer import HistoryBuffer
+
+
+def _numpy_classes() -> list[Any]:
+    dtypes = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?")]
+    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    functions = [multiarray._reconstruct, multiarray.scalar]
+    # files written with numpy 1 name the same functions by their old place
+    old = [(f, f"numpy.core.multiarray.{f.__name__}") for f in functions]
+    return [np.ndarray, np.dtype, *dtypes, *functions, *old]
+
+
+def allow_own_checkpoints() -> None:
+    """Lets ``torch.load`` with ``weights_only=True``, the default since PyTorch 2.6, read mmengine's checkpoints.
+
+    They hold the logged scalars beside the weights: a :class:`HistoryBuffer` of numpy arrays. These types only hold
+    numbers; nothing else is allowed, so a checkpoint that would run code is still refused.
+    """
+    torch.serialization.add_safe_globals([HistoryBuffer, *_numpy_classes()])

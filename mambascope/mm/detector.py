@@ -1,0 +1,34 @@
+"""mmdet's Cascade R-CNN (with or without masks) with confidence-gated early exit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmdet.models.detectors import CascadeRCNN
+from mmdet.registry import MODELS
+from torch import Tensor, nn
+
+from mambascope.mm.dense import ScopeMixin, sample_names
+from mambascope.mm.gate import presence_from_labels
+
+
+@MODELS.register_module()
+class ScopeCascadeRCNN(ScopeMixin, CascadeRCNN):
+    """``CascadeRCNN`` on a :class:`~mambascope.mm.backbone.ScopeBackbone`: adds the gate's loss and its decisions.
+
+    Takes the arguments of mmdet's ``CascadeRCNN``; the backbone's gate needs as many classes as the box heads.
+
+    Raises:
+        ValueError: If the backbone has no such gate; in training, if a box has a label that is no class.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        heads = self.roi_head.bbox_head
+        self.num_classes = (heads[-1] if isinstance(heads, nn.ModuleList) else heads).num_classes
+        self._check_gate(self.num_classes)
+
+    def presence(self, data_samples: Any) -> tuple[Tensor, Tensor | None]:
+        """Classes among the boxes; crowd regions do not count, and an image without boxes has none."""
+        labels = [sample.gt_instances.labels for sample in data_samples]
+        return presence_from_labels(labels, self.num_classes, sample_names(data_samples, "img_path")), None

@@ -1,0 +1,160 @@
+"""The gate of dense models: which classes the coarse look sees, how sure it is, and what it is trained on.
+
+Shape letters: B batch, C classes, H and W pixels. MambaScope section 5.2: an image-level multi-label head on the coarse
+CLS output, trained with binary cross-entropy on the classes that are present.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+CONFIDENCES = ("mean_present", "max", "margin")
+
+
+def gate_confidence(logits: Tensor, rule: str = "mean_present") -> Tensor:
+    """How sure the gate is of each image, in [0, 1].
+
+    Args:
+        logits: Multi-label logits [B, C].
+        rule: ``mean_present``: mean probability of the classes predicted present (p >= 0.5); if there is none, the
+            largest probability. ``max``: the largest probability. ``margin``: the gap between the least likely class
+            that is predicted present and the most likely one that is not; 0 if none is present. It is small as soon as
+            a single class is in doubt, where a mean hides it behind the others.
+
+    Returns:
+        Confidence [B], at least fp32.
+
+    Raises:
+        ValueError: If the rule is unknown.
+    """
+    if rule not in CONFIDENCES:
+        raise ValueError(f"confidence must be one of {', '.join(CONFIDENCES)}, got {rule!r}")
+    p = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    largest = p.amax(1)
+    if rule == "max":
+        return largest
+    present = p >= 0.5
+    if rule == "mean_present":
+        mean = (p * present).sum(1) / present.sum(1).clamp(min=1)
+        return torch.where(present.any(1), mean, largest)
+    lowest_in = p.masked_fill(~present, 1.0).amin(1)
+    highest_out = p.masked_fill(present, 0.0).amax(1)
+    return torch.where(present.any(1), lowest_in - highest_out, torch.zeros_like(largest))
+
+
+def presence_from_masks(
+    masks: Sequence[Tensor], num_classes: int, ignore_index: int = 255, names: Sequence[str] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Classes present in segmentation masks.
+
+    Args:
+        masks: One integer mask [..., H, W] per image.
+        num_classes: C.
+        ignore_index: Label of pixels that say nothing.
+        names: What to call each mask in an error, e.g. its file.
+
+    Returns:
+        Presence [B, C] (0 or 1, float32) and which images have any labelled pixel [B] bool: of the others nothing is
+        known, so they are left out of the loss.
+
+    Raises:
+        ValueError: If a label is neither a class nor ``ignore_index``.
+    """
+    rows, known = [], []
+    for i, mask in enumerate(masks):
+        labels = mask[mask != ignore_index].long()
+        found = torch.unique(labels)
+        if found.numel() and (int(found[0]) < 0 or int(found[-1]) >= num_classes):
+            wrong = [int(v) for v in found if v < 0 or v >= num_classes]
+            name = names[i] if names else f"mask {i} of the batch"
+            raise ValueError(
+                f"{name} holds label {', '.join(map(str, wrong[:5]))}; accepted are 0..{num_classes - 1} and "
+                f"{ignore_index} (ignored) after loading. Check num_classes and reduce_zero_label of the data set"
+            )
+        row = torch.zeros(num_classes, device=mask.device)
+        row[found] = 1.0
+        rows.append(row)
+        known.append(found.numel() > 0)
+    device = rows[0].device
+    return torch.stack(rows), torch.tensor(known, device=device)
+
+
+def presence_from_labels(labels: Sequence[Tensor], num_classes: int, names: Sequence[str] | None = None) -> Tensor:
+    """Classes present among the labels [n] of each image's boxes, as [B, C] (0 or 1, float32); n may be 0.
+
+    Raises:
+        ValueError: If a label is no class.
+    """
+    rows = []
+    for i, own in enumerate(labels):
+        if own.numel() and (int(own.min()) < 0 or int(own.max()) >= num_classes):
+            name = names[i] if names else f"image {i} of the batch"
+            raise ValueError(
+                f"{name} has a box of class {int(own.max() if own.max() >= num_classes else own.min())}; accepted are "
+                f"0..{num_classes - 1}. Check num_classes of the heads and of the gate against the data set's classes"
+            )
+        row = torch.zeros(num_classes, device=own.device)
+        row[own.long()] = 1.0
+        rows.append(row)
+    return torch.stack(rows)
+
+
+class GateHead(nn.Module):
+    """Image-level multi-label head on the coarse CLS output.
+
+    Args:
+        dim: Model width d.
+        num_classes: C.
+        confidence: See :func:`gate_confidence`.
+        loss_weight: Weight of the loss.
+        prior: Presence that every class starts from; a low one keeps the first steps from being all about the bias.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        confidence: str = "mean_present",
+        loss_weight: float = 1.0,
+        prior: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes of the gate must be a positive integer, got {num_classes!r}")
+        if confidence not in CONFIDENCES:
+            raise ValueError(f"confidence of the gate must be one of {', '.join(CONFIDENCES)}, got {confidence!r}")
+        if loss_weight < 0:
+            raise ValueError(f"loss_weight of the gate must be >= 0, got {loss_weight}")
+        if not 0 < prior < 1:
+            raise ValueError(f"prior of the gate must lie in (0, 1), got {prior}")
+        self.num_classes = num_classes
+        self.confidence = confidence
+        self.loss_weight = loss_weight
+        self.fc = nn.Linear(dim, num_classes)
+        trunc_normal_(self.fc.weight, std=0.02)
+        nn.init.constant_(self.fc.bias, float(torch.logit(torch.tensor(prior))))
+
+    def forward(self, cls: Tensor) -> Tensor:
+        """Logits [B, C] of the coarse CLS output [B, d]."""
+        return self.fc(cls)
+
+    def loss(self, logits: Tensor, presence: Tensor, known: Tensor | None = None) -> Tensor:
+        """Weighted binary cross-entropy, the mean over classes and over the images of which something is known.
+
+        Args:
+            logits: [B, C].
+            presence: [B, C], 0 or 1.
+            known: Images that take part [B] bool; default all.
+        """
+        # in fp32 also under autocast
+        loss = F.binary_cross_entropy_with_logits(logits.float(), presence.float(), reduction="none").mean(1)
+        weight = torch.ones_like(loss) if known is None else known.to(loss)
+        return self.loss_weight * (loss * weight).sum() / weight.sum().clamp(min=1)

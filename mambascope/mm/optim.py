@@ -1,0 +1,81 @@
+"""Optimizer groups as in classification, with layer-wise learning rates, and mixed precision on CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from timm.models import group_parameters
+from torch import nn
+
+from mambascope.models.vim import VisionMamba
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayConstructor(DefaultOptimWrapperConstructor):
+    """Weight decay and learning rates as in classification, for a model that holds one of our encoders.
+
+    Biases, gains and what the encoder names in ``no_weight_decay`` (CLS, positions, A_log, D) are not decayed. With
+    ``paramwise_cfg=dict(layer_decay_rate=r)`` the encoder's block i of n learns with ``lr * r ** (n - i)``, embeddings
+    one step slower than the first block, everything outside the encoder with ``lr``. ``lr_mult=dict(name=factor)`` in
+    the same dict scales the parameters whose name starts with ``name``, e.g. ``{'backbone.encoder': 0.5}``.
+
+    Raises:
+        ValueError: If an option is unknown or out of range.
+    """
+
+    def _validate_cfg(self) -> None:
+        unknown = sorted(set(self.paramwise_cfg) - {"layer_decay_rate", "lr_mult"})
+        if unknown:
+            raise ValueError(f"paramwise_cfg accepts layer_decay_rate and lr_mult here, got {', '.join(unknown)}")
+        rate = self.paramwise_cfg.get("layer_decay_rate", 1.0)
+        if not 0 < rate <= 1:
+            raise ValueError(f"layer_decay_rate must lie in (0, 1], got {rate!r}")
+        if self.base_lr is None:
+            raise ValueError("optimizer must give lr: layer-wise rates are multiples of it")
+        self.paramwise_cfg = {"layer_decay_rate": rate, "lr_mult": self.paramwise_cfg.get("lr_mult", {})}
+
+    def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", is_dcn_module: Any = None) -> None:
+        """Appends one group per learning rate and weight decay to ``params``."""
+        del is_dcn_module
+        rate: float = self.paramwise_cfg["layer_decay_rate"]
+        scales: dict[str, float] = {}
+        undecayed: set[str] = set()
+        for place, encoder in module.named_modules():
+            if isinstance(encoder, VisionMamba):
+                start = f"{place}." if place else ""
+                undecayed |= {start + name for name in encoder.no_weight_decay()}
+                layers = group_parameters(encoder, encoder.group_matcher(), reverse=True)
+                # the last group is norm and feature reuse, which learn at the full rate
+                scales |= {start + name: rate ** (max(layers.values()) - layer) for name, layer in layers.items()}
+        groups: dict[tuple[float, bool], dict] = {}
+        for name, param in module.named_parameters(prefix=prefix):
+            if not param.requires_grad:
+                continue
+            scale = scales.get(name, 1.0)
+            for start, factor in self.paramwise_cfg["lr_mult"].items():
+                scale *= factor if name.startswith(start) else 1.0
+            decayed = param.ndim > 1 and name not in undecayed
+            group = groups.setdefault(
+                (scale, decayed), {"params": [], "param_names": [], "lr": self.base_lr * scale, "lr_scale": scale}
+            )
+            if not decayed:
+                group["weight_decay"] = 0.0
+            group["params"].append(param)
+            group["param_names"].append(name)
+        params.extend(groups[key] for key in sorted(groups))
+
+
+@OPTIM_WRAPPERS.register_module()
+class CpuAmpOptimWrapper(OptimWrapper):
+    """Mixed precision on CPU in bfloat16, which needs no loss scale; mmengine's own wrapper asks for a GPU."""
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Autocast around the forward pass."""
+        with super().optim_context(model), torch.autocast("cpu", torch.bfloat16):
+            yield

@@ -1,0 +1,57 @@
+"""Simple feature pyramid: maps of one stride become maps at four (MambaScope Appendix A, as in ViTDet and BEiT)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmcv.cnn import build_norm_layer
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+# finest level first: how the patch grid is brought to 1/4, 1/2, 1 and 2 times the patch side
+STEPS = (4, 2, 1, 0.5)
+
+
+def _norm(dim: int, norm_cfg: dict | None) -> nn.Module:
+    return LayerNorm2d(dim) if norm_cfg is None else build_norm_layer(norm_cfg, dim)[1]
+
+
+class SimplePyramid(nn.Module):
+    """Four maps of one stride s in, maps at strides s/4, s/2, s and 2s out.
+
+    Each input is normalised first: the residual stream's scale grows from block to block.
+
+    Args:
+        dim: Channels d of the inputs.
+        out_channels: Channels of every output; ``None`` for d.
+        norm_cfg: Normalisation between the two transposed convolutions, as OpenMMLab writes it; ``None`` for LayerNorm.
+    """
+
+    def __init__(self, dim: int, out_channels: int | None = None, norm_cfg: dict | None = None) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(LayerNorm2d(dim) for _ in STEPS)
+        up = [nn.ConvTranspose2d(dim, dim, 2, 2) for _ in range(3)]
+        scales = [
+            nn.Sequential(up[0], _norm(dim, norm_cfg), nn.GELU(), up[1]),
+            up[2],
+            nn.Identity(),
+            nn.MaxPool2d(2, 2),
+        ]
+        if out_channels is not None and out_channels != dim:
+            scales = [nn.Sequential(scale, nn.Conv2d(dim, out_channels, 1)) for scale in scales]
+        self.scales = nn.ModuleList(scales)
+        self.out_channels = out_channels or dim
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Brings four maps [B, d, h, w] to [B, out, 4h, 4w], [B, out, 2h, 2w], [B, out, h, w], [B, out, h/2, w/2]."""
+        return [scale(norm(m)) for scale, norm, m in zip(self.scales, self.norms, maps, strict=True)]
+
+    def macs(self, rows: int, cols: int) -> int:
+        """Multiply-adds of one image with a grid of ``rows`` x ``cols`` patches."""
+        dim = self.norms[0].weight.numel()
+        cells = rows * cols
+        total = (4 + 16 + 4) * cells * dim * dim  # two steps to the finest level, one to the next
+        if self.out_channels != dim:
+            total += (16 + 4 + 1) * cells * dim * self.out_channels
+            total += (rows // 2) * (cols // 2) * dim * self.out_channels
+        return total

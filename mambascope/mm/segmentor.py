@@ -1,0 +1,33 @@
+"""mmseg's encoder-decoder with confidence-gated early exit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmseg.models.segmentors import EncoderDecoder
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from mambascope.mm.dense import ScopeMixin, sample_names
+from mambascope.mm.gate import presence_from_masks
+
+
+@MODELS.register_module()
+class ScopeEncoderDecoder(ScopeMixin, EncoderDecoder):
+    """``EncoderDecoder`` on a :class:`~mambascope.mm.backbone.ScopeBackbone`: adds the gate's loss and its decisions.
+
+    Takes the arguments of mmseg's ``EncoderDecoder``; the backbone's gate needs as many classes as the decode head.
+
+    Raises:
+        ValueError: If the backbone has no such gate; in training, if a mask holds a label that is no class.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._check_gate(self.num_classes)
+
+    def presence(self, data_samples: Any) -> tuple[Tensor, Tensor | None]:
+        """Classes in the masks, the ignored label left out; images without a labelled pixel are not known."""
+        masks = [sample.gt_sem_seg.data for sample in data_samples]
+        names = sample_names(data_samples, "seg_map_path", "img_path")
+        return presence_from_masks(masks, self.num_classes, self.decode_head.ignore_index, names)

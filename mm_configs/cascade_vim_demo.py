@@ -1,0 +1,26 @@
+# The plain Vim that the demo is compared with
+_base_ = [
+    "_base_/cascade_demo.py",
+    "_base_/digits_det.py",
+    "_base_/schedule_demo.py",
+    "_base_/runtime_det.py",
+]
+default_hooks = dict(checkpoint=dict(interval=500))
+model = dict(
+    backbone=dict(
+        type="VimBackbone",
+        arch="vim_nano_patch8_64",
+        img_size=96,
+        out_channels=64,
+        init_cfg=dict(type="Pretrained", checkpoint="runs/scopedigits/model.safetensors"),
+    ),
+)
+val_evaluator = [
+    dict(
+        type="CocoMetric",
+        ann_file="data/scopedigits_det/annotations/instances_val2017.json",
+        metric=["bbox", "segm"],
+        format_only=False,
+    )
+]
+test_evaluator = val_evaluator

@@ -1,0 +1,23 @@
+_base_ = [
+    "_base_/upernet_demo.py",
+    "_base_/digits_seg.py",
+    "_base_/schedule_demo.py",
+    "_base_/runtime_seg.py",
+]
+default_hooks = dict(checkpoint=dict(interval=500))
+model = dict(
+    type="ScopeEncoderDecoder",
+    backbone=dict(
+        type="ScopeBackbone",
+        arch="mambascope_nano_patch8_64",
+        arch_options=dict(fine_cls="middle", alpha=0.7),  # CLS in the middle as in the demo's classifier
+        img_size=96,
+        out_channels=64,
+        gate=dict(num_classes=11, confidence="mean_present"),
+        threshold=0.8,
+        exit_prob=0.25,
+        init_cfg=dict(type="Pretrained", checkpoint="runs/scopedigits/model.safetensors"),
+    ),
+)
+val_evaluator = [dict(type="IoUMetric", iou_metrics=["mIoU"]), dict(type="GateMetric")]
+test_evaluator = val_evaluator

@@ -1,0 +1,19 @@
+# The plain Vim that the demo is compared with
+_base_ = [
+    "_base_/upernet_demo.py",
+    "_base_/digits_seg.py",
+    "_base_/schedule_demo.py",
+    "_base_/runtime_seg.py",
+]
+default_hooks = dict(checkpoint=dict(interval=500))
+model = dict(
+    backbone=dict(
+        type="VimBackbone",
+        arch="vim_nano_patch8_64",
+        img_size=96,
+        out_channels=64,
+        init_cfg=dict(type="Pretrained", checkpoint="runs/scopedigits/model.safetensors"),
+    ),
+)
+val_evaluator = [dict(type="IoUMetric", iou_metrics=["mIoU"])]
+test_evaluator = val_evaluator
