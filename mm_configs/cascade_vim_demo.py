@@ -12,7 +12,7 @@ model = dict(
         arch="vim_nano_patch8_64",
         img_size=96,
         out_channels=64,
-        init_cfg=dict(type="Pretrained", checkpoint="runs/scopedigits/model.safetensors"),
+        init_cfg=dict(type="Pretrained", checkpoint="scopedigits"),
     ),
 )
 val_evaluator = [

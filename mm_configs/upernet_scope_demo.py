@@ -16,7 +16,7 @@ model = dict(
         gate=dict(num_classes=11, confidence="mean_present"),
         threshold=0.8,
         exit_prob=0.25,
-        init_cfg=dict(type="Pretrained", checkpoint="runs/scopedigits/model.safetensors"),
+        init_cfg=dict(type="Pretrained", checkpoint="scopedigits"),
     ),
 )
 val_evaluator = [dict(type="IoUMetric", iou_metrics=["mIoU"]), dict(type="GateMetric")]

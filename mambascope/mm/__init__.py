@@ -7,7 +7,9 @@ Configs use them through ``custom_imports = dict(imports=['mambascope.mm', 'mamb
 try:
     import mmengine  # noqa: F401
 except ImportError as error:
-    raise ImportError(f"mambascope.mm needs the OpenMMLab stack: run 'make mm' in the source folder ({error})") from error
+    raise ImportError(
+        f"mambascope.mm needs the OpenMMLab stack: run 'make mm' in the source folder ({error})"
+    ) from error
 
 from mambascope.mm.backbone import ScopeBackbone, ScopeFeatures, VimBackbone
 from mambascope.mm.compat import allow_own_checkpoints

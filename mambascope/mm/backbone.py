@@ -6,6 +6,7 @@ mmengine's root registry, so one class serves mmseg and mmdet.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from mambascope.models.exit import check_threshold, exit_mask
 from mambascope.models.scope import CoarseState, MambaScope
 from mambascope.models.selection import num_selected
 from mambascope.models.vim import VisionMamba
+from mambascope.models.weights import find_weights
 
 # fields that a checkpoint and the backbone must agree on: without them the weights mean something else
 _SAME = ("patch_size", "embed_dim", "depth", "d_state", "d_conv", "expand", "cls_position")
@@ -95,7 +97,7 @@ class _EncoderBackbone(BaseModule):
         self.arch = arch
         self.encoder = self.encoder_class(config)
         indices = default_indices(config.depth) if out_indices is None else tuple(out_indices)
-        rising = all(a < b for a, b in zip(indices, indices[1:], strict=False))
+        rising = all(a < b for a, b in itertools.pairwise(indices))
         if len(indices) != len(STEPS) or not rising or indices[0] < 0 or indices[-1] >= config.depth:
             raise ValueError(
                 f"out_indices must be {len(STEPS)} rising block numbers in 0..{config.depth - 1}, got {out_indices}"
@@ -120,7 +122,8 @@ class _EncoderBackbone(BaseModule):
 
         An empty checkpoint means random weights, with a warning: so that configs can leave the place to be filled in.
 
-        Reads our ``.safetensors``, Lightning ``.ckpt`` and official Vim ``.pth`` files; position tables are resampled.
+        Reads our ``.safetensors``, Lightning ``.ckpt`` and official Vim ``.pth`` files, and the weights that come with
+        the package by name (``scopedigits``); position tables are resampled.
         All modules initialise themselves when they are made, so without ``init_cfg`` there is nothing to do.
 
         Raises:
@@ -144,6 +147,7 @@ class _EncoderBackbone(BaseModule):
                 level=logging.WARNING,
             )
             return
+        path = find_weights(path)
         _, description = read_state_dict(path)
         self._check_description(str(path), description.get("config", {}))
         report = load_checkpoint(self.encoder, path, strict, verbose=False, ignore=self.ignored)
@@ -153,7 +157,11 @@ class _EncoderBackbone(BaseModule):
     def _check_description(self, path: str, config: Mapping[str, Any]) -> None:
         own = self.encoder.config
         names = _SAME + (_SAME_SCOPE if "alpha" in config and isinstance(self.encoder, MambaScope) else ())
-        other = [f"{n}={config[n]!r} (here {getattr(own, n)!r})" for n in names if config.get(n, getattr(own, n)) != getattr(own, n)]
+        other = [
+            f"{n}={config[n]!r} (here {getattr(own, n)!r})"
+            for n in names
+            if config.get(n, getattr(own, n)) != getattr(own, n)
+        ]
         if other:
             raise CheckpointError(
                 f"checkpoint {path} belongs to another architecture than {self.arch}: it has {', '.join(other)}; "
@@ -313,13 +321,13 @@ class ScopeBackbone(_EncoderBackbone):
         height, width = x.shape[-2:]
         x = self._pad(x)
         coarse = self.encoder.forward_coarse(x, take=self.out_indices)
-        logits = None if self.gate is None else self.gate(coarse.cls)
-        confidence = None if logits is None else gate_confidence(logits.detach(), self.gate.confidence)
+        logits = confidence = None
+        if self.gate is not None:
+            logits = self.gate(coarse.cls)
+            confidence = gate_confidence(logits.detach(), self.gate.confidence)
         batch, cells = coarse.importance.shape
         exited = self._decide(x, confidence, cells)
-        selected = torch.full(
-            (batch, num_selected(self.encoder.alpha, cells)), -1, dtype=torch.long, device=x.device
-        )
+        selected = torch.full((batch, num_selected(self.encoder.alpha, cells)), -1, dtype=torch.long, device=x.device)
         refined = exited.logical_not().nonzero().squeeze(1)
         if refined.numel() == batch:
             maps, selected = self._fine_maps(x, coarse)
@@ -367,11 +375,11 @@ def check_gate(backbone: Any, num_classes: int) -> ScopeBackbone:
         ValueError: Otherwise.
     """
     if not isinstance(backbone, ScopeBackbone) or backbone.gate is None:
-        raise ValueError("backbone must be a ScopeBackbone with a gate; other backbones belong in mmseg's or mmdet's own models")
+        raise ValueError(
+            "backbone must be a ScopeBackbone with a gate; other backbones belong in mmseg's or mmdet's own models"
+        )
     if backbone.gate.num_classes != num_classes:
         raise ValueError(
             f"num_classes of the gate must equal that of the heads, {num_classes}, got {backbone.gate.num_classes}"
         )
     return backbone
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from mmengine.logging.history_buffer import HistoryBuffer
 
 def _numpy_classes() -> list[Any]:
     dtypes = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?")]
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    multiarray: Any = importlib.import_module(
+        "numpy._core.multiarray" if hasattr(np, "_core") else "numpy.core.multiarray"
+    )
     functions = [multiarray._reconstruct, multiarray.scalar]
     # files written with numpy 1 name the same functions by their old place
     old = [(f, f"numpy.core.multiarray.{f.__name__}") for f in functions]

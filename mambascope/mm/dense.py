@@ -68,25 +68,27 @@ class ScopeMixin:
         the windows; ``confidence``; ``presence`` [C] the gate's probabilities; ``importance`` [rows, cols] and
         ``selected`` of the last window; ``grid``.
         """
-        batch = len(seen[0][0].exited)
-        facts = []
         costs = [self.backbone.image_gflops(f, *size) for f, size in seen]
-        scores = torch.stack([f.gate_logits.float().sigmoid() for f, _ in seen]).amax(0).cpu().numpy()
-        last = seen[-1][0]
-        for i in range(batch):
-            facts.append(
-                {
-                    "refined": sum(1.0 - float(f.exited[i]) for f, _ in seen) / len(seen),
-                    "confidence": sum(float(f.confidence[i]) for f, _ in seen) / len(seen),
-                    "presence": scores[i],
-                    "importance": last.importance[i].float().cpu().numpy().reshape(last.grid),
-                    "selected": last.selected[i].cpu().numpy(),
-                    "grid": last.grid,
-                    "size": seen[-1][1],
-                    **{f"gflops_{c}": sum(cost[c][i] for cost in costs) for c in costs[0]},
-                }
-            )
-        return facts
+        logits: list[Any] = [f.gate_logits for f, _ in seen]
+        presence = torch.stack([own.float().sigmoid() for own in logits]).amax(0).cpu().numpy()
+        confidence = torch.stack([c for f, _ in seen if (c := f.confidence) is not None]).double().mean(0).tolist()
+        refined = torch.stack([~f.exited for f, _ in seen]).double().mean(0).tolist()
+        last, size = seen[-1]
+        importance = last.importance.float().cpu().numpy()
+        selected = last.selected.cpu().numpy()
+        return [
+            {
+                "refined": refined[i],
+                "confidence": confidence[i],
+                "presence": presence[i],
+                "importance": importance[i].reshape(last.grid),
+                "selected": selected[i],
+                "grid": last.grid,
+                "size": size,
+                **{f"gflops_{c}": sum(cost[c][i] for cost in costs) for c in costs[0]},
+            }
+            for i in range(len(refined))
+        ]
 
 
 def sample_names(data_samples: Any, *keys: str) -> list[str]:

@@ -22,10 +22,13 @@ class ScopeCascadeRCNN(ScopeMixin, CascadeRCNN):
         ValueError: If the backbone has no such gate; in training, if a box has a label that is no class.
     """
 
+    num_classes: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        heads = self.roi_head.bbox_head
-        self.num_classes = (heads[-1] if isinstance(heads, nn.ModuleList) else heads).num_classes
+        heads: Any = self.roi_head.bbox_head
+        last: Any = heads[-1] if isinstance(heads, nn.ModuleList) else heads
+        self.num_classes = last.num_classes
         self._check_gate(self.num_classes)
 
     def presence(self, data_samples: Any) -> tuple[Tensor, Tensor | None]:

@@ -28,6 +28,8 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         ValueError: If an option is unknown or out of range.
     """
 
+    paramwise_cfg: dict[str, Any]
+
     def _validate_cfg(self) -> None:
         unknown = sorted(set(self.paramwise_cfg) - {"layer_decay_rate", "lr_mult"})
         if unknown:

@@ -29,6 +29,7 @@ class SimplePyramid(nn.Module):
 
     def __init__(self, dim: int, out_channels: int | None = None, norm_cfg: dict | None = None) -> None:
         super().__init__()
+        self.dim = dim
         self.norms = nn.ModuleList(LayerNorm2d(dim) for _ in STEPS)
         up = [nn.ConvTranspose2d(dim, dim, 2, 2) for _ in range(3)]
         scales = [
@@ -48,7 +49,7 @@ class SimplePyramid(nn.Module):
 
     def macs(self, rows: int, cols: int) -> int:
         """Multiply-adds of one image with a grid of ``rows`` x ``cols`` patches."""
-        dim = self.norms[0].weight.numel()
+        dim = self.dim
         cells = rows * cols
         total = (4 + 16 + 4) * cells * dim * dim  # two steps to the finest level, one to the next
         if self.out_channels != dim:

@@ -51,9 +51,19 @@ def check_data(cfg: Mapping, loaders: tuple[str, ...]) -> None:
         )
 
 
+def misfit(checkpoint: Any, error: RuntimeError) -> str:
+    """One line for PyTorch's list of everything that does not fit."""
+    lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
+    shown = " ".join(lines)
+    shown = shown if len(shown) < 300 else f"{shown[:300]}..."
+    return f"checkpoint {checkpoint} belongs to another model than this config's (arch, classes or heads): {shown}"
+
+
 @RUNNERS.register_module()
 class ScopeRunner(Runner):
     """mmengine's ``Runner`` that checks the data first and also runs on CPU: gloo, plain batch norm, bfloat16."""
+
+    _whole = False
 
     def train(self) -> nn.Module:
         """Trains, after a check of the data."""
@@ -63,12 +73,27 @@ class ScopeRunner(Runner):
     def val(self) -> dict:
         """Validates, after a check of the data."""
         check_data(self.cfg, ("val_dataloader",))
+        self._whole = True
         return super().val()
 
     def test(self) -> dict:
         """Tests, after a check of the data."""
         check_data(self.cfg, ("test_dataloader",))
+        self._whole = True
         return super().test()
+
+    def load_checkpoint(self, filename: str, map_location: Any = "cpu", strict: bool = False, **kwargs: Any) -> Any:
+        """Loads a checkpoint; for testing and resuming every weight must fit, where mmengine would only warn.
+
+        Raises:
+            ValueError: If the checkpoint does not exist or belongs to another model.
+        """
+        if "://" not in str(filename) and not Path(filename).is_file():
+            raise ValueError(f"checkpoint {filename} does not exist")
+        try:
+            return super().load_checkpoint(filename, map_location, strict or self._whole or self._resume, **kwargs)
+        except RuntimeError as error:
+            raise ValueError(misfit(filename, error)) from None
 
     def setup_env(self, env_cfg: dict) -> None:
         """Starts gloo where there is no GPU: mmengine would ask CUDA for a device whatever the backend."""

@@ -3,7 +3,7 @@ _base_ = ["cascade.py"]
 _strides = [2, 4, 8, 16]
 _head = dict(
     type="Shared2FCBBoxHead",
-    in_channels=64,
+    in_channels=48,
     fc_out_channels=128,
     roi_feat_size=7,
     num_classes=10,
@@ -13,15 +13,15 @@ _head = dict(
 )
 model = dict(
     data_preprocessor=dict(pad_size_divisor=16),
-    neck=dict(in_channels=[64] * 4, out_channels=64, num_outs=4),
+    neck=dict(in_channels=[64] * 4, out_channels=48, num_outs=4),
     rpn_head=dict(
-        in_channels=64,
-        feat_channels=64,
+        in_channels=48,
+        feat_channels=48,
         anchor_generator=dict(scales=[4], ratios=[1.0], strides=[2, 4, 8, 16]),
     ),
     roi_head=dict(
         bbox_roi_extractor=dict(
-            roi_layer=dict(sampling_ratio=2), out_channels=64, featmap_strides=_strides, finest_scale=14
+            roi_layer=dict(sampling_ratio=1), out_channels=48, featmap_strides=_strides, finest_scale=14
         ),
         bbox_head=[
             dict(
@@ -35,9 +35,9 @@ model = dict(
             for std in (0.1, 0.05, 0.033)
         ],
         mask_roi_extractor=dict(
-            roi_layer=dict(sampling_ratio=2), out_channels=64, featmap_strides=_strides, finest_scale=14
+            roi_layer=dict(output_size=7, sampling_ratio=1), out_channels=48, featmap_strides=_strides, finest_scale=14
         ),
-        mask_head=dict(num_convs=2, in_channels=64, conv_out_channels=64, num_classes=10),
+        mask_head=dict(num_convs=2, roi_feat_size=7, in_channels=48, conv_out_channels=48, num_classes=10),
     ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),
@@ -52,8 +52,8 @@ model = dict(
                     match_low_quality=False,
                     ignore_iof_thr=-1,
                 ),
-                sampler=dict(type="RandomSampler", num=32, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=True),
-                mask_size=28,
+                sampler=dict(type="RandomSampler", num=20, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=True),
+                mask_size=14,
                 pos_weight=-1,
                 debug=False,
             )

@@ -1,0 +1,137 @@
+"""A ready segmentor or detector from a config and a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import nn
+
+from mambascope.mm.backbone import ScopeBackbone, VimBackbone
+from mambascope.mm.runner import misfit
+from mambascope.models.checkpoint import CheckpointError
+
+PLAIN = {"ScopeEncoderDecoder": "EncoderDecoder", "ScopeCascadeRCNN": "CascadeRCNN"}
+
+
+def read_config(path: str | os.PathLike[str], options: dict | None = None) -> Config:
+    """A config with ``--cfg-options`` merged in; its package is imported and becomes the default scope.
+
+    Raises:
+        ValueError: If the file does not exist or is no config of a segmentor or detector.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"config {path} does not exist")
+    cfg = Config.fromfile(path)
+    if options:
+        cfg.merge_from_dict(options)
+    scope = cfg.get("default_scope")
+    if scope not in ("mmseg", "mmdet") or "model" not in cfg:
+        raise ValueError(f"config {path} must have a model and default_scope 'mmseg' or 'mmdet', got {scope!r}")
+    register(scope)
+    return cfg
+
+
+def register(scope: str) -> None:
+    """Registers everything of mmseg or mmdet and makes it the default scope."""
+    if scope == "mmseg":
+        from mmseg.utils import register_all_modules
+    else:
+        from mmdet.utils import register_all_modules
+    register_all_modules(init_default_scope=False)
+    init_default_scope(scope)
+
+
+def build_model(
+    cfg: Config, checkpoint: str | os.PathLike[str] | None = None, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """The config's model in evaluation mode; its ``dataset_meta`` holds the classes and the palette.
+
+    Args:
+        cfg: See :func:`read_config`.
+        checkpoint: Written by a training of the same model; ``None`` for random weights.
+        device: Where it goes.
+
+    Raises:
+        ValueError: If the checkpoint cannot be read or belongs to another model.
+    """
+    model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
+    meta = cfg.test_dataloader.dataset.get("metainfo")
+    if checkpoint is not None:
+        if not Path(checkpoint).is_file():
+            raise CheckpointError(f"checkpoint {checkpoint} does not exist")
+        try:
+            content = CheckpointLoader.load_checkpoint(str(checkpoint), map_location="cpu", logger="silent")
+        except Exception as error:
+            raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {str(error).splitlines()[0]}") from None
+        if not isinstance(content, dict) or "state_dict" not in content:
+            raise CheckpointError(f"checkpoint {checkpoint} is not one of a segmentor or detector (no 'state_dict')")
+        try:
+            model.load_state_dict({k.removeprefix("module."): v for k, v in content["state_dict"].items()})
+        except RuntimeError as error:
+            raise CheckpointError(misfit(checkpoint, error)) from None
+        meta = content.get("meta", {}).get("dataset_meta") or meta
+    model.dataset_meta = dict(meta or {})
+    model.cfg = cfg
+    return model.to(device).eval()
+
+
+def plain_config(cfg: Config) -> Config:
+    """The same model with a plain Vim of the same sizes as backbone.
+
+    Raises:
+        ValueError: If the config's model has no :class:`ScopeBackbone`.
+    """
+    if cfg.model.type not in PLAIN:
+        raise ValueError(f"the config's model must be one of {', '.join(PLAIN)}, got {cfg.model.type!r}")
+    plain = copy.deepcopy(cfg)
+    plain.model.type = PLAIN[cfg.model.type]
+    backbone = plain.model.backbone
+    backbone.type = "VimBackbone"
+    backbone.arch = backbone.arch.replace("mambascope_", "vim_")
+    for name in ("gate", "threshold", "exit_prob", "init_cfg"):
+        backbone.pop(name, None)
+    known = VimBackbone.archs[backbone.arch].__dataclass_fields__
+    backbone.arch_options = {k: v for k, v in (backbone.get("arch_options") or {}).items() if k in known}
+    return plain
+
+
+def image_pipeline(cfg: Config) -> Compose:
+    """The config's test pipeline for images without annotations."""
+    steps = [step for step in cfg.test_dataloader.dataset.pipeline if step["type"] != "LoadAnnotations"]
+    return Compose(steps)
+
+
+def load_image(pipeline: Compose, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """One image as a batch for ``model.test_step``.
+
+    Raises:
+        ValueError: If the file is missing or no image.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"image {path} does not exist")
+    try:
+        data = pipeline({"img_path": str(path), "img_id": 0})
+    except (OSError, ValueError, AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"image {path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from None
+    if data is None:
+        raise ValueError(f"image {path} cannot be read")
+    return pseudo_collate([data])
+
+
+def scope_backbone(model: Any) -> ScopeBackbone:
+    """The model's :class:`ScopeBackbone` with a gate; ``ValueError`` if it has none."""
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, ScopeBackbone) or backbone.gate is None:
+        raise ValueError(f"the config's model must have a ScopeBackbone with a gate, got {type(backbone).__name__}")
+    return backbone

@@ -1,0 +1,140 @@
+"""The command of ``tools/predict_dense.py``: pictures of masks or boxes, importance, refined cells, and the exit."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mambascope.mm.eval_cli import guarded, parse_options
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Draws what a gated segmentor or detector found, where it looked again, and whether it did."
+    )
+    parser.add_argument("config", help="a config with a ScopeBackbone")
+    parser.add_argument("checkpoint", help="written by its training")
+    parser.add_argument("images", nargs="+", help="files, or folders of files")
+    parser.add_argument(
+        "--out", default="predictions", metavar="DIR", help="folder for the pictures (default predictions)"
+    )
+    parser.add_argument(
+        "--threshold", type=float, help="gate confidence at which an image exits; default: the config's"
+    )
+    parser.add_argument("--score", type=float, default=0.3, help="least score of a drawn box (default 0.3)")
+    parser.add_argument("--sheet", action="store_true", help="one picture with all images besides one for each")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
+    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="as for mim train")
+    return parser
+
+
+def image_files(given: Sequence[str]) -> list[Path]:
+    """The image files named, those of folders sorted.
+
+    Raises:
+        ValueError: If a path does not exist or a folder holds no image.
+    """
+    found: list[Path] = []
+    for name in given:
+        path = Path(name)
+        if path.is_dir():
+            own = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES)
+            if not own:
+                raise ValueError(f"folder {path} holds no image ({', '.join(IMAGES)})")
+            found += own
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ValueError(f"image {path} does not exist")
+    return found
+
+
+def picture(model: Any, pipeline: Any, path: Path, score: float) -> Any:
+    """Runs one image and gathers what is drawn, a :class:`~mambascope.plotting.dense.DensePicture`."""
+    from PIL import Image
+
+    from mambascope.mm.loading import load_image
+    from mambascope.plotting.dense import DensePicture
+
+    batch = load_image(pipeline, path)
+    # the pipeline's image before normalisation: BGR at the size the model works on
+    seen = batch["inputs"][0].flip(0).permute(1, 2, 0).float().numpy() / 255
+    with torch.inference_mode():
+        [sample] = model.test_step(batch)
+    fact = sample.metainfo["scope"]
+    classes = list(model.dataset_meta.get("classes") or [])
+    present = [int(i) for i in np.flatnonzero(fact["presence"] >= 0.5)]
+    labels = boxes = box_scores = masks = segmentation = None
+    if "pred_sem_seg" in sample:
+        segmentation = sample.pred_sem_seg.data.squeeze(0).cpu().numpy()
+    else:
+        keep = sample.pred_instances.scores >= score
+        own = sample.pred_instances[keep].cpu()
+        boxes, labels, box_scores = own.bboxes.numpy(), own.labels.numpy(), own.scores.numpy()
+        masks = np.asarray(own.masks) if "masks" in own else None
+    with Image.open(path) as file:
+        original = np.asarray(file.convert("RGB"), dtype=np.float32) / 255
+    palette = model.dataset_meta.get("palette")
+    return DensePicture(
+        image=original,
+        seen=seen,
+        importance=fact["importance"],
+        selected=fact["selected"],
+        exited=fact["refined"] == 0,
+        confidence=fact["confidence"],
+        cell=2 * model.backbone.encoder.config.patch_size,
+        name=path.name,
+        classes=classes,
+        present=present,
+        palette=None if palette in (None, "random") else [tuple(c) for c in palette],
+        segmentation=segmentation,
+        boxes=boxes,
+        labels=labels,
+        scores=box_scores,
+        masks=masks,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predicts, prints a line per image and writes the pictures."""
+    from mambascope.evaluation.inference import pick_device
+    from mambascope.mm import loading
+    from mambascope.models.exit import check_threshold
+    from mambascope.plotting.dense import dense_sheet, draw_dense
+
+    files = image_files(args.images)
+    cfg = loading.read_config(args.config, parse_options(args.cfg_options))
+    model = loading.build_model(cfg, args.checkpoint, pick_device(args.device))
+    backbone = loading.scope_backbone(model)
+    if args.threshold is not None:
+        backbone.threshold = check_threshold(args.threshold)
+    pipeline = loading.image_pipeline(cfg)
+    pictures, names = [], set()
+    for path in files:
+        made = picture(model, pipeline, path, args.score)
+        pictures.append(made)
+        stem, number = path.stem, 1
+        while f"{stem}.png" in names:  # files of one name from several folders
+            number += 1
+            stem = f"{path.stem}-{number}"
+        names.add(f"{stem}.png")
+        draw_dense(made, Path(args.out) / f"{stem}.png")
+        print(f"{path}: {made.caption()}")
+    if args.sheet:
+        dense_sheet(pictures, Path(args.out) / "sheet.png")
+    print(f"pictures: {args.out}", file=sys.stderr)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry."""
+    args = _parser().parse_args(argv)
+    return guarded(lambda: run(args))

@@ -1,0 +1,9 @@
+#!/usr/bin/env python
+"""Evaluates a gated segmentor or detector: threshold sweep, cost, measured time. See --help."""
+
+import sys
+
+from mambascope.mm.eval_cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+#!/usr/bin/env python
+"""Draws what a gated segmentor or detector found and where it looked again. See --help."""
+
+import sys
+
+from mambascope.mm.predict_cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
