@@ -1,0 +1,287 @@
+"""Backbones: shapes, exits, identities, freezing and weights."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mambascope.evaluation.cost import skipped_macs
+from mambascope.mm import ScopeBackbone, VimBackbone
+from mambascope.mm.backbone import default_indices
+from mambascope.models import save_safetensors
+from mambascope.models.scope import MambaScope
+from mambascope.models.vim import VisionMamba
+from mambascope.ops.flops import count_macs
+from tests.mm import common
+
+SCOPE, VIM = "mambascope_nano_patch8_64", "vim_nano_patch8_64"
+
+
+def scope(**options):
+    arch_options = {**common.TINY, **options.pop("arch_options", {})}
+    options = {"gate": {"num_classes": 5}, **options}
+    return ScopeBackbone(SCOPE, arch_options=arch_options, **options)
+
+
+def vim(**options):
+    return VimBackbone(VIM, arch_options={**common.TINY, **options.pop("arch_options", {})}, **options)
+
+
+@pytest.mark.parametrize("make", [scope, vim])
+@pytest.mark.parametrize("size", [(64, 64), (70, 101), (16, 16), (9, 130)])
+def test_maps_cover_any_image(make, size):
+    model = make(out_channels=24).eval()
+    maps = model(torch.randn(2, 3, *size))
+    assert model.strides == (2, 4, 8, 16)
+    expected = [(2, 24, -(-size[0] // s), -(-size[1] // s)) for s in (2, 4, 8, 16)]
+    assert [tuple(m.shape) for m in maps] == expected
+
+
+def test_patch16_strides_and_default_blocks():
+    assert VimBackbone("vim_tiny_patch16_224", arch_options={"depth": 4, "embed_dim": 32}).strides == (4, 8, 16, 32)
+    assert default_indices(24) == (5, 11, 17, 23)
+    assert default_indices(6) == (1, 2, 4, 5)
+
+
+def test_mixed_batch_equals_single_images_and_fine_pass_reads_refined_rows_only():
+    model = scope().double().eval()
+    x = torch.randn(7, 3, 80, 48, dtype=torch.float64)
+    model.threshold = 0.0
+    confidence = model.forward_scope(x).confidence
+    assert model.encoder.fine_calls == 0
+    model.threshold = float(confidence.sort().values[3:5].mean())
+    mixed = model.forward_scope(x)
+    assert mixed.exited.tolist() == (confidence >= model.threshold).tolist()
+    assert 0 < int(mixed.exited.sum()) < 7
+    assert model.encoder.fine_calls == int((~mixed.exited).sum())
+    assert bool(((mixed.selected == -1).all(1) == mixed.exited).all())
+    for i in range(7):
+        alone = model.forward_scope(x[i : i + 1])
+        assert bool(alone.exited) == bool(mixed.exited[i])
+        for a, b in zip(alone.maps, mixed.maps, strict=True):
+            torch.testing.assert_close(a[0], b[i], rtol=1e-9, atol=1e-9)
+    order = torch.randperm(7)
+    for a, b in zip(model(x[order]), mixed.maps, strict=True):
+        torch.testing.assert_close(a, b[order], rtol=1e-9, atol=1e-9)
+
+
+def test_all_exit_and_none_exit():
+    model = scope().eval()
+    x = torch.randn(3, 3, 64, 64)
+    model.threshold = 0.0
+    assert bool(model.forward_scope(x).exited.all())
+    assert model.encoder.fine_calls == 0
+    model.threshold = 1.0
+    assert not bool(model.forward_scope(x).exited.any())
+    assert model.encoder.fine_calls == 3
+    model.encoder.alpha = 0.0  # nothing to re-read: the coarse model alone
+    assert bool(model.forward_scope(x).exited.all())
+
+
+def copy_encoder(source, target):
+    own = target.encoder.state_dict()
+    target.encoder.load_state_dict({k: source.encoder.state_dict()[k] for k in own})
+    target.pyramid.load_state_dict(source.pyramid.state_dict())
+
+
+def test_everything_refined_equals_plain_vim():
+    exact = {"alpha": 1.0, "reuse": "off", "cell_order": "raster", "fine_cls": "middle"}
+    ours, plain = scope(arch_options=exact, threshold=1.0).double().eval(), vim().double().eval()
+    copy_encoder(ours, plain)
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    for a, b in zip(ours(x), plain(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_exit_gives_the_half_size_image_resized():
+    model = scope(threshold=0.0).double().eval()
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    plain = (
+        VisionMamba(
+            model.encoder.config.__class__.__mro__[1](
+                **{f: getattr(model.encoder.config, f) for f in ("embed_dim", "depth", "patch_size")},
+                img_size=32,
+                num_classes=0,
+            )
+        )
+        .double()
+        .eval()
+    )
+    state = model.encoder.state_dict()
+    plain.load_state_dict({k: state["pos_embed_coarse" if k == "pos_embed" else k] for k in plain.state_dict()})
+    half = plain.forward_intermediates(F.avg_pool2d(x, 2), indices=list(model.out_indices), intermediates_only=True)
+    half = [F.interpolate(m, scale_factor=2, mode="bilinear", align_corners=False) for m in half]
+    for a, b in zip(model(x), model.pyramid(half), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_unrefined_cells_get_their_coarse_token_four_times():
+    model = scope(threshold=1.0, arch_options={"alpha": 0.5}).eval()
+    x = torch.randn(1, 3, 64, 64)
+    coarse = model.encoder.forward_coarse(x, take=model.out_indices)
+    maps, selected = model._fine_maps(x, coarse)
+    others = sorted(set(range(16)) - set(selected[0].tolist()))
+    assert len(others) == 8
+    for cell in range(16):
+        r, c = divmod(cell, 4)
+        block = maps[0][0, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].flatten(1)
+        same = bool((block == block[:, :1]).all())
+        assert same == (cell in others)
+
+
+@pytest.mark.parametrize("exit_prob", [0.0, 0.5, 1.0])
+def test_every_parameter_learns_in_every_step(exit_prob):
+    model = scope(exit_prob=exit_prob).train()
+    torch.manual_seed(3)
+    features = model.forward_scope(torch.randn(4, 3, 64, 64))
+    assert float(features.exited.float().mean()) == exit_prob
+    loss = sum(m.square().mean() for m in features.maps) + features.gate_logits.square().mean()
+    loss.backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None]
+    assert missing == []
+    fine_only = model.encoder.pos_embed.grad.abs().max()
+    assert (fine_only == 0) == (exit_prob == 1.0)
+
+
+def test_exits_in_training_are_drawn_at_random():
+    model = scope(exit_prob=0.25).train()
+    share = torch.stack([model._decide(torch.zeros(64, 1), None, 4).float().mean() for _ in range(30)]).mean()
+    assert 0.2 < float(share) < 0.3
+
+
+def test_checkpointing_gives_the_same_gradients():
+    plain, saving = scope(exit_prob=0.0), scope(exit_prob=0.0, with_cp=True)
+    saving.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    grads = []
+    for model in (plain, saving):
+        sum(m.square().mean() for m in model.train()(x)).backward()
+        grads.append(model.encoder.layers[0].mixer.in_proj.weight.grad)
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_frozen_stages_and_norm_eval():
+    model = scope(frozen_stages=2, norm_eval=True, norm_cfg={"type": "BN"})
+    model.train()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert not any(n.startswith(("encoder.patch_embed", "encoder.layers.0.", "encoder.layers.1.")) for n in trained)
+    assert "encoder.pos_embed" not in trained
+    assert "encoder.layers.2.norm.weight" in trained
+    assert not model.encoder.layers[1].training
+    assert model.encoder.layers[2].training
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    assert not any(m.training for m in norms)
+
+
+def test_cost_equals_the_counted_operations():
+    size = (64, 96)
+    x = torch.zeros(1, 3, *size)
+    plain = vim(out_channels=24).eval()
+    assert count_macs(plain, x) == round(plain.cost(*size)[0] * 1e9)
+    assert plain.cost(*size)[0] == plain.cost(*size)[1]
+    model = scope(out_channels=24).eval()
+    gate = model.encoder.embed_dim * 5
+    exits, refined = (round(v * 1e9) for v in model.cost(*size))
+    model.threshold = 0.0
+    assert count_macs(model, x) == exits + gate
+    model.threshold = 1.0
+    assert count_macs(model, x) == refined + gate - skipped_macs(model.encoder.config, size)
+    assert model.cost(60, 90) == model.cost(*size)  # padded
+
+
+def test_one_class_serves_both_packages():
+    from mmdet.registry import MODELS as DET
+    from mmseg.registry import MODELS as SEG
+
+    for registry in (SEG, DET):
+        for name in ("ScopeBackbone", "VimBackbone"):
+            assert registry.get(name).__name__ == name
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------
+
+
+def same_encoder(a, b, names=None):
+    own = a.state_dict()
+    return all(torch.equal(v, own[k]) for k, v in b.state_dict().items() if not names or k in names)
+
+
+@pytest.fixture
+def classifier():
+    return MambaScope(img_size=64, patch_size=8, num_classes=10, fine_cls="middle", **common.TINY)
+
+
+def start(path, **options):
+    model = scope(init_cfg={"type": "Pretrained", "checkpoint": str(path)}, **options)
+    model.init_weights()
+    return model
+
+
+def test_starts_from_our_files_with_a_report(tmp_path, classifier, caplog):
+    save_safetensors(classifier, tmp_path / "a.safetensors")
+    torch.save({"state_dict": {f"model.{k}": v for k, v in classifier.state_dict().items()}}, tmp_path / "a.ckpt")
+    for name in ("a.safetensors", "a.ckpt"):
+        model = start(tmp_path / name, arch_options={"fine_cls": "middle"})
+        own = dict(classifier.state_dict())
+        assert all(torch.equal(v, own[k]) for k, v in model.encoder.state_dict().items())
+    bigger = start(tmp_path / "a.safetensors", img_size=96, arch_options={"fine_cls": "middle"})
+    assert bigger.encoder.pos_embed.shape[1] == 12 * 12 + 1
+
+
+def test_starts_from_an_official_vim(tmp_path):
+    source = VisionMamba(img_size=64, patch_size=8, num_classes=10, **common.TINY)
+    torch.save({"model": source.state_dict()}, tmp_path / "vim.pth")
+    model = start(tmp_path / "vim.pth")
+    assert torch.equal(model.encoder.layers[3].mixer.A_log, source.layers[3].mixer.A_log)
+    assert torch.equal(model.encoder.pos_embed, source.pos_embed)
+    plain = vim(init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / "vim.pth")})
+    plain.init_weights()
+    assert torch.equal(plain.encoder.pos_embed, source.pos_embed)
+
+
+def test_plain_vim_starts_from_a_mambascope_file(tmp_path, classifier):
+    save_safetensors(classifier, tmp_path / "a.safetensors")
+    plain = vim(init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / "a.safetensors")})
+    plain.init_weights()
+    assert torch.equal(plain.encoder.norm_f.weight, classifier.norm_f.weight)
+
+
+def test_refuses_other_weights(tmp_path, classifier):
+    save_safetensors(classifier, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"another architecture than mambascope_nano_patch8_64.*depth=4 \(here 5\)"):
+        start(tmp_path / "a.safetensors", arch_options={"depth": 5})
+    with pytest.raises(ValueError, match=r"fine_cls='middle' \(here 'first'\)"):
+        start(tmp_path / "a.safetensors")
+    torch.save({"model": VisionMamba(depth=3, embed_dim=32).state_dict()}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="does not fit MambaScope"):
+        start(tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="does not exist"):
+        start(tmp_path / "none.pth")
+    model = scope(init_cfg={"type": "TruncNormal", "layer": "Linear"})
+    with pytest.raises(ValueError, match="init_cfg must be"):
+        model.init_weights()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out_indices": (0, 1, 2)}, "out_indices must be 4 rising block numbers in 0..3"),
+        ({"out_indices": (0, 2, 1, 3)}, "out_indices"),
+        ({"frozen_stages": 5}, "frozen_stages must lie in -1..4"),
+        ({"exit_prob": 1.5}, "exit_prob must lie"),
+        ({"threshold": "high"}, "threshold must be a number"),
+        ({"arch_options": {"depth": 2}}, "depth must be at least 4"),
+        ({"arch_options": {"alpah": 1}}, "unknown model argument alpah"),
+    ],
+)
+def test_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        scope(**options)
+
+
+def test_unknown_arch_and_threshold_without_gate():
+    with pytest.raises(ValueError, match="arch must be one of mambascope_"):
+        ScopeBackbone("vim_tiny_patch16_224")
+    model = scope(gate=None, threshold=0.5).eval()
+    with pytest.raises(ValueError, match="threshold must be 0 or 1 in a backbone without a gate"):
+        model(torch.zeros(1, 3, 32, 32))
