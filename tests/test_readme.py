@@ -1,0 +1,79 @@
+"""What the README tells people to type is there: options exist, configurations parse, the first example runs."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands():
+    """Lines of the shell blocks, without comments, continuation lines joined."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in (re.sub(r"\s#.*", "", line) for line in lines) if line.strip()]
+
+
+def of_tool(name):
+    found = [shlex.split(line)[2:] for line in commands() if line.startswith(f"python tools/{name}.py")]
+    return found or [[]]
+
+
+TOOLS = sorted({line.split()[1] for line in commands() if line.startswith("python tools/")})
+
+
+def test_there_is_something_to_check():
+    assert "tools/train_cls.py" in TOOLS
+    assert {"make demo", "make test"} <= set(commands())
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_options_of_tools_exist(tool, capsys):
+    source = (ROOT / tool).read_text()
+    name = re.search(r"from (mambascope\.\S+) import main", source)[1]
+    if ".mm." in name:
+        pytest.importorskip("mmengine")
+    main = importlib.import_module(name).main
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    known = capsys.readouterr().out
+    for args in of_tool(Path(tool).stem):
+        for option in (a.split("=")[0] for a in args if a.startswith("--")):
+            if tool != "tools/train_cls.py":  # its parser is asked below
+                assert option in known, f"{tool} has no {option}"
+
+
+@pytest.mark.parametrize("args", of_tool("train_cls"), ids=" ".join)
+def test_training_commands_parse(args, capsys):
+    from mambascope.training.cli import main
+
+    if "--ckpt_path" in args:
+        pytest.skip("needs a run")
+    with pytest.raises(SystemExit) as ended:
+        main([*args, "--print_config"])
+    assert ended.value.code == 0
+    assert "seed_everything" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("make ")])
+def test_make_targets_exist(line):
+    target = line.split()[1]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def test_the_first_example_runs(capsys):
+    exec(compile(blocks("python")[0], "README.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
+def test_pictures_and_links_exist():
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
