@@ -138,13 +138,13 @@ class HubMixin(ModelHubMixin):
             columns = list(rows[0])
             lines = [columns, ["---"] * len(columns), *([str(row.get(c, "")) for c in columns] for row in rows)]
             figures = "\n## Figures\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-        height, width = self.config.image_hw  # type: ignore[attr-defined]
+        image_hw = getattr(self.config, "image_hw", None)  # type: ignore[attr-defined]
         return _CARD.format(
             title=title,
             architecture=type(self).__name__,
             class_name=type(self).__name__,
             parameters=sum(p.numel() for p in self.parameters()),  # type: ignore[attr-defined]
-            size=f"{height}x{width} pixels",
+            size="any size" if image_hw is None else "{}x{} pixels".format(*image_hw),
             weights=WEIGHTS,
             figures=figures,
         )

@@ -8,7 +8,7 @@ Shape letters: B batch, L glimpses, D model width, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from mambascope.layers.linear import Linear
 from mambascope.layers.mamba2 import Mamba2, Mamba2Block, Mamba2State
 from mambascope.layers.norm import RMSNorm
 from mambascope.models.configs import with_overrides
+from mambascope.models.hub import HubMixin
 from mambascope.models.mambaeye_config import MambaEyeConfig
 
 
@@ -158,7 +159,7 @@ class _Encoder(nn.Module):
         return [cast(Mamba2Block, layer) for layer in self.layers]
 
 
-class MambaEye(nn.Module):
+class MambaEye(nn.Module, HubMixin):
     """Causal encoder of glimpses with a linear classifier at every step.
 
     Whole sequences: ``logits = model(patches, moves)``. Glimpse by glimpse, or chunk by chunk::
@@ -319,6 +320,18 @@ class MambaEye(nn.Module):
         _, state = self.forward_chunk(state, patches, moves)
         assert state.feature is not None
         return replace(state, logits=self.forward_head(state.feature))
+
+    def transform(self, is_training: bool = False) -> Callable[[Any], Any]:
+        """RGB picture of any size to pixels [3, H, W] in [0, 1]; :mod:`mambascope.data.glimpses` cuts glimpses of it.
+
+        Raises:
+            ValueError: If ``is_training``: random views come with their glimpses, from the training data modules.
+        """
+        if is_training:
+            raise ValueError("is_training must be false: a MambaEye's random views come from its data modules")
+        from torchvision.transforms.functional import to_tensor
+
+        return to_tensor
 
     # ---- timm's model contract -----------------------------------------------------------------------------------
 

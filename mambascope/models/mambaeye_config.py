@@ -85,7 +85,7 @@ MAMBAEYE_CONFIGS: dict[str, MambaEyeConfig] = {
     "mambaeye_tiny": MambaEyeConfig(depth=12),
     "mambaeye_small": MambaEyeConfig(depth=24),
     "mambaeye_base": MambaEyeConfig(depth=48),
-    "mambaeye_nano_patch8": MambaEyeConfig(
-        patch_size=8, num_classes=10, embed_dim=96, move_dim=32, depth=4, d_state=32, head_dim=32
+    "mambaeye_nano_patch16": MambaEyeConfig(
+        num_classes=10, embed_dim=96, move_dim=32, depth=4, d_state=32, head_dim=32
     ),
 }

@@ -14,7 +14,7 @@ from mambascope.models.configs import with_overrides
 from mambascope.models.mambaeye import MambaEye
 from mambascope.models.mambaeye_config import MAMBAEYE_CONFIGS, MambaEyeConfig
 
-__all__ = ["mambaeye_base", "mambaeye_nano_patch8", "mambaeye_small", "mambaeye_tiny"]
+__all__ = ["mambaeye_base", "mambaeye_nano_patch16", "mambaeye_small", "mambaeye_tiny"]
 
 
 def _default_cfg(config: MambaEyeConfig, side: int, **source: str) -> dict[str, Any]:
@@ -47,7 +47,7 @@ default_cfgs = generate_default_cfgs(
         **_published("tiny"),
         **_published("small"),
         **_published("base"),
-        "mambaeye_nano_patch8": _default_cfg(MAMBAEYE_CONFIGS["mambaeye_nano_patch8"], 64),
+        "mambaeye_nano_patch16": _default_cfg(MAMBAEYE_CONFIGS["mambaeye_nano_patch16"], 64),
     }
 )
 
@@ -94,6 +94,6 @@ def mambaeye_base(pretrained: bool = False, **kwargs: Any) -> MambaEye:
 
 
 @register_model
-def mambaeye_nano_patch8(pretrained: bool = False, **kwargs: Any) -> MambaEye:
+def mambaeye_nano_patch16(pretrained: bool = False, **kwargs: Any) -> MambaEye:
     """The small MambaEye of the built-in data."""
-    return _create("mambaeye_nano_patch8", pretrained, **kwargs)
+    return _create("mambaeye_nano_patch16", pretrained, **kwargs)

@@ -6,6 +6,7 @@ from PIL import Image
 
 import mambascope
 from mambascope import MambaScope, VisionMamba
+from mambascope.models import MambaEye
 from mambascope.models.checkpoint import CheckpointError
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_classes": 2}
@@ -45,3 +46,23 @@ def test_what_is_no_model_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CheckpointError, match="neither a folder with"):
         MambaScope.from_pretrained("nobody/nothing", local_files_only=True)
+
+
+def test_a_mambaeye_is_saved_and_loaded_too(tmp_path):
+    model = MambaEye(patch_size=8, embed_dim=32, depth=2, d_state=8, head_dim=16, move_dim=8, num_classes=2).eval()
+    model.description = {"labels": ["cat", "dog"], "glimpses": {"length": 5}}
+    model.save_pretrained(tmp_path / "eye")
+    assert "images of any size" in (tmp_path / "eye" / "README.md").read_text()
+    again = MambaEye.from_pretrained(tmp_path / "eye")
+    assert again.config == model.config
+    assert again.labels == ["cat", "dog"]
+    assert again.description["glimpses"] == {"length": 5}
+    pixels = again.transform()(Image.new("RGB", (50, 40), (255, 0, 51)))
+    assert pixels.shape == (3, 40, 50)
+    assert pixels[:, 0, 0].tolist() == pytest.approx([1, 0, 0.2])
+    glimpse, move = pixels[None, None, :, :8, :8], torch.zeros(1, 1, 2)
+    assert torch.equal(again(glimpse, move), model(glimpse, move))
+    with pytest.raises(CheckpointError, match="holds a MambaEye, not a MambaScope"):
+        MambaScope.from_pretrained(tmp_path / "eye")
+    with pytest.raises(ValueError, match="is_training must be false"):
+        again.transform(is_training=True)

@@ -222,9 +222,9 @@ def test_published_weights_are_named_and_loadable(tmp_path):
 
 
 def test_timm_contract():
-    assert set(timm.list_models("mambaeye_*")) >= {*SIZES, "mambaeye_nano_patch8"}
-    model = timm.create_model("mambaeye_nano_patch8", num_classes=4, depth=2).eval()
-    patches, moves = torch.randint(0, 256, (2, 9, 3, 8, 8), dtype=torch.uint8), torch.zeros(2, 9, 2)
+    assert set(timm.list_models("mambaeye_*")) >= {*SIZES, "mambaeye_nano_patch16"}
+    model = timm.create_model("mambaeye_nano_patch16", num_classes=4, depth=2).eval()
+    patches, moves = torch.randint(0, 256, (2, 9, 3, 16, 16), dtype=torch.uint8), torch.zeros(2, 9, 2)
     logits = model(patches, moves)
     assert logits.shape == (2, 9, 4)
     assert torch.allclose(model(patches.float() / 255, moves), logits, atol=1e-6)  # bytes are scaled to [0, 1]
