@@ -12,11 +12,14 @@ from mambascope.data.errors import DataError
 
 if TYPE_CHECKING:
     from mambascope.data.digits_datamodule import ScopeDigitsDataModule
+    from mambascope.data.glimpse_datamodules import GlimpseDigitsDataModule, GlimpseImageDataModule
     from mambascope.data.image_datamodule import ImageDataModule
     from mambascope.data.image_io import open_image
     from mambascope.data.scopedigits import ScopeDigits, ScopeDigitsConfig
 
 _LAZY = {
+    "GlimpseDigitsDataModule": "mambascope.data.glimpse_datamodules",
+    "GlimpseImageDataModule": "mambascope.data.glimpse_datamodules",
     "ImageDataModule": "mambascope.data.image_datamodule",
     "ScopeDigits": "mambascope.data.scopedigits",
     "ScopeDigitsConfig": "mambascope.data.scopedigits",
@@ -24,7 +27,16 @@ _LAZY = {
     "open_image": "mambascope.data.image_io",
 }
 
-__all__ = ["DataError", "ImageDataModule", "ScopeDigits", "ScopeDigitsConfig", "ScopeDigitsDataModule", "open_image"]
+__all__ = [
+    "DataError",
+    "GlimpseDigitsDataModule",
+    "GlimpseImageDataModule",
+    "ImageDataModule",
+    "ScopeDigits",
+    "ScopeDigitsConfig",
+    "ScopeDigitsDataModule",
+    "open_image",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -274,12 +274,15 @@ class ImageDataModule(ResumableDataModule):
             even=training,
         )
         return ResumableLoader(
-            KeyedImages(source, transform, self.seed, self.skip_bad_files, replace=training),
+            self._keyed(source, transform, training),
             sampler,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             progress=self._batches_trained if training else None,
         )
+
+    def _keyed(self, source: ImageSource, transform: Callable[[Any], Any], training: bool) -> KeyedImages:
+        return KeyedImages(source, transform, self.seed, self.skip_bad_files, replace=training)
 
     def _stream_loader(self, training: bool) -> StreamLoader:
         rank, _ = self._processes()
