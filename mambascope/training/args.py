@@ -43,6 +43,18 @@ class LossArgs:
 
 
 @dataclass(frozen=True)
+class GlimpseLossArgs:
+    """Training loss of MambaEye.
+
+    Attributes:
+        plain_ce: The paper's ablation: plain cross entropy after every glimpse, instead of asking for as much
+            confidence as the image has been seen.
+    """
+
+    plain_ce: bool = False
+
+
+@dataclass(frozen=True)
 class OptimizerArgs:
     """AdamW through timm, without weight decay on what the model names and on one-dimensional parameters.
 

@@ -18,13 +18,21 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from mambascope.data import DataError, ImageDataModule, ScopeDigitsDataModule  # noqa: F401 (--data finds them by name)
-from mambascope.models import MambaScope
+from mambascope.data import (  # noqa: F401 (--data finds them by name)
+    DataError,
+    GlimpseDigitsDataModule,
+    GlimpseImageDataModule,
+    ImageDataModule,
+    ScopeDigitsDataModule,
+)
+from mambascope.models import MAMBAEYE_CONFIGS, MambaEye, MambaScope
 from mambascope.models.checkpoint import CheckpointError, atomic_path
 from mambascope.training.args import RunArgs
+from mambascope.training.base import TrainModule
 from mambascope.training.checkpointing import NonFiniteLossError, RunCheckpoint, TrainingStopped
 from mambascope.training.ema import EmaWeights
 from mambascope.training.export import ExportWeights
+from mambascope.training.eye_module import EyeModule
 from mambascope.training.io import AtomicCheckpointIO, read_training_checkpoint
 from mambascope.training.loggers import LOG_DIR, make_loggers
 from mambascope.training.module import ClassifierModule, is_main_process
@@ -63,8 +71,24 @@ class OneLineParser(LightningArgumentParser):
 
 def data_facts(datamodule: Any) -> dict[str, Any]:
     """Fields of the model's config that follow from the data, unless they are set."""
-    facts = {name: getattr(datamodule, name, None) for name in ("num_classes", "img_size", "in_chans")}
+    facts = {name: getattr(datamodule, name, None) for name in ("num_classes", "img_size", "in_chans", "patch_size")}
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def module_class(args: Sequence[str]) -> type[TrainModule]:
+    """The Lightning module that trains the model which the command line or its last config names."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--config", "-c", action="append", default=[])
+    known.add_argument("--model.net.name", dest="name")
+    given, _ = known.parse_known_args(list(args))
+    name = given.name
+    for config in reversed(given.config if name is None else []):
+        try:
+            name = yaml.safe_load(Path(config).read_text())["model"]["net"]["name"]
+            break
+        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            continue  # it names no model, or the parser will say what is wrong with it
+    return EyeModule if name in MAMBAEYE_CONFIGS else ClassifierModule
 
 
 class TrainCLI(LightningCLI):
@@ -83,7 +107,7 @@ class TrainCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(
-            ClassifierModule,
+            module_class(args),
             LightningDataModule,
             subclass_mode_data=True,
             save_config_callback=None,
@@ -91,7 +115,10 @@ class TrainCLI(LightningCLI):
             trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
             parser_class=OneLineParser,
             # an abbreviation would turn a wrong name into another option
-            parser_kwargs={"description": "Train a MambaScope or Vision Mamba classifier.", "allow_abbrev": False},
+            parser_kwargs={
+                "description": "Train a MambaScope, Vision Mamba or MambaEye classifier.",
+                "allow_abbrev": False,
+            },
             args=list(args),
             run=False,
             auto_configure_optimizers=False,
@@ -127,6 +154,13 @@ class TrainCLI(LightningCLI):
         run: RunArgs = self.config_init.run
         main = is_main_process()
         step = 0
+        reads = "glimpses" if isinstance(self.model, EyeModule) else "images"
+        gives = "glimpses" if hasattr(self.datamodule, "glimpses") else "images"
+        if reads != gives:
+            raise ValueError(
+                f"{self.model.net.name} reads {reads}, but data.class_path {type(self.datamodule).__name__} gives "
+                f"{gives}; Glimpse…DataModule is for a MambaEye, the others for MambaScope and Vim"
+            )
         self.resume_from = None
         if self.config.ckpt_path is not None:
             self.resume_from = find_checkpoint(self.config.ckpt_path, run.root, run.name)
@@ -162,6 +196,8 @@ class TrainCLI(LightningCLI):
         told = self.datamodule.describe() if hasattr(self.datamodule, "describe") else {}
         transform = {name: told[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in told}
         facts = {"model": self.model.net.name, "labels": told.get("class_names"), "transform": transform}
+        if isinstance(self.model, EyeModule):
+            facts["glimpses"] = told.get("glimpses")
         return {name: value for name, value in facts.items() if value}
 
     def _save_config(self) -> None:
@@ -187,10 +223,13 @@ class TrainCLI(LightningCLI):
     def _headline(self) -> str:
         model = self.model.model
         count = sum(p.numel() for p in model.parameters())
-        height, width = model.config.image_hw
+        if isinstance(model, MambaEye):
+            sees = f"glimpses of {model.config.patch_size}x{model.config.patch_size} pixels"
+        else:
+            sees = "{}x{} pixels".format(*model.config.image_hw)
         start = f", resumed from {self.resume_from}" if self.resume_from else ""
         return (
-            f"{self.model.net.name}: {count / 1e6:.2f} M parameters, {height}x{width} pixels, "
+            f"{self.model.net.name}: {count / 1e6:.2f} M parameters, {sees}, "
             f"{model.num_classes} classes; run directory {self.run_dir}{start}"
         )
 
@@ -198,7 +237,9 @@ class TrainCLI(LightningCLI):
         """Report and table; the threshold that the report chose goes into the exported weights."""
         run: RunArgs = self.config_init.run
         model = self.model.model
-        if run.report:
+        if run.report and isinstance(model, MambaEye):
+            self._report_eye(model)
+        elif run.report:
             from mambascope.evaluation.report import write_report
             from mambascope.evaluation.sweep import Target
 
@@ -228,6 +269,23 @@ class TrainCLI(LightningCLI):
             self.export.write(self.model)
             print(f"report:  {self.run_dir / REPORT_DIR}")
         print(f"weights: {self.run_dir / WEIGHTS_NAME}")
+
+    def _report_eye(self, model: MambaEye) -> None:
+        """Accuracy against the number of glimpses, on the validation images."""
+        from mambascope.evaluation.eye_report import write_eye_report
+
+        report = write_eye_report(
+            model.to(self.trainer.strategy.root_device).eval(),
+            self.datamodule.val_images(),
+            self.run_dir / REPORT_DIR,
+            options=self.datamodule.glimpses,
+            name=self.model.net.name,
+            progress=sys.stdout.isatty(),
+        )
+        print(f"\n{report.table}\n")
+        model.description["report"] = {"table": report.rows}
+        self.export.write(self.model)
+        print(f"report:  {self.run_dir / REPORT_DIR}")
 
 
 def complete_args(argv: Sequence[str]) -> list[str]:

@@ -9,32 +9,21 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from timm.data import Mixup
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
 
 import mambascope  # noqa: F401  (registers the timm entries)
 from mambascope.evaluation.cost import CONVENTIONS, stage_macs
 from mambascope.losses import ClassificationLoss, ScopeLoss
 from mambascope.models import SCOPE_CONFIGS, VIM_CONFIGS, MambaScope, VisionMamba, load_checkpoint
-from mambascope.models.checkpoint import describe
 from mambascope.models.exit import confidence, exit_mask
 from mambascope.models.selection import num_selected
 from mambascope.training.args import LossArgs, MixArgs, ModelArgs, OptimizerArgs, ScheduleArgs
-from mambascope.training.optim import build_optimizer, build_schedule, scaled_lr
-from mambascope.training.rng import seed_step
+from mambascope.training.base import TrainModule, is_main_process
 
 SCOPE_METRICS = tuple(f"{stage}_{top}" for stage in ("coarse", "fine", "dynamic") for top in ("top1", "top5"))
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that prints and writes; known before there is a trainer."""
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def build_model(args: ModelArgs, verbose: bool = True) -> VisionMamba:
@@ -53,7 +42,7 @@ def build_model(args: ModelArgs, verbose: bool = True) -> VisionMamba:
     return model
 
 
-class ClassifierModule(LightningModule):
+class ClassifierModule(TrainModule):
     """Trains a classifier; a MambaScope with both stages on every image (section 3.5), a Vim with cross entropy.
 
     Args:
@@ -88,13 +77,11 @@ class ClassifierModule(LightningModule):
         seed: int = 0,
         data_facts: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(net, optimizer, schedule, compile, seed)
         if full_refine_epochs < 0:
             raise ValueError(f"full_refine_epochs must be >= 0, got {full_refine_epochs}")
-        self.net, self.optimizer_args, self.schedule_args, self.mix_args = net, optimizer, schedule, mix
+        self.mix_args = mix
         self.full_refine_epochs = full_refine_epochs
-        self.compile_model = compile
-        self.seed = seed
         net = replace(net, args={**(data_facts or {}), **net.args})
         self.model = build_model(net, verbose=is_main_process())
         if self.model.num_classes < 2:
@@ -116,7 +103,6 @@ class ClassifierModule(LightningModule):
         if self.two_stage:
             self.val_metrics["gate_ece"] = BinaryCalibrationError(n_bins=15, validate_args=False)
         self._val_size: tuple[int, int] | None = None
-        self._schedule: Scheduler | None = None
 
     def _make_mixup(self, mix: MixArgs) -> Mixup | None:
         for name in ("mixup", "cutmix", "off_epochs"):
@@ -141,40 +127,6 @@ class ClassifierModule(LightningModule):
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW; the schedule is driven by the step number (see ``on_train_batch_start``)."""
-        # fp16 unscales the gradients before they are clipped, which a fused optimizer would do itself
-        fused = self.trainer.precision not in ("16-mixed", "16-true")
-        return build_optimizer(self.model, self.optimizer_args, self._peak_lr(), fused)
-
-    def _peak_lr(self) -> float:
-        batch = self._global_batch()
-        if batch is None:
-            if self.optimizer_args.lr_batch is not None:
-                raise ValueError("optimizer.lr_batch needs a data module with a batch_size; set it to null")
-            return self.optimizer_args.lr
-        return scaled_lr(self.optimizer_args, batch)
-
-    def _global_batch(self) -> int | None:
-        """Images of one optimizer step over all processes."""
-        batch = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
-        return None if batch is None else batch * self.trainer.world_size * self.trainer.accumulate_grad_batches
-
-    def on_fit_start(self) -> None:
-        """Compiles, if wanted: after the averaged copy was made, which need not be compiled."""
-        if self._global_batch() is not None:
-            self.print(f"{self._global_batch()} images per step, peak learning rate {self._peak_lr():.3g}")
-        if self.compile_model:
-            backend = {} if self.compile_model is True else {"backend": self.compile_model}
-            self.model.compile(**backend)
-
-    def on_train_start(self) -> None:
-        """Builds the schedule; here the number of batches is known without touching the loader's restored state."""
-        epoch_steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        optimizer = self.trainer.optimizers[0]
-        total = self.trainer.estimated_stepping_batches
-        self._schedule = build_schedule(optimizer, self.schedule_args, self._peak_lr(), total, epoch_steps)
-
     def _set_phase(self) -> None:
         if isinstance(self.model, MambaScope):
             full = self.current_epoch < self.full_refine_epochs
@@ -188,13 +140,6 @@ class ClassifierModule(LightningModule):
     def _alpha(self) -> float:
         assert isinstance(self.model, MambaScope)
         return self.model.config.alpha
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Sets what depends on the step alone: randomness, phase and learning rate."""
-        assert self._schedule is not None
-        seed_step(self.seed, self.current_epoch, batch_idx, self.global_rank)
-        self._set_phase()
-        self._schedule.step_update(self.global_step)
 
     def _mixed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         if self.mixup is None:
@@ -218,28 +163,9 @@ class ClassifierModule(LightningModule):
                 self.log("train/fine_ce", parts["fine_ce"], prog_bar=True)
                 self.log("train/coarse_kl", parts["coarse_kl"], prog_bar=True)
                 self.log("train/coarse_ce", parts["coarse_ce"])
-                self.log("train/alpha", float(self.model.alpha))  # type: ignore[arg-type]
+                self.log("train/alpha", float(self.model.alpha))
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return parts["loss"]
-
-    def _logs_now(self) -> bool:
-        """Whether the loggers write this step; asking them first keeps the other steps free of bookkeeping."""
-        return self.trainer._logger_connector.should_update_logs
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips, also for a fused optimizer under bf16, which Lightning refuses although nothing is scaled there."""
-        fused_bf16 = optimizer.defaults.get("fused") and self.trainer.precision == "bf16-mixed"
-        if not gradient_clip_val or not fused_bf16:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
-        else:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     # ---- validation ----------------------------------------------------------------------------------------------
 
@@ -271,45 +197,18 @@ class ClassifierModule(LightningModule):
         height, width = (math.ceil(side / (2 * self.model.config.patch_size)) for side in self._val_size)
         return height * width
 
-    def _update(self, name: str, values: Tensor) -> None:
-        self.val_metrics[name].update(values)  # type: ignore[operator]
-
-    def _update_tops(self, prefix: str, logits: Tensor, y: Tensor) -> None:
-        """Adds hits; with ties the lower class wins top-1."""
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        self._update(f"{prefix}top1", (logits.argmax(1) == y).float())
-        self._update(f"{prefix}top5", (best == y.unsqueeze(1)).any(1).float())
-
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics over all processes, and the mean GFLOPs they imply."""
-        results: dict[str, Any] = {}
-        for name, metric in self.val_metrics.items():
-            assert isinstance(metric, Metric)
-            results[f"val/{name}"] = metric.compute()
-            metric.reset()
+        results = self._results()
         share = float(results["val/share_refined"]) if self.two_stage else 1.0
         for convention, suffix in zip(CONVENTIONS, ("", "_both_directions"), strict=True):
             cost = stage_macs(self.model.config, self._val_size, convention=convention)
             results[f"val/gflops{suffix}"] = cost.gflops(share)
-        for name, value in results.items():
-            # already reduced over the processes by the metrics themselves
-            self.log(name, value, sync_dist=self.trainer.world_size > 1)
-
-    # ---- files ---------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what ``mambascope.load_model`` needs to rebuild the model from the file."""
-        checkpoint["mambascope"] = self.describe()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Where a run with an average goes on without one, training continues from the trained weights."""
-        averages = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        if not averages and "current_model_state" in checkpoint:
-            checkpoint["state_dict"] = checkpoint.pop("current_model_state")
+        self._log_results(results)
 
     def describe(self) -> dict[str, Any]:
         """Description of the model as it will be used, whatever the phase of the training."""
-        description = describe(self.model)
+        description = super().describe()
         if self.two_stage:
             description["config"]["alpha"] = self._alpha()
         return description

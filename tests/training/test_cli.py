@@ -47,16 +47,16 @@ def test_all_configs_ship():
     assert CONFIGS.keys() >= expected | {"scopedigits"}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "mambaeye" not in name])
 def test_config_parses_and_builds(name, here, folder):
-    root = [] if name == "scopedigits" else ["--data.root", str(folder)]
+    root = [] if name.startswith("scopedigits") else ["--data.root", str(folder)]
     # two of the blocks are enough to build, and the whole model's size is checked in closed form
     built = cli("--config", name, *root, "--model.net.args.depth=2")
     model = built.model.model
     config = yaml.safe_load(CONFIGS[name].read_text())["model"]["net"]
     args = {**config["args"], "img_size": model.config.img_size, "num_classes": model.num_classes, "depth": 2}
     assert sum(p.numel() for p in model.parameters()) == count_parameters(model_config(config["name"], **args))
-    assert model.num_classes == (10 if name == "scopedigits" else 2)
+    assert model.num_classes == (10 if name.startswith("scopedigits") else 2)
     size = built.datamodule.img_size
     assert model.config.image_hw == tuple(size)
     assert built.run_dir.name == name

@@ -1,0 +1,158 @@
+"""MambaEye: accuracy against the number of glimpses, and pictures of the glimpses themselves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from mambascope.evaluation.eye_curves import GlimpseCurve
+from mambascope.plotting import style
+
+_SIZES = ("#7aa6d6", style.COARSE, "#2b5a8c", "#142f4d", "#8a6bbf", style.MUTED)
+_KINDS = (style.INK, style.DYNAMIC, style.FINE, style.COARSE, "#8a6bbf", "#b58900", style.MUTED, "#c4304b")
+
+
+def plot_glimpse_curves(
+    sizes: Mapping[str, GlimpseCurve],
+    path: str | os.PathLike[str],
+    *,
+    others: Mapping[str, Mapping[str, float]] | None = None,
+    stopping: GlimpseCurve | None = None,
+    orders: Mapping[str, GlimpseCurve] | None = None,
+    trained: str | None = None,
+    title: str = "",
+) -> Path:
+    """Draws accuracy against glimpses.
+
+    Args:
+        sizes: One curve per image size, by its label.
+        path: PNG to write.
+        others: Accuracy (0 to 1) of other models by name and size label, drawn as horizontal lines.
+        stopping: A curve with early stopping; gets a panel of its own.
+        orders: Curves of scan patterns and choices at one size; get a panel of their own.
+        trained: Label of the size that the other models were trained on.
+        title: Of the whole figure.
+    """
+    count = 1 + (stopping is not None) + bool(orders)
+    with style.styled():
+        figure = style.new_figure(4.9 * count, 4.0)
+        axes = list(figure.subplots(1, count, squeeze=False)[0])
+        _size_panel(axes.pop(0), sizes, others or {}, trained)
+        if stopping is not None:
+            _stop_panel(axes.pop(0), stopping)
+        if orders:
+            _order_panel(axes.pop(0), orders)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        return style.save(figure, path)
+
+
+def _steps(length: int) -> NDArray[np.int64]:
+    """Places where a curve on a logarithmic axis is drawn."""
+    return np.unique(np.geomspace(1, length, 80).round().astype(np.int64))
+
+
+def _glimpse_axis(ax: Axes, length: int) -> None:
+    ticks = [2**i for i in range(0, 16, 2 if length > 40 else 1) if 2**i <= length]
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel("glimpses")
+    ax.set_ylabel("top-1 accuracy (%)")
+
+
+def _size_panel(
+    ax: Axes, sizes: Mapping[str, GlimpseCurve], others: Mapping[str, Mapping[str, float]], trained: str | None
+) -> None:
+    length = max(curve.options.length for curve in sizes.values())
+    for (label, curve), colour in zip(sizes.items(), _SIZES, strict=False):
+        steps = _steps(curve.options.length)
+        ax.plot(steps, 100 * curve.top1[steps - 1], color=colour, label=f"MambaEye {label}")
+        for name, tops in others.items():
+            if label in tops:
+                y = 100 * tops[label]
+                ax.axhline(y, color=colour, lw=1.2, ls=(0, (4, 3)), zorder=1)
+                ax.annotate(
+                    f"{name} {label}",
+                    (0.01, y),
+                    xycoords=("axes fraction", "data"),
+                    fontsize=7.5,
+                    color=colour,
+                    va="bottom",
+                )
+    _glimpse_axis(ax, length)
+    ax.set_title("image sizes" + (f" (Vim: trained at {trained})" if trained and others else ""))
+    ax.legend(loc="lower right", fontsize=8)
+
+
+def _stop_panel(ax: Axes, curve: GlimpseCurve) -> None:
+    steps = _steps(curve.options.length)
+    ax.plot(steps, 100 * curve.top1[steps - 1], color=style.MUTED, ls=(0, (4, 3)), label="as many for every image")
+    names = {
+        "confidence": "sure for what it has seen",
+        "raw": "softmax threshold (not corrected)",
+        "margin": "margin, corrected",
+        "entropy": "entropy, corrected",
+    }
+    colours = {"confidence": style.DYNAMIC, "raw": style.FINE, "margin": style.COARSE, "entropy": "#8a6bbf"}
+    for stop in curve.stops:
+        order = np.argsort(stop.mean_glimpses)
+        x, y = stop.mean_glimpses[order], 100 * stop.top1[order]
+        ax.plot(x, y, color=colours[stop.criterion], label=names[stop.criterion])
+    _glimpse_axis(ax, curve.options.length)
+    ax.set_xlabel("glimpses used, mean")
+    ax.set_title("stopping when sure")
+    ax.legend(loc="lower right", fontsize=8)
+
+
+def _order_panel(ax: Axes, orders: Mapping[str, GlimpseCurve]) -> None:
+    length = max(curve.options.length for curve in orders.values())
+    for (label, curve), colour in zip(orders.items(), _cycle(len(orders)), strict=True):
+        steps = _steps(curve.options.length)
+        ax.plot(steps, 100 * curve.top1[steps - 1], color=colour, lw=1.6, label=label)
+    _glimpse_axis(ax, length)
+    ax.set_title("where to look")
+    ax.legend(loc="lower right", fontsize=7.5)
+
+
+def _cycle(count: int) -> Sequence[str]:
+    return [_KINDS[i % len(_KINDS)] for i in range(count)]
+
+
+def plot_scaling(
+    series: Mapping[str, tuple[Sequence[int], Sequence[float], Sequence[float]]],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "",
+) -> Path:
+    """Draws time and memory against the number of glimpses, both axes logarithmic.
+
+    Args:
+        series: By name: glimpses, milliseconds per image, and megabytes held.
+        path: PNG to write.
+        title: Of the whole figure.
+    """
+    with style.styled():
+        figure = style.new_figure(9.2, 3.9)
+        time_ax, memory_ax = figure.subplots(1, 2)
+        for (name, (steps, ms, mb)), colour in zip(series.items(), _cycle(len(series)), strict=True):
+            time_ax.plot(steps, ms, "o-", color=colour, ms=4, label=name)
+            memory_ax.plot(steps, mb, "o-", color=colour, ms=4, label=name)
+        for ax, label, heading in (
+            (time_ax, "ms per image", "time"),
+            (memory_ax, "MB", "memory that grows with the sequence"),
+        ):
+            ax.set_xscale("log", base=2)
+            ax.set_yscale("log")
+            ax.set_xlabel("glimpses")
+            ax.set_ylabel(label)
+            ax.set_title(heading)
+            ax.legend(fontsize=8)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        return style.save(figure, path)

@@ -1,0 +1,163 @@
+"""What the Lightning modules share: optimizer, schedule, seeded steps, clipping and what checkpoints say."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from mambascope.models.checkpoint import describe
+from mambascope.training.args import ModelArgs, OptimizerArgs, ScheduleArgs
+from mambascope.training.optim import build_optimizer, build_schedule, scaled_lr
+from mambascope.training.rng import seed_step
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes; known before there is a trainer."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+class TrainModule(LightningModule):
+    """A model with its optimizer and schedule; what is trained, and how it is measured, is up to the sub-class.
+
+    Args:
+        net: The model's name and options, as they were given.
+        optimizer: AdamW.
+        schedule: Learning rate over the steps.
+        compile: Compile the training step's forward pass: true, or the name of a ``torch.compile`` backend.
+        seed: Of everything that is drawn during training.
+
+    Attributes:
+        model: The timm model.
+        monitor: Name of the metric that the best checkpoint is chosen by.
+        val_metrics: Metrics of the validation by name.
+    """
+
+    model: Any
+    monitor: str
+    val_metrics: nn.ModuleDict
+
+    def __init__(
+        self,
+        net: ModelArgs,
+        optimizer: OptimizerArgs,
+        schedule: ScheduleArgs,
+        compile: bool | str,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.net, self.optimizer_args, self.schedule_args = net, optimizer, schedule
+        self.compile_model = compile
+        self.seed = seed
+        self._schedule: Scheduler | None = None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW; the schedule is driven by the step number (see ``on_train_batch_start``)."""
+        # fp16 unscales the gradients before they are clipped, which a fused optimizer would do itself
+        fused = self.trainer.precision not in ("16-mixed", "16-true")
+        return build_optimizer(self.model, self.optimizer_args, self._peak_lr(), fused)
+
+    def _peak_lr(self) -> float:
+        batch = self._global_batch()
+        if batch is None:
+            if self.optimizer_args.lr_batch is not None:
+                raise ValueError("optimizer.lr_batch needs a data module with a batch_size; set it to null")
+            return self.optimizer_args.lr
+        return scaled_lr(self.optimizer_args, batch)
+
+    def _global_batch(self) -> int | None:
+        """Images of one optimizer step over all processes."""
+        batch = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        return None if batch is None else batch * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    def on_fit_start(self) -> None:
+        """Compiles, if wanted: after the averaged copy was made, which need not be compiled."""
+        if self._global_batch() is not None:
+            self.print(f"{self._global_batch()} images per step, peak learning rate {self._peak_lr():.3g}")
+        if self.compile_model:
+            backend = {} if self.compile_model is True else {"backend": self.compile_model}
+            self.model.compile(**backend)
+
+    def on_train_start(self) -> None:
+        """Builds the schedule; here the number of batches is known without touching the loader's restored state."""
+        epoch_steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        optimizer = self.trainer.optimizers[0]
+        total = self.trainer.estimated_stepping_batches
+        self._schedule = build_schedule(optimizer, self.schedule_args, self._peak_lr(), total, epoch_steps)
+
+    def _set_phase(self) -> None:
+        """Sets what the model does differently in some epochs."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Sets what depends on the step alone: randomness, phase and learning rate."""
+        assert self._schedule is not None
+        seed_step(self.seed, self.current_epoch, batch_idx, self.global_rank)
+        self._set_phase()
+        self._schedule.step_update(self.global_step)
+
+    def _logs_now(self) -> bool:
+        """Whether the loggers write this step; asking them first keeps the other steps free of bookkeeping."""
+        return self.trainer._logger_connector.should_update_logs
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips, also for a fused optimizer under bf16, which Lightning refuses although nothing is scaled there."""
+        fused_bf16 = optimizer.defaults.get("fused") and self.trainer.precision == "bf16-mixed"
+        if not gradient_clip_val or not fused_bf16:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    # ---- metrics -------------------------------------------------------------------------------------------------
+
+    def _update(self, name: str, values: Tensor) -> None:
+        self.val_metrics[name].update(values)  # type: ignore[operator]
+
+    def _update_tops(self, prefix: str, logits: Tensor, y: Tensor) -> None:
+        """Adds hits; with ties the lower class wins top-1."""
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        self._update(f"{prefix}top1", (logits.argmax(1) == y).float())
+        self._update(f"{prefix}top5", (best == y.unsqueeze(1)).any(1).float())
+
+    def _results(self) -> dict[str, Any]:
+        """Values of all metrics over all processes, which start anew."""
+        results = {}
+        for name, metric in self.val_metrics.items():
+            assert isinstance(metric, Metric)
+            results[f"val/{name}"] = metric.compute()
+            metric.reset()
+        return results
+
+    def _log_results(self, results: dict[str, Any]) -> None:
+        for name, value in results.items():
+            # already reduced over the processes by the metrics themselves
+            self.log(name, value, sync_dist=self.trainer.world_size > 1)
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what ``mambascope.load_model`` needs to rebuild the model from the file."""
+        checkpoint["mambascope"] = self.describe()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Where a run with an average goes on without one, training continues from the trained weights."""
+        averages = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if not averages and "current_model_state" in checkpoint:
+            checkpoint["state_dict"] = checkpoint.pop("current_model_state")
+
+    def describe(self) -> dict[str, Any]:
+        """Description of the model as it will be used, whatever the phase of the training."""
+        return describe(self.model)
