@@ -253,6 +253,8 @@ def save_pictures(
 
 
 def _parser() -> argparse.ArgumentParser:
+    from mambascope.evaluation import eye_predict  # it builds on this module
+
     parser = argparse.ArgumentParser(description="Classify images; show which stage decided and the tokens it took.")
     parser.add_argument("checkpoint", help=CHECKPOINT_HELP)
     parser.add_argument("inputs", nargs="+", help="image files and folders")
@@ -267,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="threads that decode images")
     parser.add_argument("--skip-bad", action="store_true", help="name and count unreadable files instead of stopping")
+    eye_predict.add_arguments(parser)
     return parser
 
 
@@ -280,11 +283,15 @@ def image_size(values: Sequence[int] | None) -> tuple[int, int] | None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from mambascope.evaluation import eye_predict
+
     if args.batch_size < 1:
         raise ValueError(f"batch-size must be at least 1, got {args.batch_size}")
     for given in args.inputs:
         if not Path(given).exists():
             raise ValueError(f"{given} does not exist")
+    if eye_predict.is_eye(args):
+        return eye_predict.run(args)
     model = ready_model(
         args.checkpoint,
         name=args.model,
