@@ -110,7 +110,9 @@ class GlimpseAugment:
         if rng.random() < self.grayscale:
             picture = picture.convert("L").convert("RGB")
         if rng.random() < self.blur:
-            picture = F.gaussian_blur(picture, list(_BLUR_KERNEL), [rng.uniform(*_BLUR_SIGMA)])
+            # mirrored at the edges, which a thinner image has no room for
+            kernel = [min(size, 2 * side - 1) for size, side in zip(_BLUR_KERNEL, picture.size, strict=True)]
+            picture = F.gaussian_blur(picture, kernel, [rng.uniform(*_BLUR_SIGMA)])
         return picture
 
 
