@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+MM_STAMP := $(VENV)/.mm-installed
+MIM := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mim
 
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test lint format bench clean mm mm-demo
 
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -35,8 +37,35 @@ format: $(STAMP)  ## let ruff rewrite
 
 clean:  ## remove what the commands made, but not runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	rm -f mambascope/ops/native/*.so $(STAMP)
+	rm -f mambascope/ops/native/*.so $(STAMP) $(MM_STAMP)
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-bench: $(STAMP)  ## time the models on this CPU against DeiT, and write benchmarks/results/
+bench: $(STAMP)  ## time kernels and models on this CPU against their peers, and write benchmarks/results/
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/scan_cpu.py
 	$(BIN)/python benchmarks/vim_cpu.py
+
+mm: $(MM_STAMP)  ## install the OpenMMLab stack; builds mmcv the first time (about 10 minutes on two cores)
+
+# Without nvcc the CUDA operators cannot be built, so the GPU is hidden from the build and mmcv gets the CPU ones.
+$(MM_STAMP): $(STAMP)
+	$(PIP) install --quiet --constraint constraints.txt ninja psutil
+	command -v nvcc >/dev/null || export CUDA_VISIBLE_DEVICES=; \
+	MMCV_WITH_OPS=1 $(PIP) install --quiet --no-build-isolation --constraint constraints.txt mmcv
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[mm]"
+	touch $@
+
+mm-demo: $(MM_STAMP)  ## train, test, sweep and draw the segmentation and detection demos (about 20 minutes on two cores)
+	$(BIN)/python -m mambascope.mm.demo_data
+	$(MIM) train mmseg mm_configs/upernet_vim_demo.py
+	$(MIM) train mmseg mm_configs/upernet_scope_demo.py
+	$(MIM) test mmseg mm_configs/upernet_scope_demo.py --checkpoint work_dirs/upernet_scope_demo/last.pth
+	$(BIN)/python tools/eval_dense.py mm_configs/upernet_scope_demo.py work_dirs/upernet_scope_demo/last.pth \
+		--vim work_dirs/upernet_vim_demo/last.pth
+	$(BIN)/python tools/predict_dense.py mm_configs/upernet_scope_demo.py work_dirs/upernet_scope_demo/last.pth \
+		$(wordlist 1,8,$(wildcard data/scopedigits_seg/images/validation/*.jpg)) --sheet --out work_dirs/upernet_scope_demo/pictures
+	$(MIM) train mmdet mm_configs/cascade_vim_demo.py
+	$(MIM) train mmdet mm_configs/cascade_scope_demo.py
+	$(MIM) test mmdet mm_configs/cascade_scope_demo.py --checkpoint work_dirs/cascade_scope_demo/last.pth
+	$(BIN)/python tools/eval_dense.py mm_configs/cascade_scope_demo.py work_dirs/cascade_scope_demo/last.pth \
+		--vim work_dirs/cascade_vim_demo/last.pth

@@ -1,30 +1,43 @@
-"""Vim-T and MambaScope-T on the CPU against timm's DeiT-T and the time of Vim-T's matrix products alone.
+"""Vim and MambaScope on the CPU against timm's DeiT and against the time of Vim's matrix products alone.
 
-python benchmarks/vim_cpu.py --output benchmarks/results/vim_cpu.csv
+python benchmarks/vim_cpu.py             writes benchmarks/results/vim_cpu.{csv,json,png}
 
-Rounds go through all subjects in turn, so that a machine that slows down slows all of them; quote the ratios.
+Forward at batch 1, 8 and 64 and at 224, 512 and 1024 pixels, the training step, MambaScope with several shares of
+images refined, and peak memory. The kernels are compared with the plain formulas first; if they differ, nothing is
+timed. Rounds go through all subjects in turn: quote the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
+from cpu_peers import use_official_formulas
+from measure import RESULTS, medians, show, write
+from torch import Tensor, nn
 
-import mambascope
+from mambascope.models import MambaScope, VisionMamba
 from mambascope.models.checkpoint import atomic_path
-from mambascope.ops import linear, report
+from mambascope.ops import linear
+
+SIZES = {"T": "tiny", "S": "small"}
+OFFICIAL = "official formulas"
+SHARES = (0.0, 1 / 3, 0.5, 1.0)  # of the images refined
 
 
-def products(model: torch.nn.Module, batch: int, tokens: int) -> Callable[[], None]:
+def make(family: str, size: str, pixels: int = 224, **options: Any) -> nn.Module:
+    """A model of timm's registry."""
+    extra = {"dynamic_img_size": True} if family == "deit" else {}
+    return timm.create_model(f"{family}_{SIZES[size]}_patch16_224", img_size=pixels, **options, **extra)
+
+
+def products(model: nn.Module, batch: int, tokens: int, multiply: Callable[..., Tensor]) -> Callable[[], None]:
     """The mixers' matrix products alone, on inputs of the right shapes: the floor of any implementation."""
     mixer = model.layers[0].mixer
     weights = [mixer.in_proj.weight, mixer.x_proj.weight, mixer.x_proj_b.weight, mixer.out_proj.weight]
@@ -33,78 +46,179 @@ def products(model: torch.nn.Module, batch: int, tokens: int) -> Callable[[], No
     def run() -> None:
         for _ in model.layers:
             for x, w in zip(inputs, weights, strict=True):
-                linear(x, w)
+                multiply(x, w)
 
     return run
 
 
-def check(vim: torch.nn.Module, x: torch.Tensor) -> None:
+def step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
+    """One training step with AdamW."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def run() -> None:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def check(vim: VisionMamba, x: Tensor) -> None:
     """The kernels agree with the plain formulas before anything is timed."""
-    plain = timm.create_model("vim_tiny_patch16_224", scan_backend="reference").eval()
+    plain = make("vim", "T").eval()
     plain.load_state_dict(vim.state_dict())
-    error = (plain(x) - vim(x)).norm() / plain(x).norm()
+    with torch.no_grad():
+        want = use_official_formulas(plain)(x)
+        error = float((want - vim(x)).norm() / want.norm())
     if not error < 1e-4:
-        raise SystemExit(f"error: kernels and reference differ by {error:.1e}; nothing was timed")
+        raise SystemExit(f"error: kernels and the official formulas differ by {error:.1e}; nothing was timed")
+
+
+def threshold_for(model: MambaScope, x: Tensor, share: float) -> float:
+    """The threshold that refines this share of a batch."""
+    if share in (0.0, 1.0):
+        return share
+    confidence = model.forward_scope(x, 0.0).confidence.sort().values
+    count = round(share * len(x))
+    return float(confidence[count - 1 : count + 1].mean())
+
+
+def rows_of(found: dict[str, dict[str, float]], base: str, batch: int, pixels: int, mode: str) -> list[dict[str, Any]]:
+    """Table rows in milliseconds per image, with the ratio to one of them."""
+    return [
+        {"model": name, "mode": mode, "batch": batch, "pixels": pixels}
+        | {"ms_per_image": row["ms"] / batch, "min": row["min"] / batch, "max": row["max"] / batch}
+        | {"relative_to": base, "ratio": row["ms"] / found[base]["ms"]}
+        for name, row in found.items()
+    ]
+
+
+@torch.inference_mode()
+def forward_rows(size: str, batch: int, pixels: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Inference of all models at one batch and image size."""
+    x = torch.randn(batch, 3, pixels, pixels)
+    deit, vim, scope = (make(f, size, pixels).eval() for f in ("deit", "vim", "mambascope"))
+    assert isinstance(scope, MambaScope)
+    tokens = (pixels // 16) ** 2 + 1
+    subjects: dict[str, Callable[[], object]] = {
+        f"DeiT-{size} (timm)": lambda: deit(x),
+        f"Vim-{size}": lambda: vim(x),
+        f"Vim-{size}, matrix products alone": products(vim, batch, tokens, linear),
+        f"Vim-{size}, matrix products alone, torch's": products(vim, batch, tokens, F.linear),
+    }
+    if (size, batch, pixels) == ("T", 1, 224):
+        official = use_official_formulas(make("vim", size).eval())
+        subjects[f"Vim-{size}, {OFFICIAL}"] = lambda: official(x)
+    for share in SHARES if batch >= 6 else (0.0, 1.0):
+        eta = threshold_for(scope, x, share)
+        refined = float((scope.forward_scope(x, eta).exited.logical_not()).float().mean())
+        subjects[f"MambaScope-{size}, {refined:.0%} refined"] = lambda eta=eta: scope.forward_scope(x, eta)
+    return rows_of(medians(subjects, rounds, seconds=seconds), f"DeiT-{size} (timm)", batch, pixels, "forward")
+
+
+def training_rows(size: str, batch: int, rounds: int, seconds: float, plain: Sequence[str]) -> list[dict[str, Any]]:
+    """Training steps, also with plain implementations."""
+    x, y = torch.randn(batch, 3, 224, 224), torch.randint(0, 1000, (batch,))
+    subjects = {f"{n}-{size}": step(make(f, size), x, y) for n, f in (("DeiT", "deit"), ("Vim", "vim"))}
+    for backend in plain:
+        model = make("vim", size, scan_backend=None if backend == OFFICIAL else backend)
+        subjects[f"Vim-{size}, {backend}"] = step(use_official_formulas(model) if backend == OFFICIAL else model, x, y)
+    return rows_of(medians(subjects, rounds, seconds=seconds), f"Vim-{size}", batch, 224, "training step")
+
+
+def _high_water(reset: bool = False) -> float:
+    """Peak memory of this process in MiB since the last reset (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def _peak(family: str, size: str, pixels: int, train: bool, queue: Any) -> None:
+    model, x = make(family, size, pixels), torch.randn(1, 3, pixels, pixels)
+    before = _high_water(reset=True)
+    if train:
+        model(x).sum().backward()
+    else:
+        with torch.inference_mode():
+            model.eval()(x)
+    queue.put(_high_water() - before)
+
+
+def memory_rows(size: str) -> list[dict[str, Any]]:
+    """Memory above the model's own for one image, each in a process of its own."""
+    if not Path("/proc/self/clear_refs").exists():
+        return []
+    context, rows = multiprocessing.get_context("spawn"), []
+    for pixels in (224, 512, 1024):
+        for train in (False, True):
+            for family in ("deit", "vim"):
+                queue = context.SimpleQueue()
+                process = context.Process(target=_peak, args=(family, size, pixels, train, queue))
+                process.start()
+                process.join()
+                mode = "memory, forward and backward" if train else "memory, forward"
+                peak = float("nan") if process.exitcode else queue.get()
+                rows.append({"model": f"{family}-{size}", "mode": mode, "batch": 1, "pixels": pixels, "MiB": peak})
+    return rows
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """Time per image against tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    kept = [r for r in rows if r["mode"] == "forward" and r["batch"] == 1 and "-T" in r["model"]]
+    for name in dict.fromkeys(r["model"] for r in kept):
+        mine = sorted((r for r in kept if r["model"] == name), key=lambda r: r["pixels"])
+        tokens = [(r["pixels"] // 16) ** 2 + 1 for r in mine]
+        axis.plot(tokens, [r["ms_per_image"] for r in mine], marker="o", label=name)
+    axis.set(xscale="log", yscale="log", xlabel="tokens of the full image", ylabel="ms per image, batch 1")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    with atomic_path(RESULTS / "vim_cpu.png") as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    plt.close(figure)
 
 
 def main() -> None:
-    """Measures and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=8)
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/vim_cpu.csv"))
+    parser.add_argument("--seconds", type=float, default=25.0, help="rough limit for each table")
+    parser.add_argument("--quick", action="store_true", help="batch 8 at 224 pixels only; writes nothing")
     args = parser.parse_args()
     torch.manual_seed(0)
-    x = torch.randn(args.batch, 3, 224, 224)
-    vim = timm.create_model("vim_tiny_patch16_224").eval()
-    deit = timm.create_model("deit_tiny_patch16_224").eval()
-    scope = timm.create_model("mambascope_tiny_patch16_224").eval()
-    with torch.inference_mode():
-        check(vim, x[:1])
-        confidence = scope.forward_scope(x, 0.0).confidence.sort().values
-        third = len(confidence) // 3
-        eta = float(confidence[third - 1 : third + 1].mean())  # the least confident third is refined
-        refined = float((confidence < eta).float().mean())
-        subjects: dict[str, Callable[[], object]] = {
-            "DeiT-T (timm)": lambda: deit(x),
-            "Vim-T": lambda: vim(x),
-            "Vim-T, matrix products alone": products(vim, args.batch, 197),
-            "MambaScope-T, coarse only": lambda: scope.forward_scope(x, 0.0),
-            f"MambaScope-T, {refined:.0%} refined": lambda: scope.forward_scope(x, eta),
-            "MambaScope-T, all refined": lambda: scope.forward_scope(x, 1.0),
-        }
-        times: dict[str, list[float]] = {name: [] for name in subjects}
-        for round_ in range(args.rounds + 2):
-            for name, call in subjects.items():
-                start = time.perf_counter()
-                call()
-                if round_ >= 2:
-                    times[name].append((time.perf_counter() - start) * 1e3 / args.batch)
-    base = statistics.median(times["DeiT-T (timm)"])
-    rows = [
-        {"model": name, "ms_per_image": round(statistics.median(t), 3), "min": round(min(t), 3)}
-        | {"relative_to_deit": round(statistics.median(t) / base, 3)}
-        for name, t in times.items()
-    ]
-    with atomic_path(args.output) as path, path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    facts = {
-        "batch": args.batch,
-        "rounds": args.rounds,
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "mambascope": mambascope.__version__,
-        "backends": report().splitlines()[0],
-    }
-    with atomic_path(args.output.with_suffix(".json")) as path:
-        path.write_text(json.dumps(facts, indent=2) + "\n")
-    for row in rows:
-        print(f"{row['model']:32s} {row['ms_per_image']:8.2f} ms/image  {row['relative_to_deit']:5.2f} x DeiT-T")
+    vim = make("vim", "T").eval()
+    assert isinstance(vim, VisionMamba)
+    check(vim, torch.randn(1, 3, 224, 224))
+    rows: list[dict[str, Any]] = []
+
+    def add(new: list[dict[str, Any]]) -> None:
+        rows.extend(new)
+        show(new)
+
+    add(forward_rows("T", 8, 224, args.rounds, args.seconds))
+    if args.quick:
+        return
+    for size, batch, pixels in (
+        *(("T", b, 224) for b in (1, 64)),
+        *(("T", 1, p) for p in (512, 1024)),
+        *(("S", b, 224) for b in (1, 8)),
+    ):
+        add(forward_rows(size, batch, pixels, args.rounds, args.seconds))
+    rounds = min(args.rounds, 5)
+    add(training_rows("T", 8, rounds, args.seconds, ("torch", "reference")))
+    add(training_rows("T", 1, rounds, args.seconds, (OFFICIAL,)))  # at batch 8 one such step takes minutes
+    add(training_rows("S", 8, rounds, args.seconds, ()))
+    add(memory_rows("T"))
+    path = write("vim_cpu", rows, {"rounds": args.rounds})
+    plot(rows)
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":
