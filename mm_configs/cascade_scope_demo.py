@@ -11,7 +11,7 @@ model = dict(
         type="ScopeBackbone",
         arch="mambascope_nano_patch8_64",
         arch_options=dict(fine_cls="middle", alpha=0.7),  # CLS in the middle as in the demo's classifier
-        img_size=96,
+        img_size=64,
         out_channels=64,
         gate=dict(num_classes=10, confidence="mean_present"),
         threshold=0.8,

@@ -10,7 +10,7 @@ model = dict(
     backbone=dict(
         type="VimBackbone",
         arch="vim_nano_patch8_64",
-        img_size=96,
+        img_size=64,
         out_channels=64,
         init_cfg=dict(type="Pretrained", checkpoint="scopedigits"),
     ),

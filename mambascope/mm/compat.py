@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,17 @@ def _numpy_classes() -> list[Any]:
     return [np.ndarray, np.dtype, *dtypes, *functions, *old]
 
 
+def _statistic(owner: Any, name: str) -> Any:
+    """Stands for ``getattr`` in a checkpoint, which names the buffer's statistics that way, and gives nothing else."""
+    if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
+        raise UnpicklingError(f"getattr({owner!r}, {name!r}) is not allowed in a checkpoint")
+    return getattr(owner, name)
+
+
 def allow_own_checkpoints() -> None:
     """Lets ``torch.load`` with ``weights_only=True``, the default since PyTorch 2.6, read mmengine's checkpoints.
 
     They hold the logged scalars beside the weights: a :class:`HistoryBuffer` of numpy arrays. These types only hold
     numbers; nothing else is allowed, so a checkpoint that would run code is still refused.
     """
-    torch.serialization.add_safe_globals([HistoryBuffer, *_numpy_classes()])
+    torch.serialization.add_safe_globals([HistoryBuffer, (_statistic, "builtins.getattr"), *_numpy_classes()])

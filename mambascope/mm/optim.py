@@ -20,8 +20,8 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     """Weight decay and learning rates as in classification, for a model that holds one of our encoders.
 
     Biases, gains and what the encoder names in ``no_weight_decay`` (CLS, positions, A_log, D) are not decayed. With
-    ``paramwise_cfg=dict(layer_decay_rate=r)`` the encoder's block i of n learns with ``lr * r ** (n - i)``, embeddings
-    one step slower than the first block, everything outside the encoder with ``lr``. ``lr_mult=dict(name=factor)`` in
+    ``paramwise_cfg=dict(layer_decay_rate=r)`` the encoder's block i of 0..n-1 learns with ``lr * r ** (n - 1 - i)``,
+    embeddings with ``lr * r ** n``, everything after the last block with ``lr``. ``lr_mult=dict(name=factor)`` in
     the same dict scales the parameters whose name starts with ``name``, e.g. ``{'backbone.encoder': 0.5}``.
 
     Raises:
@@ -52,7 +52,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
                 start = f"{place}." if place else ""
                 undecayed |= {start + name for name in encoder.no_weight_decay()}
                 layers = group_parameters(encoder, encoder.group_matcher(), reverse=True)
-                # the last group is norm and feature reuse, which learn at the full rate
+                # the last group is the last block with norm and feature reuse, which learn at the full rate
                 scales |= {start + name: rate ** (max(layers.values()) - layer) for name, layer in layers.items()}
         groups: dict[tuple[float, bool], dict] = {}
         for name, param in module.named_parameters(prefix=prefix):

@@ -1,7 +1,7 @@
 # ScopeDigits in COCO's layout: ten digits with boxes and masks
 data_root = "data/scopedigits_det/"
 data_help = """Make the demo's images first:
-  python tools/make_scopedigits.py --task det --size 96 --train 4000 --val 400 --out data/scopedigits_det"""
+  python -m mambascope.mm.demo_data"""
 _classes = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
 _palette = [
     (230, 75, 60),
@@ -19,12 +19,11 @@ metainfo = dict(classes=_classes, palette=_palette)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="PhotoMetricDistortion", hue_delta=9),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(96, 96), keep_ratio=True),
+    dict(type="Resize", scale=(64, 64), keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]

@@ -1,7 +1,7 @@
 # ScopeDigits in ADE20K's layout: background and ten digits
 data_root = "data/scopedigits_seg"
 data_help = """Make the demo's images first:
-  python tools/make_scopedigits.py --task seg --size 96 --train 4000 --val 400 --out data/scopedigits_seg"""
+  python -m mambascope.mm.demo_data"""
 _classes = ("background", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
 _palette = [
     [40, 40, 46],
@@ -20,7 +20,6 @@ metainfo = dict(classes=_classes, palette=_palette)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", reduce_zero_label=True),
-    dict(type="PhotoMetricDistortion", hue_delta=9),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [

@@ -1,9 +1,9 @@
 # minutes on a CPU; batch 16
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=3e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
     constructor="LayerDecayConstructor",
-    paramwise_cfg=dict(layer_decay_rate=0.9),
+    paramwise_cfg=dict(layer_decay_rate=0.9, lr_mult={"backbone.encoder": 0.5}),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [

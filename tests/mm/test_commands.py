@@ -1,0 +1,248 @@
+"""The literal commands: mim train and mim test, the sweep and the pictures."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.mm import common
+
+SEG, DET = (common.CONFIGS / f"{name}_scope_demo.py" for name in ("upernet", "cascade"))
+SMALL = ["model.backbone.arch_options.depth=4", "model.backbone.arch_options.embed_dim=32"]
+SHORT = [
+    *SMALL,
+    "model.backbone.init_cfg.checkpoint=",
+    "train_dataloader.batch_size=4",
+    "default_hooks.checkpoint.interval=2",
+    "default_hooks.logger.interval=1",
+    "train_cfg.val_interval=100",
+]
+
+
+def here(kind):
+    """Options that put the demo's data into the working directory."""
+    root = f"data/{kind}"
+    found = [f"{loader}_dataloader.dataset.data_root={root}" for loader in ("train", "val", "test")]
+    if kind == "det":
+        file = f"{root}/annotations/instances_val2017.json"
+        found += [f"{e}_evaluator.0.ann_file={file}" for e in ("val", "test")]
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working directory with data in the real layout and real class ids, and with the demo's."""
+    root = tmp_path_factory.mktemp("place")
+    common.make_data("seg", root / "data/ade/ADEChallengeData2016", train=4, val=2, mapped_ids=True)
+    common.make_data("det", root / "data/coco", train=4, val=2, mapped_ids=True)
+    for kind in ("seg", "det"):
+        common.make_data(kind, root / "data" / kind)
+    return root
+
+
+def test_literal_segmentation_command(place):
+    code, text = common.mim(
+        "train",
+        "mmseg",
+        common.CONFIGS / "upernet_scope_ti.py",
+        "--cfg-options",
+        "train_cfg.max_iters=1",
+        "default_hooks.logger.interval=1",
+        "train_dataloader.num_workers=0",
+        "train_dataloader.persistent_workers=False",
+        "train_dataloader.dataset.pipeline.2.scale=(256,64)",
+        "train_dataloader.dataset.pipeline.3.crop_size=(96,96)",
+        "model.data_preprocessor.size=(96,96)",
+        cwd=place,
+    )
+    assert code == 0, text[-3000:]
+    assert "loss_gate" in text
+    assert "starts from random weights" in text
+
+
+def test_literal_detection_command(place):
+    code, text = common.mim(
+        "train",
+        "mmdet",
+        common.CONFIGS / "cascade_scope_ti.py",
+        "--cfg-options",
+        "train_cfg.max_iters=1",
+        "default_hooks.logger.interval=1",
+        "train_dataloader.num_workers=0",
+        "train_dataloader.persistent_workers=False",
+        "train_dataloader.batch_size=2",
+        "train_dataloader.dataset.pipeline.3.scale=(96,96)",
+        "train_dataloader.dataset.pipeline.3.ratio_range=(1.0,1.0)",
+        "train_dataloader.dataset.pipeline.4.crop_size=(96,96)",
+        "train_dataloader.dataset.pipeline.6.size=(96,96)",
+        cwd=place,
+    )
+    assert code == 0, text[-3000:]
+    assert "loss_gate" in text
+
+
+def test_missing_data_message(tmp_path):
+    code, text = common.mim("train", "mmseg", common.CONFIGS / "upernet_scope_ti.py", cwd=tmp_path)
+    assert code != 0
+    assert "data is missing" in text
+    assert "ADE20K belongs at data/ade/ADEChallengeData2016" in text
+
+
+def test_train_amp_resume_test_sweep_and_pictures(place):
+    """One small run through everything a user does with it."""
+    work = place / "work"
+    options = ["--work-dir", str(work), "--cfg-options", *here("seg"), *SHORT]
+    code, text = common.mim("train", "mmseg", SEG, "--amp", *options, "train_cfg.max_iters=2", cwd=place)
+    assert code == 0, text[-3000:]
+    assert "mixed precision on CPU: bfloat16" in text
+    code, text = common.mim("train", "mmseg", SEG, "--resume", *options, "train_cfg.max_iters=3", cwd=place)
+    assert code == 0, text[-3000:]
+    assert "resumed from epoch: 0, iter: 2" in text
+    checkpoint = work / "iter_3.pth"
+    more = ["--cfg-options", *here("seg"), *SMALL, "model.backbone.threshold=0"]
+    code, text = common.mim(
+        "test", "mmseg", SEG, "--checkpoint", checkpoint, "--work-dir", work / "t", *more, cwd=place
+    )
+    assert code == 0, text[-3000:]
+    assert "0.0 % of 6 images refined" in text
+    assert "gate: mAP" in text
+
+    def tool(name, *args):
+        command = [sys.executable, str(common.ROOT / "tools" / name), *map(str, args)]
+        return subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+
+    done = tool(
+        "eval_dense.py",
+        SEG,
+        checkpoint,
+        "--sizes",
+        "48",
+        "64",
+        "--rounds",
+        "2",
+        "--timing-images",
+        "2",
+        "--points",
+        "4",
+        "--vim",
+        "none.pth",
+        "--cfg-options",
+        *here("seg"),
+        *SMALL,
+    )
+    assert done.returncode == 2
+    assert "error: checkpoint none.pth does not exist" in done.stderr
+    done = tool(
+        "eval_dense.py",
+        SEG,
+        checkpoint,
+        "--sizes",
+        "48",
+        "64",
+        "--rounds",
+        "2",
+        "--timing-images",
+        "2",
+        "--points",
+        "4",
+        "--cfg-options",
+        *here("seg"),
+        *SMALL,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = list(csv.DictReader((work / "eval" / "sweep.csv").open()))
+    assert float(rows[0]["share_refined"]) == 0
+    assert float(rows[-1]["share_refined"]) == 1
+    assert all("mIoU" in row for row in rows)
+    timings = list(csv.DictReader((work / "eval" / "timings.csv").open()))
+    assert {row["side"] for row in timings} == {"48", "64"}
+    assert {row["mode"] for row in timings} == {"plain Vim", "all exit", "dynamic", "refine all"}
+    assert (work / "eval" / "dense.png").stat().st_size > 10_000
+    assert json.loads((work / "eval" / "results.json").read_text())["images"] == 6
+    image = next((place / "data/seg/images/validation").glob("*.jpg"))
+    done = tool(
+        "predict_dense.py",
+        SEG,
+        checkpoint,
+        image,
+        "--out",
+        "pictures",
+        "--threshold",
+        "1",
+        "--sheet",
+        "--cfg-options",
+        *SMALL,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "refined (confidence" in done.stdout
+    assert (place / "pictures" / f"{image.stem}.png").stat().st_size > 10_000
+    assert (place / "pictures" / "sheet.png").is_file()
+
+
+def test_two_processes(place):
+    work = place / "two"
+    code, text = common.mim(
+        "train",
+        "mmdet",
+        DET,
+        "--launcher",
+        "pytorch",
+        "--gpus",
+        "2",
+        "--work-dir",
+        work,
+        "--cfg-options",
+        *here("det"),
+        *SHORT,
+        "train_cfg.max_iters=2",
+        cwd=place,
+    )
+    assert code == 0, text[-3000:]
+    assert (work / "iter_2.pth").is_file()
+
+
+def test_predicting_boxes(place):
+    """A detector without training: the picture of whatever it finds."""
+    import torch
+
+    from mambascope.mm import loading
+    from mambascope.mm.predict_cli import main
+
+    cfg = common.demo_config("det")
+    torch.save({"state_dict": loading.build_model(cfg).state_dict(), "meta": {}}, place / "det.pth")
+    image = next((place / "data/det/val2017").glob("*.jpg"))
+    arguments = [str(DET), str(place / "det.pth"), str(image), "--out", str(place / "boxes"), "--score", "0.0"]
+    assert main([*arguments, "--cfg-options", *SMALL]) == 0
+    assert (place / "boxes" / f"{image.stem}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.py", "x.pth", "a.png"], "image a.png does not exist"),
+        (["none.py", "x.pth", "{image}"], "config none.py does not exist"),
+        (["{seg}", "x.pth", "{image}"], "checkpoint x.pth does not exist"),
+        (["{seg}", "{image}", "{image}"], "cannot be read"),
+    ],
+)
+def test_predict_bad_input(arguments, message, place, capsys, monkeypatch):
+    from mambascope.mm.predict_cli import main
+
+    monkeypatch.chdir(place)
+    image = next((place / "data/seg/images/validation").glob("*.jpg"))
+    assert main([a.format(seg=SEG, image=image) for a in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_broken_image(place, capsys, tmp_path):
+    import torch
+
+    from mambascope.mm import loading
+    from mambascope.mm.predict_cli import main
+
+    torch.save({"state_dict": loading.build_model(common.demo_config("seg")).state_dict()}, tmp_path / "seg.pth")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert main([str(SEG), str(tmp_path / "seg.pth"), str(tmp_path / "broken.png"), "--cfg-options", *SMALL]) == 2
+    assert "broken.png cannot be read" in capsys.readouterr().err

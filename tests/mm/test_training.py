@@ -1,0 +1,199 @@
+"""Training, validation and resuming inside one process, on good and on bad data."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from mmengine.registry import RUNNERS
+from PIL import Image
+
+from mambascope.mm.runner import data_folders
+from tests.mm import common
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    return {kind: common.make_data(kind, root / kind) for kind in ("seg", "det")}
+
+
+def runner(kind, data, work_dir, **options):
+    cfg = common.demo_config(kind, data, work_dir, **options)
+    cfg.experiment_name = f"{work_dir.name}_{torch.randint(10**9, (1,)).item()}"  # mmengine keeps loggers by name
+    return RUNNERS.build(cfg)
+
+
+def logged(work_dir):
+    lines = [json.loads(line) for path in sorted(work_dir.glob("*/vis_data/scalars.json")) for line in path.open()]
+    merged = {}
+    for line in lines:
+        merged.update(line)
+    return merged
+
+
+@pytest.mark.parametrize("kind", ["seg", "det"])
+def test_demo_config_trains_and_resumes(kind, data, tmp_path):
+    first = runner(kind, data[kind], tmp_path / "a")
+    first.train()
+    facts = logged(tmp_path / "a")
+    assert np.isfinite(facts["loss_gate"])
+    assert 0 <= facts["exit_share"] <= 1
+    for name in ("gate/mAP", "gate/share_refined", "gate/backbone_gflops", "gate/backbone_gflops_one_direction"):
+        assert np.isfinite(facts[name]), name
+    assert ("mIoU" if kind == "seg" else "coco/bbox_mAP") in facts
+    # a file of mmengine with its log buffers goes through torch.load as it is since PyTorch 2.6
+    content = torch.load(tmp_path / "a" / "iter_2.pth", weights_only=True)
+    assert content["meta"]["iter"] == 2
+    again = runner(kind, data[kind], tmp_path / "a", **{"resume": True, "train_cfg.max_iters": 3})
+    again.train()
+    assert again.iter == 3
+    assert (tmp_path / "a" / "iter_3.pth").is_file()
+
+
+def test_threshold_decides_what_test_refines(data, tmp_path):
+    shares = []
+    for threshold in (0.0, 1.0):
+        facts = runner("seg", data["seg"], tmp_path / str(threshold), **{"model.backbone.threshold": threshold}).test()
+        shares.append(facts["gate/share_refined"])
+    assert shares == [0, 100]
+
+
+def test_checkpoint_of_another_arch(data, tmp_path):
+    first = runner("seg", data["seg"], tmp_path / "a", **{"train_cfg.max_iters": 1})
+    first.save_checkpoint(str(tmp_path), "x.pth")
+    other = {"model.backbone.arch_options.embed_dim": 48, "load_from": str(tmp_path / "x.pth")}
+    with pytest.raises(ValueError, match=r"x\.pth belongs to another model than this config's.*size mismatch"):
+        runner("seg", data["seg"], tmp_path / "b", **other).test()
+    with pytest.raises(ValueError, match=r"none\.pth does not exist"):
+        runner("seg", data["seg"], tmp_path / "c", load_from=str(tmp_path / "none.pth")).test()
+
+
+@pytest.mark.parametrize("kind", ["seg", "det"])
+def test_missing_data_says_what_belongs_where(kind, tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        runner(kind, tmp_path / "nowhere", tmp_path / "w").train()
+    text = str(error.value)
+    assert str(tmp_path / "nowhere" / ("images/training" if kind == "seg" else "train2017")) in text
+    assert f"make_scopedigits.py --task {kind}" in text or "mambascope.mm.demo_data" in text
+    empty = tmp_path / "empty" / "images" / "training"
+    empty.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="empty"):
+        runner(kind, tmp_path / "empty", tmp_path / "w").train()
+
+
+def test_data_folders_look_through_wrappers():
+    dataset = {"type": "RepeatDataset", "dataset": {"data_root": "a", "ann_file": "b", "data_prefix": {"img": "c"}}}
+    assert [p.as_posix() for p in data_folders(dataset)] == ["a/b", "a/c"]
+    both = {"type": "ConcatDataset", "datasets": [dataset, {"data_prefix": {"img_path": "d"}}]}
+    assert [p.as_posix() for p in data_folders(both)] == ["a/b", "a/c", "d"]
+
+
+# ---- bad and odd data ----------------------------------------------------------------------------------------------
+
+
+def rewrite_masks(root, change):
+    for path in sorted((root / "annotations" / "training").glob("*.png")):
+        Image.fromarray(change(np.asarray(Image.open(path)))).save(path)
+
+
+def rewrite_boxes(root, change):
+    path = root / "annotations" / "instances_train2017.json"
+    table = json.loads(path.read_text())
+    change(table)
+    path.write_text(json.dumps(table))
+
+
+def one_batch(kind, root, work_dir):
+    """Losses of the first training batch."""
+    own = runner(kind, root, work_dir)
+    own.model.train()
+    batch = next(iter(own.build_dataloader(own._train_dataloader)))
+    batch = own.model.data_preprocessor(batch, True)
+    return own.model(**batch, mode="loss"), batch
+
+
+def test_mask_with_a_label_out_of_range(data, tmp_path):
+    root = tmp_path / "seg"
+    shutil.copytree(data["seg"], root)
+    rewrite_masks(root, lambda mask: np.where(mask == 1, 77, mask).astype(np.uint8))
+    with pytest.raises(ValueError, match=r"ADE_train_\d+\.png holds label 76; accepted are 0\.\.10 and 255"):
+        one_batch("seg", root, tmp_path / "w")
+
+
+def test_masks_without_any_label(data, tmp_path):
+    root = tmp_path / "seg"
+    shutil.copytree(data["seg"], root)
+    rewrite_masks(root, np.zeros_like)
+    losses, _ = one_batch("seg", root, tmp_path / "w")
+    assert losses["loss_gate"].item() == 0
+    assert losses["decode.loss_ce"].item() == 0
+
+
+def test_images_without_any_object(data, tmp_path):
+    root = tmp_path / "det"
+    shutil.copytree(data["det"], root)
+    rewrite_boxes(root, lambda table: table.update(annotations=[]))
+    losses, batch = one_batch("det", root, tmp_path / "w")
+    assert all(len(s.gt_instances) == 0 for s in batch["data_samples"])
+    total = sum(v.sum() if torch.is_tensor(v) else sum(x.sum() for x in v) for k, v in losses.items() if "loss" in k)
+    assert torch.isfinite(total)
+    assert losses["loss_gate"].item() > 0  # they teach the gate that nothing is there
+
+
+def test_boxes_outside_the_image_do_not_count(data, tmp_path):
+    root = tmp_path / "det"
+    shutil.copytree(data["det"], root)
+
+    def change(table):
+        kept = []
+        for annotation in table["annotations"]:
+            x, y, w, h = annotation["bbox"]
+            shift = {1: 1000, 2: 0}.get(annotation["image_id"] % 3, 0)  # far outside, or as it was
+            kept.append({**annotation, "bbox": [x + shift, y, w, h]})
+        table["annotations"] = kept
+
+    rewrite_boxes(root, change)
+    losses, batch = one_batch("det", root, tmp_path / "w")
+    for sample in batch["data_samples"]:
+        outside = sample.img_id % 3 == 1
+        assert (len(sample.gt_instances) == 0) == outside
+        assert bool((sample.gt_instances.bboxes.tensor <= 64).all())
+    assert torch.isfinite(losses["loss_gate"])
+
+
+def test_boxes_of_an_unknown_class(data, tmp_path):
+    own = runner("det", data["det"], tmp_path / "w")
+    batch = own.model.data_preprocessor(next(iter(own.build_dataloader(own._train_dataloader))), True)
+    batch["data_samples"][1].gt_instances.labels[:] = 12
+    with pytest.raises(ValueError, match=r"\.jpg has a box of class 12; accepted are 0\.\.9"):
+        own.model(**batch, mode="loss")
+
+
+@pytest.mark.parametrize("kind", ["seg", "det"])
+@pytest.mark.parametrize("threshold", [0.0, None, 1.0])
+def test_batch_predictions_equal_single_ones(kind, threshold, data, tmp_path):
+    """All images of a batch exit, some do, none does: the predictions are those of single images."""
+    own = runner(kind, data[kind], tmp_path / "w", **{"val_dataloader.batch_size": 6})
+    model = own.model.double().eval()
+    [batch] = list(own.build_dataloader(own._val_dataloader))
+    batch = model.data_preprocessor(batch, False)
+    inputs = batch["inputs"].double()
+    with torch.no_grad():
+        if threshold is None:
+            confidence = model.backbone.forward_scope(inputs).confidence
+            threshold = float(confidence.sort().values[2:4].mean())
+        model.backbone.threshold = threshold
+        together = [s.clone() for s in model.predict(inputs, batch["data_samples"])]
+        shares = {s.metainfo["scope"]["refined"] for s in together}
+        for i, sample in enumerate(together):
+            [alone] = model.predict(inputs[i : i + 1], batch["data_samples"][i : i + 1])
+            assert alone.metainfo["scope"]["refined"] == sample.metainfo["scope"]["refined"]
+            if kind == "seg":
+                torch.testing.assert_close(alone.seg_logits.data, sample.seg_logits.data, rtol=1e-8, atol=1e-8)
+            else:
+                a, b = alone.pred_instances, sample.pred_instances
+                torch.testing.assert_close(a.bboxes, b.bboxes, rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(a.scores, b.scores, rtol=1e-6, atol=1e-6)
+    assert len(shares) == (1 if threshold in (0.0, 1.0) else 2)
