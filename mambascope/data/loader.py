@@ -74,6 +74,9 @@ def _receive(loader: DataLoader, worklog: _Worklog) -> Iterator[Any]:
                 raise DataError(packet.failure)
             worklog.add(packet.skipped)
             yield packet.batch
+    except GeneratorExit:  # Lightning takes as many batches as there are and does not ask for the end
+        worklog.summary()
+        raise
     except Exception as error:
         # left to the garbage collector (the traceback holds the iterator), workers may take seconds to end
         if isinstance(iterator, _MultiProcessingDataLoaderIter):

@@ -81,7 +81,7 @@ def validation_loader(
     if data is None:
         config = run_config(checkpoint)
         if config is not None:
-            module = _run_data(config, model)
+            module = run_data(config, model)
             name = f"validation data of {config.parent.name if config.name == RUN_CONFIG else config.stem}"
             return EvalData(module.val_dataloader(), name, module.calibration_dataloader())
         if model.num_classes != 10:
@@ -153,7 +153,7 @@ def _digits(model: VisionMamba, batch_size: int, length: int) -> ScopeDigitsData
     return ScopeDigitsDataModule(1, length, digits=digits, batch_size=1, val_batch_size=batch_size)
 
 
-def _run_data(config: Path, model: VisionMamba) -> ResumableDataModule:
+def run_data(config: Path, model: VisionMamba) -> ResumableDataModule:
     """The data that a run was trained with."""
     from jsonargparse import ArgumentError, ArgumentParser
 

@@ -65,6 +65,8 @@ def ready_model(
     path = find_weights(checkpoint)
     target = pick_device(device)
     model = load_model(path) if name is None else _named(name, path)
+    if not isinstance(model, VisionMamba):
+        raise ValueError(f"{path} holds a {type(model).__name__}; this command takes a MambaScope or a VisionMamba")
     if img_size is not None:
         height, width = img_size
         model.set_input_size((int(height), int(width)))

@@ -25,6 +25,7 @@ from mambascope.data import (  # noqa: F401 (--data finds them by name)
     ImageDataModule,
     ScopeDigitsDataModule,
 )
+from mambascope.data.errors import worker_failure
 from mambascope.models import MAMBAEYE_CONFIGS, MambaEye, MambaScope
 from mambascope.models.checkpoint import CheckpointError, atomic_path
 from mambascope.training.args import RunArgs
@@ -365,6 +366,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 1 if cli is not None else 2
     except RuntimeError as error:
+        failure = worker_failure(error)  # raised wherever the main thread is, also in the middle of a step
+        if failure is not None and not os.environ.get(_DEBUG):
+            print(f"error: {failure}", file=sys.stderr)
+            return 1
         # torch's own message for a checkpoint of another model lists every tensor
         if os.environ.get(_DEBUG) or "Error(s) in loading state_dict" not in str(error):
             raise

@@ -83,6 +83,9 @@ class ClassifierModule(TrainModule):
         self.mix_args = mix
         self.full_refine_epochs = full_refine_epochs
         net = replace(net, args={**(data_facts or {}), **net.args})
+        held, wanted = (data_facts or {}).get("num_classes", 0), net.args.get("num_classes")
+        if isinstance(wanted, int) and wanted < held:
+            raise ValueError(f"num_classes must be at least the {held} classes of the data, got {wanted}")
         self.model = build_model(net, verbose=is_main_process())
         if self.model.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2 to train a classifier, got {self.model.num_classes}")

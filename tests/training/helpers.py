@@ -62,7 +62,7 @@ def tiny(**changes):
     return [f"--{key}={value}" for key, value in options.items()]
 
 
-def train(*args, cwd, timeout=240, env=None):
+def train(*args, cwd, timeout=240, env=None, **options):
     """Runs the real command."""
     environment = {
         **os.environ,
@@ -78,4 +78,5 @@ def train(*args, cwd, timeout=240, env=None):
         capture_output=True,
         text=True,
         timeout=timeout,
+        **options,
     )
