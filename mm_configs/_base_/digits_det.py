@@ -19,6 +19,7 @@ metainfo = dict(classes=_classes, palette=_palette)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="Resize", scale=(64, 64), keep_ratio=True),  # also cuts boxes that reach out of the image
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [

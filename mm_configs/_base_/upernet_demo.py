@@ -21,8 +21,7 @@ model = dict(
         num_classes=11,
         norm_cfg=norm_cfg,
         align_corners=False,
-        # nine pixels in ten are background: without weights the first minutes go into calling everything background
-        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0, class_weight=[0.3] + [1.0] * 10),
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
     ),
     train_cfg=dict(),
     test_cfg=dict(mode="whole"),

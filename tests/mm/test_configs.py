@@ -107,7 +107,7 @@ def test_layer_decay_and_weight_decay():
         encoder + "layers.3.mixer.in_proj.weight": 1.0,
         encoder + "norm_f.weight": 1.0,
         encoder + "reuse.mlp.fc1.weight": 1.0,
-        "backbone.pyramid.scales.0.0.weight": 1.0,
+        "backbone.pyramid.scales.0.0.0.weight": 1.0,
         "backbone.gate.fc.weight": 3.0,
         "decode_head.conv_seg.weight": 1.0,
     }

@@ -61,8 +61,8 @@ def test_threshold_decides_what_test_refines(data, tmp_path):
 
 
 def test_checkpoint_of_another_arch(data, tmp_path):
-    first = runner("seg", data["seg"], tmp_path / "a", **{"train_cfg.max_iters": 1})
-    first.save_checkpoint(str(tmp_path), "x.pth")
+    first = runner("seg", data["seg"], tmp_path / "a")
+    torch.save({"state_dict": first.model.state_dict(), "meta": {}}, tmp_path / "x.pth")
     other = {"model.backbone.arch_options.embed_dim": 48, "load_from": str(tmp_path / "x.pth")}
     with pytest.raises(ValueError, match=r"x\.pth belongs to another model than this config's.*size mismatch"):
         runner("seg", data["seg"], tmp_path / "b", **other).test()
@@ -150,8 +150,8 @@ def test_boxes_outside_the_image_do_not_count(data, tmp_path):
         kept = []
         for annotation in table["annotations"]:
             x, y, w, h = annotation["bbox"]
-            shift = {1: 1000, 2: 0}.get(annotation["image_id"] % 3, 0)  # far outside, or as it was
-            kept.append({**annotation, "bbox": [x + shift, y, w, h]})
+            kind = annotation["image_id"] % 3  # as it was, wholly outside, or reaching out on the right
+            kept.append({**annotation, "bbox": [x + 1000 * (kind == 1), y, w + 1000 * (kind == 2), h]})
         table["annotations"] = kept
 
     rewrite_boxes(root, change)
@@ -159,7 +159,10 @@ def test_boxes_outside_the_image_do_not_count(data, tmp_path):
     for sample in batch["data_samples"]:
         outside = sample.img_id % 3 == 1
         assert (len(sample.gt_instances) == 0) == outside
-        assert bool((sample.gt_instances.bboxes.tensor <= 64).all())
+        boxes = sample.gt_instances.bboxes
+        assert bool((boxes <= 64).all())
+        if sample.img_id % 3 == 2:
+            assert bool((boxes[:, 2] == 64).all())
     assert torch.isfinite(losses["loss_gate"])
 
 
@@ -176,10 +179,11 @@ def test_boxes_of_an_unknown_class(data, tmp_path):
 def test_batch_predictions_equal_single_ones(kind, threshold, data, tmp_path):
     """All images of a batch exit, some do, none does: the predictions are those of single images."""
     own = runner(kind, data[kind], tmp_path / "w", **{"val_dataloader.batch_size": 6})
-    model = own.model.double().eval()
+    dtype = torch.float64 if kind == "seg" else torch.float32  # mmcv's suppression of boxes knows no float64
+    model = own.model.to(dtype).eval()
     [batch] = list(own.build_dataloader(own._val_dataloader))
     batch = model.data_preprocessor(batch, False)
-    inputs = batch["inputs"].double()
+    inputs = batch["inputs"].to(dtype)
     with torch.no_grad():
         if threshold is None:
             confidence = model.backbone.forward_scope(inputs).confidence
@@ -194,6 +198,6 @@ def test_batch_predictions_equal_single_ones(kind, threshold, data, tmp_path):
                 torch.testing.assert_close(alone.seg_logits.data, sample.seg_logits.data, rtol=1e-8, atol=1e-8)
             else:
                 a, b = alone.pred_instances, sample.pred_instances
-                torch.testing.assert_close(a.bboxes, b.bboxes, rtol=1e-6, atol=1e-6)
-                torch.testing.assert_close(a.scores, b.scores, rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(a.bboxes, b.bboxes, rtol=1e-4, atol=1e-3)
+                torch.testing.assert_close(a.scores, b.scores, rtol=1e-4, atol=1e-5)
     assert len(shares) == (1 if threshold in (0.0, 1.0) else 2)
