@@ -155,7 +155,7 @@ def write_eye_report(
     main = options.canvas_size if options.canvas_size in wanted else wanted[0]
 
     def bar(text: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-        count = -(-min(len(pictures), limit or len(pictures)) // batch_size)
+        count = -(-min(len(pictures), limit or len(pictures)) // max(1, batch_size))
         return lambda parts: tqdm(parts, desc=text, total=count, leave=False, disable=not progress)
 
     def run(text: str, given: GlimpseOptions, **more: Any) -> tuple[GlimpseCurve, float]:

@@ -121,7 +121,8 @@ class EyeModule(TrainModule):
             logits = self.model.forward_head(features[:, part]).float()
             parts = self.criterion(logits, y, glimpses.information_ratio[:, part])
             for name in ("loss", "floor"):
-                self.val_metrics[name].update(parts[name], logits.shape[0] * logits.shape[1])  # type: ignore[operator]
+                # one value per answer: with nan_strategy="disable" torchmetrics ignores weights
+                self._update(name, parts[name].expand(logits.shape[:2].numel()))
             for step in self.report_at:
                 if start < step <= part.stop:
                     self._update(f"top1_at_{step}", (logits[:, step - 1 - start].argmax(1) == y).float())
