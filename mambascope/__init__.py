@@ -4,11 +4,12 @@ Importing the package registers its models with timm.
 """
 
 from mambascope._version import __version__
-from mambascope.models import MambaScope, ScopeConfig, VimConfig, VisionMamba, load_checkpoint, load_model
+from mambascope.models import MambaEye, MambaScope, ScopeConfig, VimConfig, VisionMamba, load_checkpoint, load_model
 
 load = load_model
 
 __all__ = [
+    "MambaEye",
     "MambaScope",
     "ScopeConfig",
     "VimConfig",

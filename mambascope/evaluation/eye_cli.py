@@ -14,11 +14,11 @@ import yaml
 from mambascope.data.errors import DataError
 from mambascope.data.glimpse_dataset import GlimpseOptions
 from mambascope.data.glimpses import RESIZE_MODES
-from mambascope.data.readers import adopt_classes, find_split, open_folder
+from mambascope.data.readers import adopt_classes, find_split, is_stream, open_folder, open_named
 from mambascope.data.scan_patterns import PATTERNS, resolve_pattern
 from mambascope.data.scopedigits import ScopeDigits, ScopeDigitsConfig
 from mambascope.data.sources import ImageSource
-from mambascope.evaluation.eval_data import run_config
+from mambascope.evaluation.eval_data import TIMM_READERS, run_config
 from mambascope.evaluation.eye_choice import CHOICES
 from mambascope.evaluation.eye_curves import Pictures, StopOptions
 from mambascope.evaluation.eye_report import write_eye_report
@@ -100,7 +100,11 @@ class EyeData:
 
 
 def _folder(model: MambaEye, root: Path, split: str) -> ImageSource:
-    """The split of a folder, or the folder itself if it holds class folders, numbered as the model's classes."""
+    """A data set by name, the split of a folder, or the folder itself if it holds class folders."""
+    if root.parts[:1] and root.parts[0] in TIMM_READERS and not root.exists():
+        if is_stream(str(root)):
+            raise DataError(f"data set {root} is a stream; evaluate on a folder, hfds/… or torch/…")
+        return ImageSource(open_named(str(root), None, split, False, 1, 0), model.num_classes)
     try:
         where = find_split(root, split)
     except DataError:
@@ -172,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", help=CHECKPOINT_HELP.replace(", or scopedigits (shipped)", ""))
-    parser.add_argument("--data", help="folder, or scopedigits; default: the run's validation data")
+    parser.add_argument("--data", help="folder, timm data set, or scopedigits; default: the run's validation data")
     parser.add_argument("--split", default="validation", help="of the folder (default validation)")
     parser.add_argument("--length", type=int, default=1000, help="images of scopedigits (default 1000)")
     parser.add_argument("--limit", type=int, help="most images")

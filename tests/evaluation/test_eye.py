@@ -395,6 +395,38 @@ def test_options_of_a_mambaeye_need_one(tiny_scope, checkpoint, data, tmp_path, 
     assert "model must be one of mambaeye_tiny" in err
 
 
+def test_official_weights_by_the_name_of_their_model(data, tmp_path, capsys):
+    torch.manual_seed(0)
+    eye = MambaEye(MAMBAEYE_CONFIGS["mambaeye_nano_patch16"])
+    torch.save(eye.state_dict(), tmp_path / "official.pt")
+    image = data / "val" / "ant" / "0.png"
+    how = ["--model", "mambaeye_nano_patch16", "--glimpses", 3, "--format", "jsonl"]
+    status, out, err = run(predict_cli.main, capsys, tmp_path / "official.pt", image, *how)
+    assert status == 0, err
+    sequence = GlimpseOptions(length=3).sequence(Image.open(image), (0, 0))  # the paper's canvas of 512 pixels
+    with torch.no_grad():
+        logits = eye.eval()(sequence.patches[None], sequence.moves[None])[0, -1]
+    assert json.loads(out)["class_index"] == int(logits.argmax())
+    status, out, err = run(
+        eye_cli.main, capsys, tmp_path / "official.pt", *how[:4], "--data", data, "--sizes", 32, "--compat",
+        "--out", tmp_path / "report", "--stop", "--no-figures",
+    )  # fmt: skip
+    assert status == 0, err
+    assert not (tmp_path / "report" / "early_stop.csv").exists()
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["options"]["compat"] is True
+
+
+def test_bad_images_are_named(checkpoint, data, tmp_path, capsys):
+    (data / "val" / "bee" / "broken.png").write_bytes(b"no image")
+    status, _, err = run(eye_cli.main, capsys, checkpoint, "--data", data, "--out", tmp_path / "r")
+    assert status == 2
+    assert "broken.png: not an image" in err
+    status, out, err = run(predict_cli.main, capsys, checkpoint, data, "--skip-bad", "--batch-size", 4)
+    assert status == 0
+    assert len(out.splitlines()) == 7
+    assert "1 unreadable files skipped" in err
+
+
 def test_the_real_tools(checkpoint, data, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     for tool, arguments in (

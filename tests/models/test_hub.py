@@ -5,8 +5,7 @@ import torch
 from PIL import Image
 
 import mambascope
-from mambascope import MambaScope, VisionMamba
-from mambascope.models import MambaEye
+from mambascope import MambaEye, MambaScope, VisionMamba
 from mambascope.models.checkpoint import CheckpointError
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_classes": 2}
