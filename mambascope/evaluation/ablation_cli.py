@@ -1,0 +1,159 @@
+"""The command of ``tools/ablate.py``: the paper's ablations on the built-in digits, one finished row at a time."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mambascope.evaluation.ablation import (
+    Results,
+    Row,
+    Setting,
+    digits_loader,
+    evaluate,
+    fingerprint,
+    summarise,
+    tables,
+)
+from mambascope.evaluation.inference import CHECKPOINT_HELP, CommandError, ready_model, run_command
+from mambascope.models.checkpoint import atomic_path
+from mambascope.models.configs import ScopeConfig
+from mambascope.models.scope import MambaScope
+from mambascope.models.weights import WEIGHTS, find_weights
+
+INTRODUCTION = """# Ablations on ScopeDigits
+
+Written by `tools/ablate.py`: the paper's Tables 4-7 and Figure 5 in form, on the built-in digits and the demo model.
+The published figures belong to other data (miniImageNet; Table 5: ImageNet) and larger models, and are *published, not
+reproduced here*: only which choice is best can be compared. Top-1 in per cent. "Refined" is with every image refined,
+"at η" at the model's threshold. GFLOPs are multiply-adds / 1e9 of both stages, both scan directions counted.
+Importance, share of cells, momentum and layers are changed at inference on one model, without training it anew: they
+say what this model makes of the change, and every set has other images of the validation scans. In the other tables
+every row and seed is a training of its own.
+
+"""
+
+STRUCTURE = ("fine_cls", "fine_order", "reuse", "reuse_cls")
+"""What the trained tables vary."""
+
+
+def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Rerun the paper's ablations on the built-in digits. Finished rows are kept: run again to go on.",
+        epilog="Tables of what the weights depend on (cls, order, reuse) train a model per row and seed; give --train.",
+    )
+    parser.add_argument("checkpoint", help=f"{CHECKPOINT_HELP}; a MambaScope trained on ScopeDigits")
+    parser.add_argument("--tables", nargs="+", choices=names, help="default: all that need no training")
+    parser.add_argument("--train", action="store_true", help="also the tables that need trainings")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    parser.add_argument("--images", type=int, default=2000, help="per seed (default 2000)")
+    parser.add_argument("--out", default="benchmarks/results/ablations", metavar="DIR")
+    parser.add_argument("--config", default="scopedigits", help="of the trainings (default scopedigits)")
+    parser.add_argument("--epochs", type=int, help="of the trainings; default: the config's")
+    parser.add_argument("--train-args", nargs=argparse.REMAINDER, default=[], help="more options of tools/train_cls.py")
+    parser.add_argument("--runs", default="runs/ablations", metavar="DIR", help="folder of the trainings")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
+    return parser
+
+
+def trained_model(config: ScopeConfig, setting: Setting, seed: int, args: argparse.Namespace) -> Path:
+    """Weights of a training with this setting; a run that was begun is resumed, a finished one is used.
+
+    Rows of several tables that mean the same model share one training.
+
+    Args:
+        config: what the other structural options are taken from.
+        setting: the row.
+        seed: of the training.
+        args: of the command.
+
+    Raises:
+        CommandError: the training failed.
+    """
+    whole = {field: getattr(config, field) for field in STRUCTURE} | setting.overrides
+    values = [str(value).lower() for value in whole.values()]
+    name = "_".join([f"{args.config}-{args.epochs or 'all'}", *values, f"seed{seed}"])
+    folder = Path(args.runs) / name
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.is_file():
+        options = ["--ckpt_path", str(last)]
+    else:
+        options = ["--config", args.config, "--run.root", args.runs, "--run.name", name, "--run.report", "false"]
+        options += [f"--model.net.args.{field}={value}" for field, value in zip(whole, values, strict=True)]
+        options += [f"--seed_everything={seed}", *([f"--trainer.max_epochs={args.epochs}"] if args.epochs else [])]
+        options += args.train_args
+    code = "import sys; from mambascope.training.cli import main; sys.exit(main())"
+    print(f"training {name}", flush=True)
+    status = subprocess.run([sys.executable, "-c", code, *options], check=False).returncode
+    if status == 130:
+        raise KeyboardInterrupt
+    if status or not (folder / WEIGHTS).is_file():
+        raise CommandError(f"the training in {folder} ended with status {status}; run again to go on")
+    return folder / WEIGHTS
+
+
+def _source(trained: bool, weights: str, args: argparse.Namespace) -> str:
+    if not trained:
+        return weights
+    return "-".join([args.config, str(args.epochs or "all"), *args.train_args])
+
+
+def _run(args: argparse.Namespace, model: MambaScope, checkpoint: Path) -> int:
+    known = tables(model.config)
+    wanted = args.tables or [name for name, table in known.items() if args.train or not table.trained]
+    if args.images < 1:
+        raise ValueError(f"images must be at least 1, got {args.images}")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    results = Results(out / "ablations.csv")
+    weights = fingerprint(checkpoint)
+    loaders: dict[int, list[Any]] = {}
+    for name in wanted:
+        table = known[name]
+        source = _source(table.trained, weights, args)
+        for seed in args.seeds:
+            for setting in table.settings:
+                if results.find(name, setting.label, seed, source, args.images):
+                    continue
+                if table.trained:
+                    own = trained_model(model.config, setting, seed, args)
+                    subject: Any = ready_model(own, device=args.device)
+                    # the same images for all trainings: only the training differs
+                    images = loaders.setdefault(0, list(digits_loader(subject, own, 0, args.images)))
+                    figures = evaluate(subject, images, {})
+                else:
+                    if seed not in loaders:
+                        loaders[seed] = list(digits_loader(model, checkpoint, seed, args.images))
+                    figures = evaluate(model, loaders[seed], setting.overrides, setting.selection, seed)
+                results.add(Row(name, setting.label, seed, source, **figures))
+                print(
+                    f"{name:<11}{setting.label:<26}seed {seed}  refined {100 * figures['top1_fine']:6.2f} %  "
+                    f"at η {100 * figures['top1_dynamic']:6.2f} %  GFLOPs {figures['gflops_fine']:.4f}",
+                    flush=True,
+                )
+    text = INTRODUCTION + summarise(results.rows, known)
+    with atomic_path(out / "ablations.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"\n{summarise(results.rows, {k: v for k, v in known.items() if k in wanted})}")
+    print(f"written: {out / 'ablations.csv'}, {out / 'ablations.md'}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; see :func:`mambascope.evaluation.inference.run_command` for the status."""
+    args = _parser(list(tables(MambaScope.config_class()))).parse_args(argv)
+
+    def body() -> int:
+        checkpoint = find_weights(args.checkpoint)
+        model = ready_model(checkpoint, device=args.device)
+        if not isinstance(model, MambaScope):
+            raise ValueError(f"ablations need a MambaScope; {checkpoint} holds a one-stage {type(model).__name__}")
+        return _run(args, model, checkpoint)
+
+    return run_command(body)
