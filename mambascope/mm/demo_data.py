@@ -15,12 +15,12 @@ from typing import Any
 
 from mambascope.data.export_scopedigits import MARKER, export
 
-SIZE, TRAIN, VAL = 64, 4000, 400
+SIZE, TRAIN, VAL = 64, 6000, 500
 SCENES: dict[str, Any] = {
     "easy_share": 0.5,
-    "scene_size": (0.42, 0.65),
-    "hard_size": (0.2, 0.28),
-    "scene_large": (1, 1),
+    "scene_size": (0.55, 0.85),
+    "hard_size": (0.21, 0.29),
+    "scene_large": (0, 1),
     "scene_small": (1, 2),
     "contrast": (0.5, 0.8),
     "clutter": (0, 1),

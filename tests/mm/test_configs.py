@@ -55,7 +55,7 @@ def test_config_builds(name):
     assert ("GateMetric" in metrics) == scope
     assert type(model).__name__.startswith("Scope") == scope
     if scope:
-        assert model.backbone.exit_prob == 0.25
+        assert model.backbone.exit_prob == (0.5 if "demo" in name else 0.25)
         assert model.backbone.gate.num_classes == model.num_classes
     recipe = RECIPES[name.split("_")[0]]
     if "demo" not in name:
