@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 MM_STAMP := $(VENV)/.mm-installed
 MIM := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mim
 
-.PHONY: help setup demo test lint format bench clean mm mm-demo
+.PHONY: help setup demo test lint format bench clean mm mm-demo mm-demo-one
 
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -55,17 +55,18 @@ $(MM_STAMP): $(STAMP)
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[mm]"
 	touch $@
 
-mm-demo: $(MM_STAMP)  ## train, test, sweep and draw the segmentation and detection demos (about 20 minutes on two cores)
+mm-demo: $(MM_STAMP)  ## train, test, sweep and draw the segmentation and detection demos (about 20 minutes; VIM=1 also trains plain Vim)
 	$(BIN)/python -m mambascope.mm.demo_data
-	$(MIM) train mmseg mm_configs/upernet_vim_demo.py
-	$(MIM) train mmseg mm_configs/upernet_scope_demo.py
-	$(MIM) test mmseg mm_configs/upernet_scope_demo.py --checkpoint work_dirs/upernet_scope_demo/last.pth
-	$(BIN)/python tools/eval_dense.py mm_configs/upernet_scope_demo.py work_dirs/upernet_scope_demo/last.pth \
-		--vim work_dirs/upernet_vim_demo/last.pth
-	$(BIN)/python tools/predict_dense.py mm_configs/upernet_scope_demo.py work_dirs/upernet_scope_demo/last.pth \
-		$(wordlist 1,8,$(wildcard data/scopedigits_seg/images/validation/*.jpg)) --sheet --out work_dirs/upernet_scope_demo/pictures
-	$(MIM) train mmdet mm_configs/cascade_vim_demo.py
-	$(MIM) train mmdet mm_configs/cascade_scope_demo.py
-	$(MIM) test mmdet mm_configs/cascade_scope_demo.py --checkpoint work_dirs/cascade_scope_demo/last.pth
-	$(BIN)/python tools/eval_dense.py mm_configs/cascade_scope_demo.py work_dirs/cascade_scope_demo/last.pth \
-		--vim work_dirs/cascade_vim_demo/last.pth
+	$(MAKE) mm-demo-one PACKAGE=mmseg NAME=upernet IMAGES=data/scopedigits_seg/images/validation
+	$(MAKE) mm-demo-one PACKAGE=mmdet NAME=cascade IMAGES=data/scopedigits_det/val2017
+
+LAST = $$(cat work_dirs/$(NAME)_$(1)_demo/last_checkpoint)
+
+mm-demo-one:
+	$(if $(VIM),$(MIM) train $(PACKAGE) mm_configs/$(NAME)_vim_demo.py)
+	$(MIM) train $(PACKAGE) mm_configs/$(NAME)_scope_demo.py
+	$(MIM) test $(PACKAGE) mm_configs/$(NAME)_scope_demo.py --checkpoint $(call LAST,scope)
+	$(BIN)/python tools/eval_dense.py mm_configs/$(NAME)_scope_demo.py $(call LAST,scope) \
+		$(if $(VIM),--vim $(call LAST,vim))
+	$(BIN)/python tools/predict_dense.py mm_configs/$(NAME)_scope_demo.py $(call LAST,scope) \
+		$$(ls $(IMAGES)/*.jpg | head -8) --sheet --out work_dirs/$(NAME)_scope_demo/pictures
