@@ -15,6 +15,8 @@ from mambascope.ops import check_backend
 GLOBAL_POOLS = ("token", "avg", "")
 CELL_ORDERS = ("cell", "raster")
 FINE_ORDERS = ("important_first", "important_last")
+COARSE_POSITIONS = ("own", "resampled")
+REST_TOKENS = ("embedding", "features")
 COARSE_INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
 
@@ -148,6 +150,9 @@ class ScopeConfig(VimConfig):
         reuse: Feature reuse by ``mlp``, ``linear`` or ``off`` (Figure 5).
         reuse_ratio: Hidden width of the reuse MLP as a multiple of d.
         reuse_cls: Whether the coarse CLS output is reused too (Figure 5).
+        rest_tokens: What the cells that are not re-read enter the fine stage as: their coarse patch ``embedding`` with
+            position, or their ``features`` after the coarse pass.
+        coarse_pos: Position table of the coarse grid: its ``own``, or the fine one ``resampled``.
         coarse_interpolation: How the half-size image is made: ``bilinear``, ``bicubic`` or ``nearest``.
     """
 
@@ -166,6 +171,8 @@ class ScopeConfig(VimConfig):
     reuse: str = "mlp"
     reuse_ratio: float = 4.0
     reuse_cls: bool = False
+    rest_tokens: str = "embedding"
+    coarse_pos: str = "own"
     coarse_interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
@@ -178,14 +185,19 @@ class ScopeConfig(VimConfig):
         object.__setattr__(self, "alpha", share("alpha", self.alpha))
         object.__setattr__(self, "beta", share("beta", self.beta, below_one=True))
         object.__setattr__(self, "threshold", check_threshold(self.threshold))
+        _positive("score_topk", self.score_topk)
         _ = self.score  # checks the metric, source and direction
-        if self.score_layers is not None and not 1 <= self.score_layers <= self.depth:
-            raise ValueError(f"score_layers must lie in 1..{self.depth} (the depth), got {self.score_layers}")
+        if self.score_layers is not None:
+            _positive("score_layers", self.score_layers)
+            if self.score_layers > self.depth:
+                raise ValueError(f"score_layers must lie in 1..{self.depth} (the depth), got {self.score_layers}")
         _positive("score_stride", self.score_stride)
         _choice("fine_cls", self.fine_cls, CLS_POSITIONS)
         _choice("fine_order", self.fine_order, FINE_ORDERS)
         _choice("cell_order", self.cell_order, CELL_ORDERS)
         _choice("reuse", self.reuse, REUSE_KINDS)
+        _choice("rest_tokens", self.rest_tokens, REST_TOKENS)
+        _choice("coarse_pos", self.coarse_pos, COARSE_POSITIONS)
         _choice("coarse_interpolation", self.coarse_interpolation, COARSE_INTERPOLATIONS)
         ratio = as_number(self.reuse_ratio)
         if ratio is None or not 0 < ratio < math.inf:

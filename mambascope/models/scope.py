@@ -129,9 +129,11 @@ class MambaScope(VisionMamba):
         self.alpha = config.alpha
         self.threshold = config.threshold
         self.fine_calls = 0
-        cells = (self.grid[0] // 2) * (self.grid[1] // 2)
-        self.pos_embed_coarse = nn.Parameter(torch.zeros(1, cells + 1, config.embed_dim))
-        nn.init.trunc_normal_(self.pos_embed_coarse, std=0.02)
+        self.pos_embed_coarse: nn.Parameter | None = None
+        if config.coarse_pos == "own":
+            cells = (self.grid[0] // 2) * (self.grid[1] // 2)
+            self.pos_embed_coarse = nn.Parameter(torch.zeros(1, cells + 1, config.embed_dim))
+            nn.init.trunc_normal_(self.pos_embed_coarse, std=0.02)
         self.reuse = None if config.reuse == "off" else FeatureReuse(config.embed_dim, config.reuse, config.reuse_ratio)
 
     def _trained_grid(self, config: Any) -> tuple[int, int]:
@@ -166,8 +168,11 @@ class MambaScope(VisionMamba):
         """
         patches, grid = self._embed(self._half(self._prepare(x)))
         position = self.config.cls_position
-        trained = (self.grid[0] // 2, self.grid[1] // 2)
-        table = resample_pos_embed(self.pos_embed_coarse, trained, grid, position)
+        if self.pos_embed_coarse is None:
+            table = resample_pos_embed(self.pos_embed, self.grid, grid, position)
+        else:
+            trained = (self.grid[0] // 2, self.grid[1] // 2)
+            table = resample_pos_embed(self.pos_embed_coarse, trained, grid, position)
         tokens = insert_cls(patches, self.cls_token, position) + table
         layers = self.config.taking_part
         out, scores, taken = self.encode(tokens, score=self.config.score, score_layers=layers, take=take)
@@ -203,7 +208,8 @@ class MambaScope(VisionMamba):
         """The fine stage's input [B, L, d], the selected cells [B, k] and the others [B, M - k] (eq. 13-16)."""
         selected, others = select_cells(coarse.importance, self.alpha if alpha is None else alpha)
         fine = self._fine_tokens(self._prepare(x), coarse, selected)
-        rest = gather_rows(coarse.tokens, others).to(fine.dtype)
+        rest = coarse.tokens if self.config.rest_tokens == "embedding" else coarse.features
+        rest = gather_rows(rest, others).to(fine.dtype)
         parts = [fine, rest] if self.config.fine_order == "important_first" else [rest, fine]
         sequence = torch.cat(parts, dim=1)
         row = cls_index(self.pos_embed.shape[1] - 1, self.config.cls_position)
@@ -345,7 +351,8 @@ class MambaScope(VisionMamba):
         old = (self.grid[0] // 2, self.grid[1] // 2)
         super()._resample_tables()
         new = (self.grid[0] // 2, self.grid[1] // 2)
-        self.pos_embed_coarse = self._resampled(self.pos_embed_coarse, old, new)
+        if self.pos_embed_coarse is not None:
+            self.pos_embed_coarse = self._resampled(self.pos_embed_coarse, old, new)
 
     def set_alpha(self, alpha: float) -> None:
         """Sets the share of cells to re-read; raises ``ValueError`` outside [0, 1]."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("mambascope", "DEF")
 
@@ -43,8 +44,30 @@ def define(schema: str, kernel: Callable, fake: Callable) -> Any:
 
 
 def differentiable(name: str, setup_context: Callable, backward: Callable) -> None:
-    """Gives an operator of this package its backward pass."""
-    torch.library.register_autograd(f"mambascope::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    """Gives an operator of this package its backward pass, which itself cannot be differentiated."""
+
+    def once(ctx: Any, *grads: Tensor | None) -> tuple:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        return tuple(g if g is None else _refusing(g, name) for g in found)
+
+    torch.library.register_autograd(f"mambascope::{name}", once, setup_context=setup_context, lib=_LIBRARY)
+
+
+def _refusing(grad: Tensor, name: str) -> Tensor:
+    """A gradient whose own gradient is an error: without this it would silently be none."""
+    message = f"{name} has no second derivative"
+    return torch._C._functions.DelayedError(message.encode(), 1)(grad.detach().requires_grad_())
+
+
+def _forward_mode() -> bool:
+    """Whether tangents are being pushed forward, which these operators would drop."""
+    top = torch._C._functorch.peek_interpreter_stack()
+    if top is not None and top.key() == torch._C._functorch.TransformType.Jvp:
+        return True
+    return forward_ad._current_level >= 0
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -54,7 +77,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def call(operator: Any, grad: bool, *args: Any) -> Any:
     """Calls an operator; without gradients in eager mode it skips autograd's Python layer (7 of 11 us per call)."""
-    if grad or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return operator(*args)
+    if _forward_mode():
+        raise RuntimeError(f"{operator.name()} has no forward-mode derivative")
+    if grad or torch._C._functorch.maybe_current_level() is not None:
         return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)

@@ -154,6 +154,8 @@ def test_any_size(size):
         {"reuse": "linear"},
         {"reuse": "off"},
         {"reuse_cls": True},
+        {"rest_tokens": "features"},
+        {"coarse_pos": "resampled"},
         {"coarse_interpolation": "bicubic"},
         {"coarse_interpolation": "nearest"},
         {"cls_position": "first"},
@@ -326,7 +328,7 @@ def test_alpha_outside_its_range_is_named(alpha):
 
 
 def test_gradients_are_the_same_bits_in_every_run():
-    """Resumed training is exact only if no sum depends on which thread came first; new inputs lie elsewhere in memory."""
+    """Resumed training is exact only if no sum depends on which thread came first."""
     torch.manual_seed(0)
     model = scope(img_size=64, embed_dim=96).train()
     x = torch.randn(32, 3, 64, 64)

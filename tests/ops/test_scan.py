@@ -259,3 +259,20 @@ def test_backward_twice_gives_the_same(backend):
     _, second = run(bidirectional, inputs, backend)
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def test_what_has_no_derivative_says_so(backend):
+    """A wrong zero would be silent: second derivatives, tangents."""
+    need(backend, states=4)
+    inputs = scan_inputs(2, 5, 8, 4, None)
+    x = inputs["x"].clone().requires_grad_()
+    rest = {name: t for name, t in inputs.items() if name != "x"}
+    (grad,) = torch.autograd.grad(selective_scan(x, **rest, backend=backend).square().sum(), x, create_graph=True)
+    plain = torch.autograd.grad(selective_scan(x, **rest, backend=backend).square().sum(), x)[0]
+    assert torch.equal(grad, plain)
+    with pytest.raises(RuntimeError, match="selective_scan has no second derivative"):
+        grad.square().sum().backward()
+    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        torch.func.jvp(lambda a: selective_scan(a, **rest, backend=backend), (inputs["x"],), (torch.ones(2, 5, 8),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        selective_scan(torch.autograd.forward_ad.make_dual(inputs["x"], torch.ones(2, 5, 8)), **rest, backend=backend)
