@@ -13,6 +13,7 @@ model = dict(
         arch_options=dict(fine_cls="middle", alpha=0.7),  # CLS in the middle as in the demo's classifier
         img_size=64,
         out_channels=64,
+        readout=True,  # the classifier it starts from keeps the class in CLS
         gate=dict(num_classes=11, confidence="mean_present"),
         threshold=0.8,
         exit_prob=0.5,  # both kinds of features learn equally fast in the few minutes

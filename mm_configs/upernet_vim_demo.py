@@ -12,6 +12,7 @@ model = dict(
         arch="vim_nano_patch8_64",
         img_size=64,
         out_channels=64,
+        readout=True,  # the classifier it starts from keeps the class in CLS
         init_cfg=dict(type="Pretrained", checkpoint="scopedigits"),
     ),
 )

@@ -20,7 +20,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mambascope.evaluation.cost import stage_macs
-from mambascope.layers import pad_to, remove_cls
+from mambascope.layers import cls_index, pad_to, remove_cls
 from mambascope.mm.gate import GateHead, gate_confidence
 from mambascope.mm.pyramid import STEPS, SimplePyramid
 from mambascope.models.checkpoint import CheckpointError, load_checkpoint, read_state_dict
@@ -85,6 +85,7 @@ class _EncoderBackbone(BaseModule):
         with_cp: bool = False,
         norm_eval: bool = False,
         norm_cfg: dict | None = None,
+        readout: bool = False,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -111,7 +112,7 @@ class _EncoderBackbone(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.encoder.set_grad_checkpointing(with_cp)
-        self.pyramid = SimplePyramid(config.embed_dim, out_channels, norm_cfg)
+        self.pyramid = SimplePyramid(config.embed_dim, out_channels, norm_cfg, readout)
         self.strides = tuple(config.patch_size / step for step in STEPS)
         self._freeze()
 
@@ -201,10 +202,10 @@ class _EncoderBackbone(BaseModule):
     def _pad(self, x: Tensor) -> Tensor:
         return pad_to(x, 2 * self.encoder.config.patch_size)
 
-    def _levels(self, maps: Sequence[Tensor], height: int, width: int) -> tuple[Tensor, ...]:
+    def _levels(self, maps: Sequence[Tensor], cls: Sequence[Tensor], height: int, width: int) -> tuple[Tensor, ...]:
         """The pyramid without what only covers padding."""
         sizes = [(-(-height // s), -(-width // s)) for s in self.strides]
-        levels = self.pyramid(maps)
+        levels = self.pyramid(maps, cls)
         return tuple(m[..., : int(r), : int(c)].contiguous() for m, (r, c) in zip(levels, sizes, strict=True))
 
     def cost(self, height: int, width: int, convention: str = "both_directions") -> tuple[float, float]:
@@ -243,6 +244,7 @@ class VimBackbone(_EncoderBackbone):
         with_cp: Recompute blocks in the backward pass to save memory.
         norm_eval: Keep batch norms of the pyramid in evaluation mode while training.
         norm_cfg: Normalisation inside the pyramid; ``None`` for LayerNorm.
+        readout: Add the projected CLS outputs to the maps: a classifier keeps what it knows there, not in the patches.
         init_cfg: See :meth:`init_weights`.
 
     Raises:
@@ -254,8 +256,8 @@ class VimBackbone(_EncoderBackbone):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps [B, channels, H/s, W/s] of images [B, 3, H, W], s = 4, 8, 16, 32 for 16-pixel patches."""
-        _, maps, _ = self.encoder._intermediates(self._pad(x), list(self.out_indices), None, False)
-        return self._levels(maps, *x.shape[-2:])
+        _, maps, cls = self.encoder._intermediates(self._pad(x), list(self.out_indices), None, False)
+        return self._levels(maps, [c.squeeze(1) for c in cls], *x.shape[-2:])
 
 
 @MODELS.register_module()
@@ -330,9 +332,9 @@ class ScopeBackbone(_EncoderBackbone):
         selected = torch.full((batch, num_selected(self.encoder.alpha, cells)), -1, dtype=torch.long, device=x.device)
         refined = exited.logical_not().nonzero().squeeze(1)
         if refined.numel() == batch:
-            maps, selected = self._fine_maps(x, coarse)
+            (maps, cls), selected = self._fine_maps(x, coarse)
         elif refined.numel() == 0:
-            maps = self._coarse_maps(coarse)
+            maps, cls = self._coarse_maps(coarse)
             if self.training:
                 maps[0] = maps[0] + self._unused(maps[0])
         else:
@@ -341,20 +343,27 @@ class ScopeBackbone(_EncoderBackbone):
             selected = selected.index_copy(0, refined, cells_read)
             back = torch.cat([stayed, refined]).argsort()
             kept = self._coarse_maps(coarse.index_select(stayed))
-            maps = [torch.cat([a, b.to(a.dtype)]).index_select(0, back) for a, b in zip(kept, fine, strict=True)]
-        levels = self._levels(maps, height, width)
+            maps, cls = (
+                [torch.cat([a, b.to(a.dtype)]).index_select(0, back) for a, b in zip(one, two, strict=True)]
+                for one, two in zip(kept, fine, strict=True)
+            )
+        levels = self._levels(maps, cls, height, width)
         return ScopeFeatures(levels, logits, confidence, exited, coarse.importance, selected, coarse.grid)
 
-    def _coarse_maps(self, coarse: CoarseState) -> list[Tensor]:
-        """Coarse tokens resized to the fine grid [B, d, h, w]."""
+    def _coarse_maps(self, coarse: CoarseState) -> tuple[list[Tensor], list[Tensor]]:
+        """Coarse tokens resized to the fine grid [B, d, h, w], and CLS outputs [B, d]."""
         position = self.encoder.config.cls_position
         maps = (remove_cls(t, position).transpose(1, 2).unflatten(2, coarse.grid) for t in coarse.taken)
-        return [F.interpolate(m, scale_factor=2, mode="bilinear", align_corners=False) for m in maps]
+        at = cls_index(coarse.tokens.shape[1], position)
+        resized = [F.interpolate(m, scale_factor=2, mode="bilinear", align_corners=False) for m in maps]
+        return resized, [t[:, at] for t in coarse.taken]
 
-    def _fine_maps(self, x: Tensor, coarse: CoarseState) -> tuple[list[Tensor], Tensor]:
-        """Fine tokens on the fine grid [B, d, h, w], and the cells that were re-read [B, k]."""
+    def _fine_maps(self, x: Tensor, coarse: CoarseState) -> tuple[tuple[list[Tensor], list[Tensor]], Tensor]:
+        """Fine tokens on the fine grid [B, d, h, w] with CLS outputs [B, d], and the cells that were re-read [B, k]."""
         fine = self.encoder.forward_fine(x, coarse, take=self.out_indices)
-        return [self.encoder.fine_map(t, fine, coarse.grid) for t in fine.taken], fine.selected
+        at = cls_index(fine.length - 1, self.encoder.config.fine_cls)
+        maps = [self.encoder.fine_map(t, fine, coarse.grid) for t in fine.taken]
+        return (maps, [t[:, at] for t in fine.taken]), fine.selected
 
     def _unused(self, like: Tensor) -> Tensor:
         """Zero that depends on what only the fine pass uses: DDP wants a gradient for every parameter in every step."""

@@ -25,10 +25,15 @@ class SimplePyramid(nn.Module):
         dim: Channels d of the inputs.
         out_channels: Channels of every output; ``None`` for d.
         norm_cfg: Normalisation between the two transposed convolutions, as OpenMMLab writes it; ``None`` for LayerNorm.
+        readout: Whether the CLS outputs are projected and added to every position of their maps (DPT's readout).
     """
 
-    def __init__(self, dim: int, out_channels: int | None = None, norm_cfg: dict | None = None) -> None:
+    def __init__(
+        self, dim: int, out_channels: int | None = None, norm_cfg: dict | None = None, readout: bool = False
+    ) -> None:
         super().__init__()
+        own = (nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim)) for _ in STEPS)
+        self.readout = nn.ModuleList(own) if readout else None
         self.dim = dim
         self.norms = nn.ModuleList(LayerNorm2d(dim) for _ in STEPS)
         up = [nn.ConvTranspose2d(dim, dim, 2, 2) for _ in range(3)]
@@ -43,9 +48,18 @@ class SimplePyramid(nn.Module):
         self.scales = nn.ModuleList(scales)
         self.out_channels = out_channels or dim
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Brings four maps [B, d, h, w] to [B, out, 4h, 4w], [B, out, 2h, 2w], [B, out, h, w], [B, out, h/2, w/2]."""
-        return [scale(norm(m)) for scale, norm, m in zip(self.scales, self.norms, maps, strict=True)]
+    def forward(self, maps: Sequence[Tensor], cls: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Brings four maps [B, d, h, w] to [B, out, 4h, 4w], [B, out, 2h, 2w], [B, out, h, w], [B, out, h/2, w/2].
+
+        Args:
+            maps: One for each level.
+            cls: The CLS outputs [B, d] of the same blocks; needed with ``readout``.
+        """
+        levels = [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
+        if self.readout is not None:
+            assert cls is not None
+            levels = [m + read(c)[..., None, None] for m, read, c in zip(levels, self.readout, cls, strict=True)]
+        return [scale(m) for scale, m in zip(self.scales, levels, strict=True)]
 
     def macs(self, rows: int, cols: int) -> int:
         """Multiply-adds of one image with a grid of ``rows`` x ``cols`` patches."""
@@ -55,4 +69,6 @@ class SimplePyramid(nn.Module):
         if self.out_channels != dim:
             total += (16 + 4 + 1) * cells * dim * self.out_channels
             total += (rows // 2) * (cols // 2) * dim * self.out_channels
+        if self.readout is not None:
+            total += len(STEPS) * dim * dim
         return total

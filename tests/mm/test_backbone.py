@@ -42,8 +42,9 @@ def test_patch16_strides_and_default_blocks():
     assert default_indices(6) == (1, 2, 4, 5)
 
 
-def test_mixed_batch_equals_single_images_and_fine_pass_reads_refined_rows_only():
-    model = scope().double().eval()
+@pytest.mark.parametrize("readout", [False, True])
+def test_mixed_batch_equals_single_images_and_fine_pass_reads_refined_rows_only(readout):
+    model = scope(readout=readout).double().eval()
     x = torch.randn(7, 3, 80, 48, dtype=torch.float64)
     model.threshold = 0.0
     confidence = model.forward_scope(x).confidence
@@ -83,9 +84,11 @@ def copy_encoder(source, target):
     target.pyramid.load_state_dict(source.pyramid.state_dict())
 
 
-def test_everything_refined_equals_plain_vim():
+@pytest.mark.parametrize("readout", [False, True])
+def test_everything_refined_equals_plain_vim(readout):
     exact = {"alpha": 1.0, "reuse": "off", "cell_order": "raster", "fine_cls": "middle"}
-    ours, plain = scope(arch_options=exact, threshold=1.0).double().eval(), vim().double().eval()
+    ours = scope(arch_options=exact, threshold=1.0, readout=readout).double().eval()
+    plain = vim(readout=readout).double().eval()
     copy_encoder(ours, plain)
     x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     for a, b in zip(ours(x), plain(x), strict=True):
@@ -118,7 +121,7 @@ def test_unrefined_cells_get_their_coarse_token_four_times():
     model = scope(threshold=1.0, arch_options={"alpha": 0.5}).eval()
     x = torch.randn(1, 3, 64, 64)
     coarse = model.encoder.forward_coarse(x, take=model.out_indices)
-    maps, selected = model._fine_maps(x, coarse)
+    (maps, _), selected = model._fine_maps(x, coarse)
     others = sorted(set(range(16)) - set(selected[0].tolist()))
     assert len(others) == 8
     for cell in range(16):
@@ -176,7 +179,7 @@ def test_frozen_stages_and_norm_eval():
 def test_cost_equals_the_counted_operations():
     size = (64, 96)
     x = torch.zeros(1, 3, *size)
-    plain = vim(out_channels=24).eval()
+    plain = vim(out_channels=24, readout=True).eval()
     assert count_macs(plain, x) == round(plain.cost(*size)[0] * 1e9)
     assert plain.cost(*size)[0] == plain.cost(*size)[1]
     model = scope(out_channels=24).eval()
