@@ -1,13 +1,12 @@
 """Where to look next: glimpses chosen by something better than chance, with what the choice itself costs.
 
-- ``contrast``: cells with strong local contrast first. Needs no model.
-- ``scope:WEIGHTS``: cells that a trained MambaScope's coarse look finds important first.
-- ``lookahead[:K]``: tries K cells not yet seen, each as one step of the model from the current state, and takes the one
+- ``contrast``: places of strong local contrast. Needs no model.
+- ``scope:WEIGHTS``: places that a trained MambaScope's coarse look finds important.
+- ``lookahead[:K]``: tries K random places, each as one step of the model from the current state, and takes the one
   after which the answer is surest. Costs K + 1 glimpses for each one that is kept.
 
-The first two draw cells without replacement, with probabilities that follow the map; when all have been seen, they
-start again on a shifted grid. Shape letters: B batch, L glimpses, C channels, H and W canvas height and width, P patch
-side.
+The first two draw places at single pixels, as the ``random`` scan does, but with probabilities that follow a map. Shape
+letters: B batch, L glimpses, C channels, H and W canvas height and width, P patch side.
 """
 
 from __future__ import annotations
@@ -32,20 +31,12 @@ from mambascope.models.scope import MambaScope
 CHOICES = "contrast, scope:WEIGHTS or lookahead[:K]"
 
 
-def candidate_cells(placement: Placement, patch_size: int, shift: tuple[int, int] = (0, 0)) -> Positions:
-    """Cells [n, 2] that cover the placed image: a grid whose last row and column end with it.
-
-    Args:
-        placement: Where the image lies.
-        patch_size: P.
-        shift: Moves the inner rows and columns by so many pixels up and to the left; 0 to P - 1.
-    """
-    axes = []
-    for (start, end), move in zip(placement.spans(patch_size), shift, strict=True):
-        last = max(start, end - patch_size)
-        inner = np.arange(start - move, last, patch_size, dtype=np.int64)
-        axes.append(np.unique(np.append(inner, last).clip(start, last)))
-    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
+def places(placement: Placement, patch_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and columns at which the ``random`` scan puts glimpses."""
+    rows, columns = (
+        np.arange(start, max(start, end - patch_size) + 1, dtype=np.int64) for start, end in placement.spans(patch_size)
+    )
+    return rows, columns
 
 
 def positions_by_importance(
@@ -57,7 +48,7 @@ def positions_by_importance(
     seed: Any = 0,
     sharpness: float = 1.0,
 ) -> Positions:
-    """Draws cells without replacement, the more important ones earlier.
+    """Draws glimpses, more of them where they show something important.
 
     Args:
         importance: Map [h, w] over the placed image, any size and scale, not negative.
@@ -65,7 +56,7 @@ def positions_by_importance(
         length: L.
         patch_size: P.
         seed: Seed or generator.
-        sharpness: Power of the importance that a cell's probability follows: 0 ignores it; large values sort by it.
+        sharpness: Power of the mean importance under a glimpse that its probability follows; 0 ignores the map.
 
     Returns:
         Positions [L, 2].
@@ -81,22 +72,17 @@ def positions_by_importance(
     size = (placement.height, placement.width)
     pixels = F.interpolate(importance[None, None].double(), size, mode="bilinear", align_corners=False)[0, 0]
     sums = F.pad(pixels.cumsum(0).cumsum(1), (1, 0, 1, 0)).numpy()  # integral image
-    chosen: list[NDArray[np.int64]] = []
-    count, shift = 0, (0, 0)
-    while count < length:
-        cells = candidate_cells(placement, patch_size, shift)
-        top, left = (cells - (placement.top, placement.left)).T
-        bottom, right = np.minimum(top + patch_size, size[0]), np.minimum(left + patch_size, size[1])
-        top, left = top.clip(0), left.clip(0)
-        weight = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
-        weight = np.maximum(weight / ((bottom - top) * (right - left)), 0)
-        # the largest of log w + Gumbel noise is a draw with probability w: sorting them draws without replacement
-        noise = rng.gumbel(size=len(cells))
-        keys = sharpness * np.log(weight + 1e-6 * max(weight.max(), 1e-12)) + noise
-        chosen.append(cells[np.argsort(-keys, kind="stable")])
-        count += len(cells)
-        shift = tuple(rng.integers(0, patch_size, 2).tolist())
-    return np.concatenate(chosen)[:length]
+    rows, columns = places(placement, patch_size)
+    top, left = (rows - placement.top).clip(0)[:, None], (columns - placement.left).clip(0)
+    bottom = np.minimum(rows - placement.top + patch_size, size[0])[:, None]
+    right = np.minimum(columns - placement.left + patch_size, size[1])
+    weight = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+    weight = np.maximum(weight / ((bottom - top) * (right - left)), 0)
+    peak = weight.max()
+    # scaled first: powers of small numbers would vanish
+    weight = (weight / peak) ** sharpness if peak > 0 else np.ones_like(weight)
+    drawn = rng.choice(weight.size, length, p=weight.ravel() / weight.sum())
+    return np.stack([rows[drawn // len(columns)], columns[drawn % len(columns)]], axis=1)
 
 
 def local_contrast(pixels: Tensor, window: int = 5) -> Tensor:
@@ -116,7 +102,7 @@ def _inside(canvas: Tensor, placement: Placement) -> Tensor:
 
 @dataclass
 class ByContrast:
-    """Prefers cells of strong local contrast.
+    """Prefers places of strong local contrast.
 
     Attributes:
         length: Glimpses.
@@ -127,7 +113,7 @@ class ByContrast:
 
     length: int
     patch_size: int
-    sharpness: float = 4.0
+    sharpness: float = 2.0
     cost: float = 1.0
 
     def __call__(
@@ -149,12 +135,12 @@ class ByContrast:
 
 @dataclass
 class ByScope:
-    """Prefers cells that a MambaScope's coarse look finds important; the attributes are those of `ByContrast`."""
+    """Prefers places that a MambaScope's coarse look finds important; the attributes are those of `ByContrast`."""
 
     scope: MambaScope
     length: int
     patch_size: int
-    sharpness: float = 4.0
+    sharpness: float = 2.0
     cost: float = 1.0
 
     def importance(self, pixels: Tensor) -> Tensor:
@@ -195,12 +181,12 @@ def _picture(pixels: Tensor) -> Any:
 
 @dataclass
 class ByLookahead:
-    """Takes, of a few cells not yet seen, the one after which the model is surest.
+    """Takes, of a few random places, the one after which the model is surest.
 
     Attributes:
         model: The model.
         length: Glimpses.
-        candidates: Cells tried for each glimpse, K.
+        candidates: Places tried for each glimpse, K.
     """
 
     model: MambaEye
@@ -219,42 +205,37 @@ class ByLookahead:
         size, device = self.model.config.patch_size, model_device(self.model)
         seen = [Coverage(placement, size) for placement in placements]
         rngs = [np.random.default_rng(tuple(seed)) for seed in seeds]
-        queues: list[list[list[int]]] = [[] for _ in canvases]
+        grids = [places(placement, size) for placement in placements]
         kept: list[list[list[int]]] = [[] for _ in canvases]
         count = len(canvases)
         with evaluating(self.model):
             state = self.model.start(count)
             for _ in range(self.length):
-                tries = [self._cells(*args) for args in zip(queues, placements, rngs, strict=True)]
-                width = max(map(len, tries))
-                tries = [cells + cells[-1:] * (width - len(cells)) for cells in tries]
+                tries = [self._places(*grid, rng) for grid, rng in zip(grids, rngs, strict=True)]
                 patches, moves, ratios = [], [], []
                 for i, cells in enumerate(tries):
                     patches.append(extract_patches(canvases[i], cells, size))
                     before = np.array(kept[i][-1] if kept[i] else cells[0])
-                    step = np.array(cells) - before if kept[i] else np.zeros((width, 2))
+                    step = np.array(cells) - before if kept[i] else np.zeros((self.candidates, 2))
                     moves.append(torch.from_numpy(step).float())
                     ratios += [_ratio_with(seen[i], cell) for cell in cells]
-                after = self._try(state, torch.cat(patches).to(device), torch.cat(moves).to(device), width)
+                after = self._try(state, torch.cat(patches).to(device), torch.cat(moves).to(device))
                 assert after.logits is not None
                 sure = corrected_confidence(after.logits.float().cpu(), torch.tensor(ratios))
-                best = sure.reshape(count, width).argmax(1)
-                state = after.index_select(torch.arange(count) * width + best)
+                best = sure.reshape(count, -1).argmax(1)
+                state = after.index_select(torch.arange(count) * self.candidates + best)
                 for i, choice in enumerate(best.tolist()):
                     cell = tries[i][choice]
                     kept[i].append(cell)
-                    queues[i].remove(cell)
                     seen[i].add(*cell)
         return [np.array(cells, dtype=np.int64) for cells in kept]
 
-    def _cells(self, queue: list[list[int]], placement: Placement, rng: np.random.Generator) -> list[list[int]]:
-        """The next cells to try; a queue that has run out starts again."""
-        if not queue:
-            queue += rng.permutation(candidate_cells(placement, self.model.config.patch_size)).tolist()
-        return queue[: self.candidates]
+    def _places(self, rows: NDArray[np.int64], columns: NDArray[np.int64], rng: np.random.Generator) -> list[list[int]]:
+        picked = [rng.integers(0, len(axis), self.candidates) for axis in (rows, columns)]
+        return np.stack([rows[picked[0]], columns[picked[1]]], axis=1).tolist()
 
-    def _try(self, state: EyeState, patches: Tensor, moves: Tensor, width: int) -> EyeState:
-        rows = torch.arange(len(state)).repeat_interleave(width)
+    def _try(self, state: EyeState, patches: Tensor, moves: Tensor) -> EyeState:
+        rows = torch.arange(len(state)).repeat_interleave(self.candidates)
         return self.model.step(state.index_select(rows), patches, moves)
 
 
@@ -266,7 +247,7 @@ def _ratio_with(coverage: Coverage, cell: Sequence[int]) -> float:
     return coverage.ratio + (area.size - np.count_nonzero(area)) / coverage.seen.size
 
 
-def make_chooser(text: str, model: MambaEye, length: int, sharpness: float = 4.0) -> ByContrast | ByScope | ByLookahead:
+def make_chooser(text: str, model: MambaEye, length: int, sharpness: float = 2.0) -> ByContrast | ByScope | ByLookahead:
     """The chooser that a command line names: one of :data:`CHOICES`.
 
     Raises:

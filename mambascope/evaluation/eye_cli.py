@@ -185,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", nargs="+", metavar="S", help="default: 0.5, 1, 2 and 3 times the file's")
     parser.add_argument("--patterns", nargs="*", default=[], metavar="NAME", help="further scan patterns, or all")
     parser.add_argument("--choose", nargs="*", default=[], metavar="HOW", help=f"choose glimpses: {CHOICES}")
-    parser.add_argument("--sharpness", type=float, default=4.0, help="how closely choices follow their map")
+    parser.add_argument("--sharpness", type=float, default=2.0, help="how closely choices follow their map (default 2)")
     parser.add_argument("--vim", nargs="*", default=[], metavar="WEIGHTS", help="Vim or MambaScope to compare with")
     parser.add_argument(
         "--stop", nargs="*", default=["confidence", "raw"], metavar="CRITERION", help=", ".join(CRITERIA)

@@ -111,7 +111,7 @@ def write_eye_report(
     sizes: Sequence[int | tuple[int, int] | None] | None = None,
     patterns: Sequence[str] = (),
     choices: Sequence[str] = (),
-    sharpness: float = 4.0,
+    sharpness: float = 2.0,
     stop: StopOptions | None = StopOptions(),  # noqa: B008 (frozen)
     calibration: Pictures | None = None,
     vims: Mapping[str, VisionMamba] | None = None,
@@ -322,16 +322,19 @@ def _rows(
 
 
 def _order_rows(orders: Mapping[str, GlimpseCurve], costs: Mapping[str, float], size: str) -> list[dict[str, str]]:
-    """Accuracy of each order, and the glimpses it needs for the accuracy that the first reaches in the end."""
-    first = next(iter(orders.values()))
-    target = float(first.top1[-1]) - DROP
+    """Accuracy of each order, and the glimpses after which it is as accurate as the first order at some numbers."""
+    name, first = next(iter(orders.items()))
+    steps = report_steps(first.options.length)
     rows = []
     for label, curve in orders.items():
         row = {f"order at {size}": label}
-        row |= {f"{s} gl.": f"{100 * curve.top1[s - 1]:.1f}" for s in report_steps(curve.options.length)}
-        need = curve.needed(target)
-        row[f"glimpses for {100 * target:.1f} %"] = "never" if need is None else str(need)
-        row["model steps"] = "" if need is None else f"{need * costs[label]:.0f}"
+        row |= {f"{s} gl.": f"{100 * curve.top1[s - 1]:.1f}" for s in steps}
+        for step in steps[1:]:
+            need = curve.needed(float(first.top1[step - 1]))
+            text = "never" if need is None else str(need)
+            if need is not None and costs[label] > 1:
+                text += f" ({need * costs[label]:.0f} steps)"
+            row[f"as {name} at {step}"] = text
         rows.append(row)
     return rows
 
