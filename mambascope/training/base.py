@@ -54,6 +54,10 @@ class TrainModule(LightningModule):
     ) -> None:
         super().__init__()
         self.net, self.optimizer_args, self.schedule_args = net, optimizer, schedule
+        if isinstance(compile, str):
+            accepted = torch.compiler.list_backends(exclude_tags=())
+            if compile not in accepted:
+                raise ValueError(f"compile must be true, false or one of {', '.join(accepted)}, got {compile!r}")
         self.compile_model = compile
         self.seed = seed
         self._schedule: Scheduler | None = None

@@ -144,6 +144,9 @@ class RunCheckpoint(Checkpoint):
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # validation or the end of the epoch comes next and saves
         if stop:
+            # what Lightning does after this hook: the row of this step must be in the log before the run ends
+            trainer._logger_connector.on_batch_end()
+            trainer._logger_connector.update_train_step_metrics()
             self._save(trainer, pl_module)
             raise TrainingStopped(stop, trainer.global_step, self.last_path)
         if steps_due or time_due:

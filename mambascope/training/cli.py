@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import warnings
@@ -221,6 +222,12 @@ class TrainCLI(LightningCLI):
         if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", 0):
             self._finish()
 
+    def forget_empty_run(self) -> None:
+        """Removes the directory of a run that failed before its first step, so that its name is free again."""
+        fresh = self.resume_from is None and self.trainer.global_step == 0
+        if is_main_process() and fresh and not any(self.run_dir.rglob("*.ckpt")):
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+
     def _headline(self) -> str:
         model = self.model.model
         count = sum(p.numel() for p in model.parameters())
@@ -359,6 +366,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, DataError, NonFiniteLossError, MisconfigurationException, OSError, ValueError) as error:
         if os.environ.get(_DEBUG):
             raise
+        if cli is not None:
+            cli.forget_empty_run()
         if isinstance(error.__cause__, (DataError, ValueError)):
             error = error.__cause__  # what is linked between the options wraps what it meets
         own = isinstance(error, (CheckpointError, DataError, NonFiniteLossError))

@@ -111,6 +111,9 @@ class ClassifierModule(TrainModule):
         for name in ("mixup", "cutmix", "off_epochs"):
             if getattr(mix, name) < 0:
                 raise ValueError(f"mix.{name} must be >= 0, got {getattr(mix, name)!r}")
+        for name in ("prob", "switch_prob"):
+            if not 0 <= getattr(mix, name) <= 1:
+                raise ValueError(f"mix.{name} must lie in [0, 1], got {getattr(mix, name)!r}")
         if mix.mixup == 0 and mix.cutmix == 0:
             return None
         # smoothing is left to the loss: on mixed targets it gives the same numbers

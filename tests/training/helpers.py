@@ -28,7 +28,7 @@ TINY = {
     "model.schedule.warmup_epochs": 0.5,
     "trainer.max_epochs": 3,
     "trainer.check_val_every_n_epoch": 1,
-    "trainer.log_every_n_steps": 3,
+    "trainer.log_every_n_steps": 1,
     "checkpoint.every_steps": 5,
     "run.report": "false",
 }

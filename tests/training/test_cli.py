@@ -54,7 +54,7 @@ def test_config_parses_and_builds(name, here, folder):
     built = cli("--config", name, *root, "--model.net.args.depth=2")
     model = built.model.model
     config = yaml.safe_load(CONFIGS[name].read_text())["model"]["net"]
-    args = {**config["args"], "img_size": model.config.img_size, "num_classes": model.num_classes, "depth": 2}
+    args = {**config.get("args", {}), "img_size": model.config.img_size, "num_classes": model.num_classes, "depth": 2}
     assert sum(p.numel() for p in model.parameters()) == count_parameters(model_config(config["name"], **args))
     assert model.num_classes == (10 if name.startswith("scopedigits") else 2)
     size = built.datamodule.img_size
@@ -112,7 +112,7 @@ def test_print_config_is_a_config(here, capsys):
     [
         (
             ["--config", "nothing.yaml"],
-            "config 'nothing.yaml' does not exist; the package has mambascope_base_imagenet",
+            "config 'nothing.yaml' does not exist; the package has mambaeye_base_imagenet, ",
         ),
         (["--config", "vim_tiny_imagenet"], "required: --data.root"),
         (["--config", "vim_tiny_imagenet", "--data.root", "/nowhere"], "data folder /nowhere does not exist"),
@@ -223,3 +223,11 @@ def test_training_on_a_folder(here, folder):
     assert (model.num_classes, model.labels, model.config.image_hw) == (2, ["cat", "dog"], (32, 32))
     assert model.description["transform"]["crop_pct"] == 0.875
     assert model.description["transform"]["interpolation"] == "bicubic"
+
+
+def test_a_failed_start_leaves_its_name_free(here, capsys):
+    """What is wrong with the data shows up after the run directory was made."""
+    wrong = [*tiny(run__name="mine", data__batch_size=64)]
+    assert main(wrong) == 1
+    assert "fewer than one batch" in capsys.readouterr().err
+    assert not (here / "runs" / "mine").exists()

@@ -274,7 +274,11 @@ def test_what_the_data_say_about_the_model():
         ({"net": ModelArgs(args={"alpah": 1})}, "unknown model argument alpah"),
         ({"net": ModelArgs(args={"num_classes": 0})}, "num_classes must be at least 2"),
         ({"loss": LossArgs(temperature=-1)}, "temperature must be above 0"),
+        ({"net": ModelArgs(args={"score_topk": "abc"})}, "score_topk must be a positive integer, got 'abc'"),
+        ({"net": ModelArgs(args={"score_layers": 2.5})}, "score_layers must be a positive integer, got 2.5"),
         ({"mix": MixArgs(mixup=-1)}, "mix.mixup must be >= 0"),
+        ({"mix": MixArgs(prob=3)}, r"mix.prob must lie in \[0, 1\]"),
+        ({"compile": "nonsense"}, "compile must be true, false or one of .*inductor.*, got 'nonsense'"),
         ({"full_refine_epochs": -1}, "full_refine_epochs must be >= 0"),
     ],
 )
