@@ -136,6 +136,8 @@ def write_film(film: Film, path: str | os.PathLike[str], *, frames: int = 60, mi
     if frames < 1 or milliseconds < 1:
         raise ValueError(f"frames and milliseconds must be at least 1, got {frames} and {milliseconds}")
     pictures = [draw_frame(film, step) for step in frame_steps(len(film.positions), frames)]
+    if kind == "gif":  # dithering would make noise of every frame, which compresses badly
+        pictures = [picture.quantize(96, dither=Image.Dither.NONE) for picture in pictures]
     durations = [milliseconds] * (len(pictures) - 1) + [2000]
     with atomic_path(path) as temporary:
         pictures[0].save(
