@@ -274,16 +274,21 @@ class VisionMamba(nn.Module, HubMixin):
         self.num_classes = num_classes
         self.head = self._make_head(num_classes).to(self.cls_token)
 
-    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
-        """Resamples the position tables (and the patch kernel) for another image or patch size."""
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Resamples the position tables (and the patch kernel) for another image or patch size; patches are square."""
         changes: dict[str, Any] = {}
+        if isinstance(patch_size, (tuple, list)):
+            if len(patch_size) != 2 or patch_size[0] != patch_size[1]:
+                raise ValueError(f"patch_size must be one side or two equal ones, got {patch_size!r}")
+            patch_size = int(patch_size[0])
         if img_size is not None:
             changes["img_size"] = img_size if isinstance(img_size, int) else tuple(img_size)
         if patch_size is not None and patch_size != self.config.patch_size:
             changes["patch_size"], changes["stride"] = patch_size, None
-        config = with_overrides(
-            self.config, changes
-        )  # before anything changes: a wrong size must not leave half a model
+        # before anything changes: a wrong size must not leave half a model
+        config = with_overrides(self.config, changes)
         if "patch_size" in changes:
             assert patch_size is not None
             with torch.no_grad():

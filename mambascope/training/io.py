@@ -60,6 +60,11 @@ def read_training_checkpoint(path: Any, map_location: Any = "cpu", mmap: bool = 
     """
     if not Path(path).is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
+    if Path(path).suffix == ".safetensors":
+        raise CheckpointError(
+            f"checkpoint {path} holds weights only, no training state to resume from; "
+            "to start from its weights use --model.net.checkpoint"
+        )
     try:
         content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:
