@@ -59,12 +59,13 @@ def longest(name: str) -> float:
     return min((tokens for part, tokens in LONGEST.items() if part in name), default=float("inf"))
 
 
-def both(given: dict[str, Tensor], rank: int = 12) -> Callable[[], Tensor]:
+def both(given: dict[str, Tensor], rank: int = 12, return_inputs: bool = False) -> Any:
     """Both directions in one call, with the projection of the step sizes, as the mixer uses it."""
     width, states = given["A"].shape
-    low = torch.randn(*given["x"].shape[:2], rank + 2 * states)
-    side = ScanDirection(given["x"], low, torch.randn(width, rank) * 0.1, given["bias"], given["A"], given["D"])
-    return lambda: bidirectional_scan(side, side, given["z"])
+    low, weight = torch.randn(*given["x"].shape[:2], rank + 2 * states), torch.randn(width, rank) * 0.1
+    side = ScanDirection(given["x"], low, weight, given["bias"], given["A"], given["D"])
+    call = partial(bidirectional_scan, side, side, given["z"])
+    return (call, low, weight) if return_inputs else call
 
 
 def gradients(call: Callable[..., Tensor], given: dict[str, Tensor]) -> Callable[[], Tensor]:
@@ -81,15 +82,37 @@ def gradients(call: Callable[..., Tensor], given: dict[str, Tensor]) -> Callable
 
 
 def wrong(candidates: dict[str, Callable[..., Tensor]], width: int, states: int) -> dict[str, float]:
-    """Relative errors above the limit, at an odd length."""
+    """Relative errors above the limit, of outputs and of all gradients, at an odd length."""
     given = tensors(2, 63, width, states)
-    want = official_formula(**{name: t.double() for name, t in given.items()})
+    grad = torch.randn(given["x"].shape, generator=torch.Generator().manual_seed(1))
+
+    def results(call: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = {name: t.to(dtype).requires_grad_() for name, t in given.items()}
+        out = call(**leaves)
+        return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad.to(dtype))]
+
+    wanted = results(official_formula, torch.float64)
     errors = {}
     for name, call in candidates.items():
-        error = float((call(**given) - want).abs().max() / want.abs().max())
+        found = results(call, torch.float32)
+        error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
         if not error < LIMIT:
             errors[name] = error
     return errors
+
+
+def wrong_both(width: int, states: int) -> dict[str, float]:
+    """The same for the output of the two directions in one call."""
+    given = tensors(2, 63, width, states)
+    call, low, weight = both(given, return_inputs=True)
+    x, z, bias, A, D = (given[name].double() for name in ("x", "z", "bias", "A", "D"))
+    dt, b, c = low.double().split([weight.shape[1], states, states], -1)
+    dt = dt @ weight.double().T
+    first = official_formula(x, dt, A, b, c, D, z, bias)
+    second = official_formula(*(t.flip(1) if t.ndim == 3 else t for t in (x, dt, A, b, c, D, z, bias))).flip(1)
+    want = (first + second) * 0.5
+    error = float((call() - want).abs().max() / want.abs().max())
+    return {} if error < LIMIT else {"both directions": error}
 
 
 def mixer_rows(rounds: int) -> list[dict[str, Any]]:
@@ -121,7 +144,7 @@ def measure(width: int, states: int, rounds: int, seconds: float) -> list[dict[s
             print(f"{name}: left out, {scan.splitlines()[0]}", file=sys.stderr)
         else:
             peers[name] = scan
-    if bad := wrong(own, width, states):
+    if bad := wrong(own, width, states) | wrong_both(width, states):
         raise SystemExit(f"error: off the float64 result: {bad}; nothing was timed")
     for name, error in wrong(peers, width, states).items():
         print(f"{name}: left out, relative error {error:.1e}", file=sys.stderr)
