@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard mambascope/ops/nati
 demo: $(STAMP)  ## train the coarse-to-fine classifier on the built-in data and write its report
 	$(BIN)/python tools/train_cls.py
 
-test: $(STAMP)  ## run the tests
+test: $(MM_STAMP)  ## run the tests (installs the OpenMMLab stack too)
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)  ## ruff and mypy
