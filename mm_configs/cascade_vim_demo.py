@@ -5,7 +5,7 @@ _base_ = [
     "_base_/schedule_demo.py",
     "_base_/runtime_det.py",
 ]
-default_hooks = dict(checkpoint=dict(interval=750))
+default_hooks = dict(checkpoint=dict(interval=1000))
 model = dict(
     backbone=dict(
         type="VimBackbone",
