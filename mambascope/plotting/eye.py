@@ -14,6 +14,7 @@ from mambascope.evaluation.eye_curves import GlimpseCurve
 from mambascope.plotting import style
 
 _SIZES = ("#7aa6d6", style.COARSE, "#2b5a8c", "#142f4d", "#8a6bbf", style.MUTED)
+_MARKERS = ("*", "D", "s", "^")
 _KINDS = (style.INK, style.DYNAMIC, style.FINE, style.COARSE, "#8a6bbf", "#b58900", style.MUTED, "#c4304b")
 
 
@@ -24,7 +25,6 @@ def plot_glimpse_curves(
     others: Mapping[str, Mapping[str, float]] | None = None,
     stopping: GlimpseCurve | None = None,
     orders: Mapping[str, GlimpseCurve] | None = None,
-    trained: str | None = None,
     title: str = "",
 ) -> Path:
     """Draws accuracy against glimpses.
@@ -32,17 +32,16 @@ def plot_glimpse_curves(
     Args:
         sizes: One curve per image size, by its label.
         path: PNG to write.
-        others: Accuracy (0 to 1) of other models by name and size label, drawn as horizontal lines.
+        others: Accuracy (0 to 1) of other models by name and size label, drawn beside the curves.
         stopping: A curve with early stopping; gets a panel of its own.
         orders: Curves of scan patterns and choices at one size; get a panel of their own.
-        trained: Label of the size that the other models were trained on.
         title: Of the whole figure.
     """
     count = 1 + (stopping is not None) + bool(orders)
     with style.styled():
-        figure = style.new_figure(4.9 * count, 4.0)
+        figure = style.new_figure(4.9 * count, 4.6)
         axes = list(figure.subplots(1, count, squeeze=False)[0])
-        _size_panel(axes.pop(0), sizes, others or {}, trained)
+        _size_panel(axes.pop(0), sizes, others or {})
         if stopping is not None:
             _stop_panel(axes.pop(0), stopping)
         if orders:
@@ -66,28 +65,20 @@ def _glimpse_axis(ax: Axes, length: int) -> None:
     ax.set_ylabel("top-1 accuracy (%)")
 
 
-def _size_panel(
-    ax: Axes, sizes: Mapping[str, GlimpseCurve], others: Mapping[str, Mapping[str, float]], trained: str | None
-) -> None:
+def _size_panel(ax: Axes, sizes: Mapping[str, GlimpseCurve], others: Mapping[str, Mapping[str, float]]) -> None:
     length = max(curve.options.length for curve in sizes.values())
     for (label, curve), colour in zip(sizes.items(), _SIZES, strict=False):
         steps = _steps(curve.options.length)
         ax.plot(steps, 100 * curve.top1[steps - 1], color=colour, label=f"MambaEye {label}")
-        for name, tops in others.items():
-            if label in tops:
-                y = 100 * tops[label]
-                ax.axhline(y, color=colour, lw=1.2, ls=(0, (4, 3)), zorder=1)
-                ax.annotate(
-                    f"{name} {label}",
-                    (0.01, y),
-                    xycoords=("axes fraction", "data"),
-                    fontsize=7.5,
-                    color=colour,
-                    va="bottom",
-                )
+        # other models have no glimpses: they stand beside the curves, in the colour of the size
+        for i, (name, marker) in enumerate(zip(others, _MARKERS, strict=False)):
+            if label in others[name]:
+                ax.plot(length * 1.5 ** (i + 1), 100 * others[name][label], marker, color=colour, ms=9, clip_on=False)
+    for name, marker in zip(others, _MARKERS, strict=False):
+        ax.plot([], [], marker, color=style.MUTED, ms=9, label=name)
     _glimpse_axis(ax, length)
-    ax.set_title("image sizes" + (f" (Vim: trained at {trained})" if trained and others else ""))
-    ax.legend(loc="lower right", fontsize=8)
+    ax.set_title("image sizes")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8)
 
 
 def _stop_panel(ax: Axes, curve: GlimpseCurve) -> None:
@@ -107,7 +98,7 @@ def _stop_panel(ax: Axes, curve: GlimpseCurve) -> None:
     _glimpse_axis(ax, curve.options.length)
     ax.set_xlabel("glimpses used, mean")
     ax.set_title("stopping when sure")
-    ax.legend(loc="lower right", fontsize=8)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=8)
 
 
 def _order_panel(ax: Axes, orders: Mapping[str, GlimpseCurve]) -> None:
@@ -117,7 +108,7 @@ def _order_panel(ax: Axes, orders: Mapping[str, GlimpseCurve]) -> None:
         ax.plot(steps, 100 * curve.top1[steps - 1], color=colour, lw=1.6, label=label)
     _glimpse_axis(ax, length)
     ax.set_title("where to look")
-    ax.legend(loc="lower right", fontsize=7.5)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=8)
 
 
 def _cycle(count: int) -> Sequence[str]:
