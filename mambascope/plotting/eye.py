@@ -121,7 +121,7 @@ def plot_scaling(
     *,
     title: str = "",
 ) -> Path:
-    """Draws time and memory against the number of glimpses, both axes logarithmic.
+    """Draws time and memory against the number of glimpses.
 
     Args:
         series: By name: glimpses, milliseconds per image, and megabytes held.
@@ -139,7 +139,7 @@ def plot_scaling(
             (memory_ax, "MB", "memory that grows with the sequence"),
         ):
             ax.set_xscale("log", base=2)
-            ax.set_yscale("log")
+            ax.set_yscale("log" if ax is time_ax else "linear")  # the memory may be nothing
             ax.set_xlabel("glimpses")
             ax.set_ylabel(label)
             ax.set_title(heading)
