@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mambascope.evaluation.cost import stage_macs
 from mambascope.layers import cls_index, pad_to, remove_cls
-from mambascope.mm.gate import GateHead, gate_confidence
+from mambascope.mm.gate import GateHead
 from mambascope.mm.pyramid import STEPS, SimplePyramid
 from mambascope.models.checkpoint import CheckpointError, load_checkpoint, read_state_dict
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, VimConfig, with_overrides
@@ -326,7 +326,7 @@ class ScopeBackbone(_EncoderBackbone):
         logits = confidence = None
         if self.gate is not None:
             logits = self.gate(coarse.cls)
-            confidence = gate_confidence(logits.detach(), self.gate.confidence)
+            confidence = self.gate.sureness(logits)
         batch, cells = coarse.importance.shape
         exited = self._decide(x, confidence, cells)
         selected = torch.full((batch, num_selected(self.encoder.alpha, cells)), -1, dtype=torch.long, device=x.device)

@@ -6,6 +6,7 @@ CLS output, trained with binary cross-entropy on the classes that are present.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-CONFIDENCES = ("mean_present", "max", "margin")
+CONFIDENCES = ("mean_present", "max", "margin", "entropy")
 
 
 def gate_confidence(logits: Tensor, rule: str = "mean_present") -> Tensor:
@@ -24,7 +25,8 @@ def gate_confidence(logits: Tensor, rule: str = "mean_present") -> Tensor:
         rule: ``mean_present``: mean probability of the classes predicted present (p >= 0.5); if there is none, the
             largest probability. ``max``: the largest probability. ``margin``: the gap between the least likely class
             that is predicted present and the most likely one that is not; 0 if none is present. It is small as soon as
-            a single class is in doubt, where a mean hides it behind the others.
+            a single class is in doubt, where a mean hides it behind the others. ``entropy``: 1 minus the mean entropy
+            of the classes in bits: every class in doubt counts, those thought absent too.
 
     Returns:
         Confidence [B], at least fp32.
@@ -34,7 +36,11 @@ def gate_confidence(logits: Tensor, rule: str = "mean_present") -> Tensor:
     """
     if rule not in CONFIDENCES:
         raise ValueError(f"confidence must be one of {', '.join(CONFIDENCES)}, got {rule!r}")
-    p = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    p = logits.sigmoid()
+    if rule == "entropy":
+        nats = -(p * F.logsigmoid(logits) + (1 - p) * F.logsigmoid(-logits))
+        return 1 - nats.mean(1) / math.log(2)
     largest = p.amax(1)
     if rule == "max":
         return largest
@@ -113,6 +119,8 @@ class GateHead(nn.Module):
         confidence: See :func:`gate_confidence`.
         loss_weight: Weight of the loss.
         prior: Presence that every class starts from; a low one keeps the first steps from being all about the bias.
+        skip_classes: Classes that the confidence leaves out. A class that nearly every image has, such as a background,
+            is always sure to be present and would hide that nothing else is.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -125,6 +133,7 @@ class GateHead(nn.Module):
         confidence: str = "mean_present",
         loss_weight: float = 1.0,
         prior: float = 0.1,
+        skip_classes: Sequence[int] = (),
     ) -> None:
         super().__init__()
         if not isinstance(num_classes, int) or num_classes < 1:
@@ -135,8 +144,15 @@ class GateHead(nn.Module):
             raise ValueError(f"loss_weight of the gate must be >= 0, got {loss_weight}")
         if not 0 < prior < 1:
             raise ValueError(f"prior of the gate must lie in (0, 1), got {prior}")
+        skipped = sorted(set(skip_classes))
+        if skipped and not (skipped[0] >= 0 and skipped[-1] < num_classes and len(skipped) < num_classes):
+            raise ValueError(
+                f"skip_classes of the gate must be some of the classes 0..{num_classes - 1} and leave at least one, "
+                f"got {list(skip_classes)}"
+            )
         self.num_classes = num_classes
         self.confidence = confidence
+        self.kept_classes = [c for c in range(num_classes) if c not in skipped]
         self.loss_weight = loss_weight
         self.fc = nn.Linear(dim, num_classes)
         trunc_normal_(self.fc.weight, std=0.02)
@@ -145,6 +161,13 @@ class GateHead(nn.Module):
     def forward(self, cls: Tensor) -> Tensor:
         """Logits [B, C] of the coarse CLS output [B, d]."""
         return self.fc(cls)
+
+    def sureness(self, logits: Tensor) -> Tensor:
+        """Confidence [B] of logits [B, C], see :func:`gate_confidence`; no gradient."""
+        logits = logits.detach()
+        if len(self.kept_classes) < self.num_classes:
+            logits = logits[:, self.kept_classes]
+        return gate_confidence(logits, self.confidence)
 
     def loss(self, logits: Tensor, presence: Tensor, known: Tensor | None = None) -> Tensor:
         """Weighted binary cross-entropy, the mean over classes and over the images of which something is known.

@@ -1,5 +1,7 @@
 """The gate: confidence, targets and loss."""
 
+import math
+
 import pytest
 import torch
 
@@ -25,8 +27,32 @@ def test_confidence_of_everything_present_and_half_precision():
     rows = logits([0.9, 0.6])
     assert float(gate_confidence(rows, "margin")) == pytest.approx(0.6)
     assert gate_confidence(rows.half()).dtype == torch.float32
-    with pytest.raises(ValueError, match="confidence must be one of mean_present, max, margin"):
+    with pytest.raises(ValueError, match="confidence must be one of mean_present, max, margin, entropy"):
         gate_confidence(rows, "sum")
+
+
+def test_entropy_counts_every_class_in_doubt():
+    rows = logits([0.5, 0.5], [0.5, 1 - 1e-12], [0.25, 0.25])
+    bits = 0.25 * 2 + 0.75 * math.log2(4 / 3)
+    torch.testing.assert_close(gate_confidence(rows, "entropy"), torch.tensor([0, 0.5, 1 - bits], dtype=torch.float64))
+    certain = gate_confidence(torch.tensor([[200.0, -200.0]]), "entropy")
+    assert certain.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("rule", ["mean_present", "max", "margin", "entropy"])
+def test_skipped_classes_do_not_count(rule):
+    head = GateHead(8, 4, confidence=rule, skip_classes=(0, 2))
+    rows = logits([0.99, 0.7, 0.2, 0.4], [0.99, 0.1, 0.97, 0.3])
+    torch.testing.assert_close(head.sureness(rows), gate_confidence(rows[:, [1, 3]], rule))
+    changed = rows.clone()
+    changed[:, [0, 2]] = 0.0
+    torch.testing.assert_close(head.sureness(changed), head.sureness(rows))
+
+
+@pytest.mark.parametrize("skipped", [(4,), (-1,), (0, 1, 2, 3)])
+def test_skipped_classes_must_leave_one(skipped):
+    with pytest.raises(ValueError, match=r"skip_classes of the gate must be some of the classes 0\.\.3 and leave"):
+        GateHead(8, 4, skip_classes=skipped)
 
 
 def test_presence_from_masks_leaves_the_ignored_label_out():
