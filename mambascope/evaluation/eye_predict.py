@@ -24,6 +24,7 @@ from mambascope.evaluation.collect import evaluating
 from mambascope.evaluation.eye_choice import CHOICES, make_chooser
 from mambascope.evaluation.eye_cli import add_glimpse_arguments, canvas, given_options, ready_eye
 from mambascope.evaluation.eye_curves import Chooser, read_glimpses
+from mambascope.evaluation.inference import CommandError
 from mambascope.evaluation.predict_cli import Skipped, Source, find_images, open_output
 from mambascope.models.checkpoint import read_state_dict
 from mambascope.models.eye_exit import answer_when_sure
@@ -201,16 +202,18 @@ def predict_eye(
     for source in sources:
         try:
             picture = open_image(source.path)
-        except BadImageError as error:
-            skipped.add(error)
-            continue
-        try:
             # an image that cannot be placed, or has points outside, is named now and not in the middle of a batch
             placement = options.place(picture)[1]
             if check is not None:
                 check(placement)
         except DataError as error:
-            skipped.add(BadImageError(f"{source.path}: {error}"))
+            named = error if isinstance(error, BadImageError) else BadImageError(f"{source.path}: {error}")
+            try:
+                skipped.add(named)
+            except CommandError:
+                if files:
+                    yield answer()
+                raise
             continue
         files, pictures, number = [*files, source], [*pictures, picture], number + 1
         if len(files) == batch_size:

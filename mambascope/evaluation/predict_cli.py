@@ -128,7 +128,11 @@ def load_batches(
     skipped: Skipped,
     workers: int = 4,
 ) -> Iterator[tuple[Tensor, list[Source]]]:
-    """Decodes images in threads, a few batches ahead; gives images [B, C, H, W] and their files, in order."""
+    """Decodes images in threads, a few batches ahead; gives images [B, C, H, W] and their files, in order.
+
+    Raises:
+        CommandError: At a file that may not be skipped, after the batch of the files before it.
+    """
 
     def decode(source: Source) -> Tensor:
         return transform(open_image(source.path))
@@ -138,8 +142,9 @@ def load_batches(
         images: list[Tensor] = []
         files: list[Source] = []
         feed = iter(sources)
+        stop: CommandError | None = None
         try:
-            while True:
+            while stop is None:
                 for source in itertools.islice(feed, max(0, _AHEAD * batch_size - len(waiting))):
                     waiting.append((source, pool.submit(decode, source)))
                 if not waiting:
@@ -149,12 +154,17 @@ def load_batches(
                     images.append(result.result())
                     files.append(source)
                 except BadImageError as error:
-                    skipped.add(error)
+                    try:
+                        skipped.add(error)
+                    except CommandError as refusal:
+                        stop = refusal
                 if len(files) == batch_size:
                     yield torch.stack(images), files
                     images, files = [], []
             if files:
                 yield torch.stack(images), files
+            if stop is not None:
+                raise stop
         finally:
             for _, result in waiting:
                 result.cancel()
@@ -163,15 +173,25 @@ def load_batches(
 def predict(
     model: VisionMamba, batches: Iterable[tuple[Tensor, list[Source]]], fine_batch_size: int = 64
 ) -> Iterator[tuple[list[Prediction], Tensor, ScopeOutput | None, list[Source]]]:
-    """Answers for batches of images, in order, with what is needed to draw them (no output for a one-stage model)."""
+    """Answers for batches of images, in order, with what is needed to draw them (no output for a one-stage model).
+
+    A :class:`CommandError` of ``batches`` comes after the answers to all batches before it.
+    """
     labels = model.labels
+    stopped: list[CommandError] = []
+
+    def until_stopped() -> Iterator[tuple[Tensor, list[Source]]]:
+        try:
+            yield from batches
+        except CommandError as error:
+            stopped.append(error)  # images that wait for a full fine batch are answered first
 
     def name(index: int) -> str:
         return str(labels[index]) if labels and index < len(labels) else str(index)
 
     if isinstance(model, MambaScope):
         engine = ScopePredictor(model, fine_batch_size=fine_batch_size)
-        for output, (images, files) in engine.stream((images, (images, files)) for images, files in batches):
+        for output, (images, files) in engine.stream((images, (images, files)) for images, files in until_stopped()):
             final, best = confidence(output.logits).tolist(), output.logits.argmax(1).tolist()
             coarse, exited, tokens = output.confidence.tolist(), output.exited.tolist(), output.tokens.tolist()
             rows = [
@@ -181,6 +201,8 @@ def predict(
                 for i, f in enumerate(files)
             ]
             yield rows, images, output, files
+        if stopped:
+            raise stopped[0]
         return
     device = next(model.parameters()).device
     for images, files in batches:

@@ -9,9 +9,21 @@ from torch import Tensor, nn
 from mambascope.ops import linear
 
 
+def image_sides(x: Tensor) -> tuple[int, int]:
+    """Height and width of images [B, C, H, W].
+
+    Raises:
+        ValueError: If there is not a single pixel.
+    """
+    height, width = x.shape[-2:]
+    if height == 0 or width == 0:
+        raise ValueError(f"images must have at least one pixel, got {height} x {width}")
+    return height, width
+
+
 def pad_to(x: Tensor, multiple: int) -> Tensor:
     """Pads images [B, C, H, W] with zeros on the right and at the bottom to multiples of ``multiple`` pixels."""
-    height, width = x.shape[-2:]
+    height, width = image_sides(x)
     pad_h, pad_w = -height % multiple, -width % multiple
     return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
 
@@ -39,7 +51,7 @@ class PatchEmbed(nn.Module):
 
     def pad(self, x: Tensor) -> Tensor:
         """Pads images [B, C, H, W] on the right and at the bottom so that the patches cover them."""
-        rows, cols = self.grid_size(*x.shape[-2:])
+        rows, cols = self.grid_size(*image_sides(x))
         pad_h = (rows - 1) * self.stride + self.patch_size - x.shape[-2]
         pad_w = (cols - 1) * self.stride + self.patch_size - x.shape[-1]
         return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x

@@ -7,13 +7,16 @@ model, or any file of weights that ``pretrained_cfg_overlay=dict(file=...)`` nam
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor
 
-from mambascope.models.checkpoint import fit_tables, read_state_dict
+from mambascope.models.checkpoint import CheckpointError, fit_tables, read_state_dict
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, VimConfig, with_overrides
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
@@ -74,6 +77,31 @@ def _weights_file(variant: str, kwargs: dict[str, Any]) -> str:
     return str(PRETRAINED[variant])
 
 
+def _fitted(
+    state: Mapping[str, Tensor], model: VisionMamba, description: dict[str, Any], base: VimConfig
+) -> dict[str, Tensor]:
+    """The weights with position tables on the model's grids; timm itself adapts the classifier and the first layer.
+
+    Raises:
+        CheckpointError: If the model was asked for with another structure than the weights have.
+    """
+    fitted = {**state, **fit_tables(state, model, description)}
+    own = model.state_dict()
+    adapted = ("head.", "patch_embed.proj.weight")
+    wrong = [
+        key
+        for key in sorted(own.keys() | fitted.keys())
+        if not key.startswith(adapted) and (key not in own or key not in fitted or own[key].shape != fitted[key].shape)
+    ]
+    if wrong:
+        changed = [f.name for f in fields(base) if getattr(base, f.name) != getattr(model.config, f.name)]
+        raise CheckpointError(
+            f"pretrained weights do not fit a model with another {', '.join(changed) or 'structure'} "
+            f"({len(wrong)} parameters differ, e.g. {wrong[0]}); leave that as it is, or start without pretrained=True"
+        )
+    return fitted
+
+
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
     scope = variant in SCOPE_CONFIGS
     base: VimConfig = SCOPE_CONFIGS[variant] if scope else VIM_CONFIGS[variant]
@@ -88,7 +116,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
         loading["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), **source}
         loading["pretrained_cfg_overlay"]["file"] = file
         # timm's own reader would keep the names of compiled or wrapped models
-        loading["pretrained_filter_fn"] = lambda _, model: {**state, **fit_tables(state, model, description)}
+        loading["pretrained_filter_fn"] = lambda _, model: _fitted(state, model, description, base)
     config = with_overrides(base, {k: v for k, v in kwargs.items() if k not in _TIMM_ONLY})
     rest = {k: v for k, v in kwargs.items() if k in _TIMM_ONLY}
     # four maps, evenly spaced, as the dense heads of ViT-like backbones expect

@@ -430,6 +430,13 @@ def test_bad_images_are_named(checkpoint, data, tmp_path, capsys):
     assert status == 0
     assert len(out.splitlines()) == 7
     assert "1 unreadable files skipped" in err
+    (data / "val" / "zoo").mkdir()
+    (data / "val" / "zoo" / "broken.png").write_bytes(b"no image")
+    (data / "val" / "bee" / "broken.png").unlink()
+    status, out, err = run(predict_cli.main, capsys, checkpoint, data, "--batch-size", 4)
+    assert status == 1
+    assert "broken.png" in err
+    assert len(out.splitlines()) == 7  # the answers to the images before it are not lost
 
 
 def test_the_real_tools(checkpoint, data, tmp_path):

@@ -142,11 +142,15 @@ def test_every_kind_of_image_works(checkpoint, tmp_path, capsys):
 
 def test_bad_files_are_named_and_skipped_only_when_asked(checkpoint, folder, tmp_path, capsys):
     (folder / "class 1" / "broken.png").write_bytes((folder / "class 1" / "1.png").read_bytes()[:200])
-    status, _, err = run(capsys, checkpoint, folder)
+    status, out, err = run(capsys, checkpoint, folder, "--format", "csv")
     assert status == 1
     assert "broken.png" in err
     assert "--skip-bad" in err
     assert err.count("\n") == 1
+    names = [Path(line.split(",")[0]).relative_to(folder).as_posix() for line in out.splitlines()[1:]]
+    everything = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("[0-9b]*.png"))
+    assert names == everything[: everything.index("class 1/broken.png")]  # nothing that was read before is lost
+    assert names
     target = tmp_path / "out.jsonl"
     status, _, err = run(capsys, checkpoint, folder, "--skip-bad", "--format", "jsonl", "--output", target)
     assert status == 0

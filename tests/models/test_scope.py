@@ -266,6 +266,14 @@ def test_wrong_channels_are_named():
         scope().forward_scope(torch.randn(1, 1, 48, 48))
 
 
+@pytest.mark.parametrize("size", [(0, 48), (48, 0)])
+def test_images_without_a_pixel_are_named(size):
+    model, vim = scope(), VisionMamba(img_size=48, patch_size=8, embed_dim=16, depth=1)
+    for call in (model, lambda x: model.forward_scope(x, 0.5), vim):
+        with pytest.raises(ValueError, match=f"images must have at least one pixel, got {size[0]} x {size[1]}"):
+            call(torch.randn(1, 3, *size))
+
+
 @torch.no_grad()
 def test_alpha_zero_holds_in_both_stages_too():
     model = scope(alpha=0.0)

@@ -72,6 +72,20 @@ def test_timm_pretrained_is_the_same_model_and_adapts():
     assert torch.allclose(maps[-1], model.forward_intermediates(x)[1][-1], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 4}, r"another depth \(\d+ parameters differ, e\.g\. layers\.4"),
+        ({"embed_dim": 64, "num_classes": 3}, "another num_classes, embed_dim|another embed_dim"),
+        ({"reuse": "linear"}, "another reuse"),
+    ],
+)
+def test_pretrained_weights_of_another_structure_are_refused_in_one_line(options, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        timm.create_model(NANO, pretrained=True, **options)
+    assert "\n" not in str(caught.value)
+
+
 def test_timm_loads_files_of_ours_for_any_entry(tmp_path):
     saved = timm.create_model("mambascope_tiny_patch16_224", depth=2, embed_dim=32, num_classes=4, fine_cls="last")
     save_safetensors(saved, tmp_path / "own.safetensors", {"labels": list("abcd")})
