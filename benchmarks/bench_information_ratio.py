@@ -1,6 +1,6 @@
 """Time of the information ratio against painting patch after patch, after checking that both are bit-equal.
 
-python benchmarks/bench_information_ratio.py --output benchmarks/information_ratio.csv
+python benchmarks/bench_information_ratio.py --output benchmarks/results/mambaeye/information_ratio.csv
 """
 
 from __future__ import annotations

@@ -101,7 +101,6 @@ def test_measured_modes_and_shares(tiny_scope, images, eta):
     assert 0 < timings[2].share_refined < 1
     assert timings[3].share_refined == 0.0
     assert all(0 < t.ms_low <= t.ms <= t.ms_high for t in timings)
-    assert timings[0].ms < timings[1].ms  # one pass is faster than two
     assert timings[0].images_per_s == pytest.approx(1e3 / timings[0].ms)
 
 

@@ -3,6 +3,7 @@
 import csv
 import errno
 import os
+import sys
 
 import pytest
 import torch
@@ -246,14 +247,12 @@ def test_resumed_log_continues_at_its_checkpoint(tmp_path):
     ]
 
 
-def test_loggers_by_name(tmp_path):
+def test_loggers_by_name(tmp_path, monkeypatch):
     names = [type(x).__name__ for x in make_loggers(RunArgs(loggers=["tensorboard", "csv"]), tmp_path)]
     assert names == ["ContinuingCSVLogger", "TensorBoardLogger"]
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        with pytest.raises(ValueError, match=r"'wandb', which is not installed: pip install 'mambascope\[wandb\]'"):
-            make_loggers(RunArgs(loggers=["wandb"]), tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=r"'wandb', which is not installed: pip install 'mambascope\[wandb\]'"):
+        make_loggers(RunArgs(loggers=["wandb"]), tmp_path)
 
 
 @pytest.mark.parametrize(
