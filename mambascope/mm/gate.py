@@ -144,8 +144,8 @@ class GateHead(nn.Module):
             raise ValueError(f"loss_weight of the gate must be >= 0, got {loss_weight}")
         if not 0 < prior < 1:
             raise ValueError(f"prior of the gate must lie in (0, 1), got {prior}")
-        skipped = sorted(set(skip_classes))
-        if skipped and not (skipped[0] >= 0 and skipped[-1] < num_classes and len(skipped) < num_classes):
+        skipped = set(skip_classes)
+        if not skipped < set(range(num_classes)):
             raise ValueError(
                 f"skip_classes of the gate must be some of the classes 0..{num_classes - 1} and leave at least one, "
                 f"got {list(skip_classes)}"

@@ -49,7 +49,7 @@ def test_skipped_classes_do_not_count(rule):
     torch.testing.assert_close(head.sureness(changed), head.sureness(rows))
 
 
-@pytest.mark.parametrize("skipped", [(4,), (-1,), (0, 1, 2, 3)])
+@pytest.mark.parametrize("skipped", [(4,), (-1,), (0, 1, 2, 3), "[0]"])
 def test_skipped_classes_must_leave_one(skipped):
     with pytest.raises(ValueError, match=r"skip_classes of the gate must be some of the classes 0\.\.3 and leave"):
         GateHead(8, 4, skip_classes=skipped)
