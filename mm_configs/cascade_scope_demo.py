@@ -1,10 +1,10 @@
 _base_ = [
     "_base_/cascade_demo.py",
     "_base_/digits_det.py",
-    "_base_/schedule_demo.py",
+    "_base_/schedule_demo_det.py",
     "_base_/runtime_det.py",
 ]
-default_hooks = dict(checkpoint=dict(interval=1000))
+default_hooks = dict(checkpoint=dict(interval=800))
 model = dict(
     type="ScopeCascadeRCNN",
     backbone=dict(
@@ -14,8 +14,9 @@ model = dict(
         img_size=64,
         out_channels=64,
         readout=True,  # the classifier it starts from keeps the class in CLS
-        gate=dict(num_classes=10, confidence="mean_present"),
-        threshold=0.8,
+        gate=dict(num_classes=10, confidence="entropy"),
+        threshold=0.5,
+        coarse_resize="learned",
         exit_prob=0.5,  # both kinds of features learn equally fast in the few minutes
         init_cfg=dict(type="Pretrained", checkpoint="scopedigits"),
     ),

@@ -2,10 +2,10 @@
 _base_ = [
     "_base_/cascade_demo.py",
     "_base_/digits_det.py",
-    "_base_/schedule_demo.py",
+    "_base_/schedule_demo_det.py",
     "_base_/runtime_det.py",
 ]
-default_hooks = dict(checkpoint=dict(interval=1000))
+default_hooks = dict(checkpoint=dict(interval=800))
 model = dict(
     backbone=dict(
         type="VimBackbone",

@@ -14,8 +14,9 @@ model = dict(
         img_size=64,
         out_channels=64,
         readout=True,  # the classifier it starts from keeps the class in CLS
-        gate=dict(num_classes=11, confidence="mean_present"),
-        threshold=0.8,
+        gate=dict(num_classes=11, confidence="entropy", skip_classes=(0,)),  # every image has the background
+        threshold=0.5,
+        coarse_resize="learned",
         exit_prob=0.5,  # both kinds of features learn equally fast in the few minutes
         init_cfg=dict(type="Pretrained", checkpoint="scopedigits"),
     ),

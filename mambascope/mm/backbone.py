@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,6 +274,10 @@ class ScopeBackbone(_EncoderBackbone):
             for no gate.
         threshold: Confidence at which the coarse features are kept; ``<= 0`` always, ``>= 1`` never.
         exit_prob: Share of training images that exit, in [0, 1].
+        coarse_resize: How coarse tokens come to the fine grid: ``bilinear`` (copied in cells that are not re-read), or
+            ``learned``: to that, and to the fine tokens, a linear map of the coarse token for each of its four places
+            is added, zero at the start. Blends and copies cannot say where in its cell an edge runs; with the map a
+            token can.
         **kwargs: As for :class:`VimBackbone`; ``arch_options`` takes fields of
             :class:`~mambascope.models.configs.ScopeConfig`, e.g. ``alpha``.
 
@@ -291,9 +295,18 @@ class ScopeBackbone(_EncoderBackbone):
         gate: dict | None = None,
         threshold: float = 0.8,
         exit_prob: float = 0.25,
+        coarse_resize: str = "bilinear",
         **kwargs: Any,
     ) -> None:
         super().__init__(arch, **kwargs)
+        if coarse_resize not in ("bilinear", "learned"):
+            raise ValueError(f"coarse_resize must be bilinear or learned, got {coarse_resize!r}")
+        dim = self.encoder.embed_dim
+        self.coarse_up = None
+        if coarse_resize == "learned":
+            self.coarse_up = nn.ModuleList(nn.ConvTranspose2d(dim, dim, 2, 2, bias=False) for _ in STEPS)
+            for up in self.coarse_up:
+                nn.init.zeros_(up.weight)
         if not 0 <= exit_prob <= 1:
             raise ValueError(f"exit_prob must lie in [0, 1], got {exit_prob!r}")
         self.gate = None if gate is None else GateHead(self.encoder.embed_dim, **gate)
@@ -336,7 +349,7 @@ class ScopeBackbone(_EncoderBackbone):
         elif refined.numel() == 0:
             maps, cls = self._coarse_maps(coarse)
             if self.training:
-                maps[0] = maps[0] + self._unused(maps[0])
+                maps[0] = maps[0] + _zero(self._fine_parameters(), maps[0])
         else:
             stayed = exited.nonzero().squeeze(1)
             fine, cells_read = self._fine_maps(x.index_select(0, refined), coarse.index_select(refined))
@@ -350,31 +363,55 @@ class ScopeBackbone(_EncoderBackbone):
         levels = self._levels(maps, cls, height, width)
         return ScopeFeatures(levels, logits, confidence, exited, coarse.importance, selected, coarse.grid)
 
+    def _coarse_grids(self, coarse: CoarseState) -> list[Tensor]:
+        """Coarse tokens as maps [B, d, h/2, w/2]."""
+        position = self.encoder.config.cls_position
+        return [remove_cls(t, position).transpose(1, 2).unflatten(2, coarse.grid) for t in coarse.taken]
+
+    def _with_places(self, maps: list[Tensor], grids: Sequence[Tensor]) -> list[Tensor]:
+        """Adds to maps [B, d, h, w] what the coarse tokens say about each of their four places, if that is learned."""
+        if self.coarse_up is None:
+            return maps
+        return [m + up(grid) for m, up, grid in zip(maps, self.coarse_up, grids, strict=True)]
+
     def _coarse_maps(self, coarse: CoarseState) -> tuple[list[Tensor], list[Tensor]]:
         """Coarse tokens resized to the fine grid [B, d, h, w], and CLS outputs [B, d]."""
-        position = self.encoder.config.cls_position
-        maps = (remove_cls(t, position).transpose(1, 2).unflatten(2, coarse.grid) for t in coarse.taken)
-        at = cls_index(coarse.tokens.shape[1], position)
-        resized = [F.interpolate(m, scale_factor=2, mode="bilinear", align_corners=False) for m in maps]
-        return resized, [t[:, at] for t in coarse.taken]
+        grids = self._coarse_grids(coarse)
+        at = cls_index(coarse.tokens.shape[1], self.encoder.config.cls_position)
+        resized = [F.interpolate(g, scale_factor=2, mode="bilinear", align_corners=False) for g in grids]
+        return self._with_places(resized, grids), [t[:, at] for t in coarse.taken]
 
     def _fine_maps(self, x: Tensor, coarse: CoarseState) -> tuple[tuple[list[Tensor], list[Tensor]], Tensor]:
         """Fine tokens on the fine grid [B, d, h, w] with CLS outputs [B, d], and the cells that were re-read [B, k]."""
         fine = self.encoder.forward_fine(x, coarse, take=self.out_indices)
         at = cls_index(fine.length - 1, self.encoder.config.fine_cls)
         maps = [self.encoder.fine_map(t, fine, coarse.grid) for t in fine.taken]
-        return (maps, [t[:, at] for t in fine.taken]), fine.selected
+        return (self._with_places(maps, self._coarse_grids(coarse)), [t[:, at] for t in fine.taken]), fine.selected
 
-    def _unused(self, like: Tensor) -> Tensor:
-        """Zero that depends on what only the fine pass uses: DDP wants a gradient for every parameter in every step."""
-        own = [self.encoder.pos_embed, *(self.encoder.reuse.parameters() if self.encoder.reuse is not None else ())]
-        return sum((0.0 * p.sum() for p in own), like.new_zeros(()))
+    def _fine_parameters(self) -> list[Tensor]:
+        """What only the fine pass uses."""
+        return [self.encoder.pos_embed, *(self.encoder.reuse.parameters() if self.encoder.reuse is not None else ())]
+
+    def cost(self, height: int, width: int, convention: str = "both_directions") -> tuple[float, float]:
+        """As :meth:`_EncoderBackbone.cost`, with the learned resize of an image that exits."""
+        exit_cost, refined_cost = super().cost(height, width, convention)
+        if self.coarse_up is not None:
+            cells = -(-height // (2 * self.encoder.config.patch_size)) * -(
+                -width // (2 * self.encoder.config.patch_size)
+            )
+            exit_cost += len(STEPS) * 4 * cells * self.encoder.embed_dim**2 / 1e9
+        return exit_cost, refined_cost
 
     def image_gflops(self, features: ScopeFeatures, height: int, width: int) -> dict[str, list[float]]:
         """Backbone GFLOPs of every image of a batch, per convention of :meth:`cost`."""
         left = features.exited.tolist()
         both = {c: self.cost(height, width, c) for c in ("one_direction", "both_directions")}
         return {c: [cost[0] if out else cost[1] for out in left] for c, cost in both.items()}
+
+
+def _zero(parameters: Iterable[Tensor], like: Tensor) -> Tensor:
+    """Zero that depends on parameters a batch did not need: DDP wants a gradient for every one in every step."""
+    return sum((0.0 * p.sum() for p in parameters), like.new_zeros(()))
 
 
 def check_gate(backbone: Any, num_classes: int) -> ScopeBackbone:

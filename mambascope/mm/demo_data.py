@@ -18,10 +18,10 @@ from mambascope.data.export_scopedigits import MARKER, export
 SIZE, TRAIN, VAL = 64, 6000, 500
 SCENES: dict[str, Any] = {
     "easy_share": 0.5,
-    "scene_size": (0.55, 0.85),
-    "hard_size": (0.21, 0.29),
-    "scene_large": (0, 1),
-    "scene_small": (1, 2),
+    "scene_size": (0.6, 0.85),
+    "hard_size": (0.17, 0.22),
+    "scene_large": (0, 0),
+    "scene_small": (7, 10),
     "contrast": (0.5, 0.8),
     "clutter": (0, 1),
     "texture": 0.12,

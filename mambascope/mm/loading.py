@@ -97,7 +97,7 @@ def plain_config(cfg: Config) -> Config:
     backbone = plain.model.backbone
     backbone.type = "VimBackbone"
     backbone.arch = backbone.arch.replace("mambascope_", "vim_")
-    for name in ("gate", "threshold", "exit_prob", "init_cfg"):
+    for name in ("gate", "threshold", "exit_prob", "coarse_resize", "init_cfg"):
         backbone.pop(name, None)
     known = VimBackbone.archs[backbone.arch].__dataclass_fields__
     backbone.arch_options = {k: v for k, v in (backbone.get("arch_options") or {}).items() if k in known}

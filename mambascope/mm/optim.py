@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,11 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
             raise ValueError(f"layer_decay_rate must lie in (0, 1], got {rate!r}")
         if self.base_lr is None:
             raise ValueError("optimizer must give lr: layer-wise rates are multiples of it")
-        self.paramwise_cfg = {"layer_decay_rate": rate, "lr_mult": self.paramwise_cfg.get("lr_mult", {})}
+        factors = self.paramwise_cfg.get("lr_mult", {})
+        numbers = isinstance(factors, Mapping) and all(isinstance(v, (int, float)) and v >= 0 for v in factors.values())
+        if not numbers:
+            raise ValueError(f"lr_mult must be a dict of names and factors >= 0, got {factors!r}")
+        self.paramwise_cfg = {"layer_decay_rate": rate, "lr_mult": factors}
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", is_dcn_module: Any = None) -> None:
         """Appends one group per learning rate and weight decay to ``params``."""

@@ -103,9 +103,11 @@ def _stop_panel(ax: Axes, curve: GlimpseCurve) -> None:
 
 def _order_panel(ax: Axes, orders: Mapping[str, GlimpseCurve]) -> None:
     length = max(curve.options.length for curve in orders.values())
-    for (label, curve), colour in zip(orders.items(), _cycle(len(orders)), strict=True):
+    for i, (label, curve) in enumerate(orders.items()):
         steps = _steps(curve.options.length)
-        ax.plot(steps, 100 * curve.top1[steps - 1], color=colour, lw=1.6, label=label)
+        turn, kind = divmod(i, len(_KINDS))
+        dashes = ("-", (0, (4, 1.5)), (0, (1, 1.2)))[min(turn, 2)]  # when the colours come round again
+        ax.plot(steps, 100 * curve.top1[steps - 1], color=_KINDS[kind], ls=dashes, lw=1.6, label=label)
     _glimpse_axis(ax, length)
     ax.set_title("where to look")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=8)

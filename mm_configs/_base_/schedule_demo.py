@@ -3,7 +3,7 @@ optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
     constructor="LayerDecayConstructor",
-    paramwise_cfg=dict(layer_decay_rate=0.9, lr_mult={"backbone.encoder": 0.5}),
+    paramwise_cfg=dict(layer_decay_rate=0.9),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [

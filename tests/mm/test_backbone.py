@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mambascope.evaluation.cost import skipped_macs
+from mambascope.layers import remove_cls
 from mambascope.mm import ScopeBackbone, VimBackbone
 from mambascope.mm.backbone import default_indices
 from mambascope.models import save_safetensors
@@ -131,9 +132,40 @@ def test_unrefined_cells_get_their_coarse_token_four_times():
         assert same == (cell in others)
 
 
+@torch.no_grad()
+def test_learned_resize_starts_as_bilinear_and_gives_every_place_its_own_map():
+    torch.manual_seed(0)
+    plain, learned = scope(threshold=0.0).eval(), scope(threshold=0.0, coarse_resize="learned").eval()
+    missing = learned.load_state_dict(plain.state_dict(), strict=False)
+    assert all(k.startswith("coarse_up.") for k in missing.missing_keys)
+    x = torch.randn(2, 3, 64, 64)
+    for threshold in (0.0, 1.0):
+        plain.threshold = learned.threshold = threshold
+        for a, b in zip(plain(x), learned(x), strict=True):
+            assert torch.equal(a, b)
+    for up in learned.coarse_up:
+        torch.nn.init.normal_(up.weight)
+    taken = learned.encoder.forward_coarse(x, take=learned.out_indices)
+    (maps, _), (bilinear, _) = learned._coarse_maps(taken), plain._coarse_maps(taken)
+    for level, tokens in enumerate(taken.taken):
+        token = remove_cls(tokens, "middle").unflatten(1, taken.grid)[1, 2, 3]  # second image, third row, fourth column
+        for row in (0, 1):
+            for col in (0, 1):
+                own = token @ learned.coarse_up[level].weight[:, :, row, col]
+                expected = bilinear[level][1, :, 4 + row, 6 + col] + own
+                torch.testing.assert_close(maps[level][1, :, 4 + row, 6 + col], expected, rtol=1e-4, atol=1e-4)
+    (refined, _), _ = learned._fine_maps(x, taken)
+    (copied, _), _ = plain._fine_maps(x, taken)
+    for level in range(4):
+        torch.testing.assert_close(refined[level] - copied[level], maps[level] - bilinear[level], rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="coarse_resize must be bilinear or learned, got 'nearest'"):
+        scope(coarse_resize="nearest")
+
+
+@pytest.mark.parametrize("coarse_resize", ["bilinear", "learned"])
 @pytest.mark.parametrize("exit_prob", [0.0, 0.5, 1.0])
-def test_every_parameter_learns_in_every_step(exit_prob):
-    model = scope(exit_prob=exit_prob).train()
+def test_every_parameter_learns_in_every_step(exit_prob, coarse_resize):
+    model = scope(exit_prob=exit_prob, coarse_resize=coarse_resize).train()
     torch.manual_seed(3)
     features = model.forward_scope(torch.randn(4, 3, 64, 64))
     assert float(features.exited.float().mean()) == exit_prob
@@ -182,6 +214,11 @@ def test_cost_equals_the_counted_operations():
     plain = vim(out_channels=24, readout=True).eval()
     assert count_macs(plain, x) == round(plain.cost(*size)[0] * 1e9)
     assert plain.cost(*size)[0] == plain.cost(*size)[1]
+    learned = scope(out_channels=24, coarse_resize="learned", threshold=0.0).eval()
+    assert count_macs(learned, x) == round(learned.cost(*size)[0] * 1e9) + learned.encoder.embed_dim * 5
+    learned.threshold = 1.0
+    rest = learned.encoder.embed_dim * 5 - skipped_macs(learned.encoder.config, size)
+    assert count_macs(learned, x) == round(learned.cost(*size)[1] * 1e9) + rest
     model = scope(out_channels=24).eval()
     gate = model.encoder.embed_dim * 5
     exits, refined = (round(v * 1e9) for v in model.cost(*size))
