@@ -25,7 +25,7 @@ from mambascope.evaluation.cost import stage_macs
 from mambascope.evaluation.eval_data import run_config, run_data
 from mambascope.models.checkpoint import atomic_path
 from mambascope.models.configs import ScopeConfig, with_overrides
-from mambascope.models.exit import confidence, exit_mask
+from mambascope.models.exit import exit_mask
 from mambascope.models.scope import MambaScope
 
 SELECTIONS = ("importance", "random", "least")
@@ -237,7 +237,7 @@ def evaluate(
                 coarse.importance = _choose(coarse.importance, selection, generator)
                 fine = model.forward_fine(x, coarse).logits.argmax(1) == y
                 first = coarse.logits.argmax(1) == y
-                exited = exit_mask(confidence(coarse.logits), model.threshold)
+                exited = exit_mask(model.confidence(coarse.logits), model.threshold)
                 dynamic = torch.where(exited, first, fine)
                 totals += torch.stack([v.sum() for v in (fine, first, dynamic, ~exited)]).cpu()
                 count += len(labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,11 +75,14 @@ def stage_logits(model: nn.Module, images: Tensor, alpha: float | None = None) -
     return logits, logits
 
 
-def _stage(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _stage(
+    logits: Tensor, labels: Tensor, sure: Callable[[Tensor], Tensor] = confidence
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Confidence by `sure`, predicted class and top-5 hit of one stage."""
     logits = logits.float()
     own = logits.gather(1, labels.unsqueeze(1))
     top5 = (logits > own).sum(1) < 5
-    return confidence(logits).double().cpu().numpy(), logits.argmax(1).cpu().numpy(), top5.cpu().numpy()
+    return sure(logits).double().cpu().numpy(), logits.argmax(1).cpu().numpy(), top5.cpu().numpy()
 
 
 def collect(
@@ -110,6 +113,7 @@ def collect(
             or inf.
     """
     device = model_device(model)
+    gate = model.confidence if isinstance(model, MambaScope) else confidence
     rng = np.random.default_rng(seed)
     parts: list[StageRecord] = []
     sample: list[tuple[int, Tensor, int]] = []
@@ -127,7 +131,7 @@ def collect(
             if not (bool(coarse.isfinite().all()) and bool(fine.isfinite().all())):
                 raise ValueError(f"the model returned NaN or inf for an image among {seen}..{seen + len(labels) - 1}")
             y = labels.to(device).long()
-            (c_conf, c_pred, c_top5), (f_conf, f_pred, f_top5) = _stage(coarse, y), _stage(fine, y)
+            (c_conf, c_pred, c_top5), (f_conf, f_pred, f_top5) = _stage(coarse, y, gate), _stage(fine, y)
             parts.append(StageRecord(y.cpu().numpy(), c_conf, c_pred, c_top5, f_conf, f_pred, f_top5))
             _reservoir(sample, images, labels, seen, keep, rng)
             seen += len(labels)

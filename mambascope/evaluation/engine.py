@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mambascope.evaluation.collect import evaluating, model_device
 from mambascope.models.configs import share
-from mambascope.models.exit import check_threshold, confidence, exit_mask
+from mambascope.models.exit import check_threshold, exit_mask
 from mambascope.models.scope import CoarseState, MambaScope, ScopeOutput
 from mambascope.models.selection import num_selected
 
@@ -147,7 +147,7 @@ class ScopePredictor:
         coarse = self.model.forward_coarse(images)
         batch, cells = coarse.importance.shape
         chosen = num_selected(self.alpha, cells)
-        conf = confidence(coarse.logits)
+        conf = self.model.confidence(coarse.logits)
         exited = exit_mask(conf, self.threshold if chosen else 0.0)
         output = ScopeOutput(
             logits=coarse.logits.clone(),

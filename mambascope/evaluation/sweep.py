@@ -22,7 +22,8 @@ class StageRecord:
 
     Attributes:
         labels: [N] int64.
-        confidence, fine_confidence: largest probability of the coarse and of the fine stage [N], float64.
+        confidence: of the coarse stage, as the exit threshold is compared with it [N], float64.
+        fine_confidence: largest probability of the fine stage [N], float64.
         coarse_pred, fine_pred: predicted classes [N] int64.
         coarse_top5, fine_top5: whether the label is among the five most likely classes [N] bool.
     """

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from mambascope.layers.mixer import ScoreOptions
 from mambascope.layers.pos_embed import CLS_POSITIONS
 from mambascope.layers.reuse import REUSE_KINDS
-from mambascope.models.exit import as_number, check_threshold
+from mambascope.models.exit import CONFIDENCES, as_number, check_temperature, check_threshold
 from mambascope.ops import check_backend
 
 GLOBAL_POOLS = ("token", "avg", "")
@@ -138,6 +138,10 @@ class ScopeConfig(VimConfig):
         alpha: Share of coarse cells that the fine stage re-reads (section 3.3). 0 is the coarse model alone.
         beta: Momentum of the importance average over layers (eq. 12, Table 6).
         threshold: Confidence eta at which the coarse answer is accepted. ``<= 0`` always, ``>= 1`` never.
+        confidence: What the threshold is compared with: the largest coarse probability (``max``, the paper's), the
+            ``margin`` between the two largest, or 1 less the normalised ``entropy``.
+        temperature: Divides the coarse logits before their confidence is taken; 1 leaves them. One scalar that is
+            fitted on held-out images after training (:func:`mambascope.evaluation.calibration.fit_temperature`).
         score_metric: Token importance: ``max``, ``l2``, ``mean``, ``clip``, ``softplus`` or ``topk`` (Table 4).
         score_topk: Channels averaged by ``topk``.
         score_source: SSM output ``pre_gate`` or ``post_gate``.
@@ -159,6 +163,8 @@ class ScopeConfig(VimConfig):
     alpha: float = 0.7
     beta: float = 0.99
     threshold: float = 0.8
+    confidence: str = "max"
+    temperature: float = 1.0
     score_metric: str = "max"
     score_topk: int = 16
     score_source: str = "pre_gate"
@@ -185,6 +191,8 @@ class ScopeConfig(VimConfig):
         object.__setattr__(self, "alpha", share("alpha", self.alpha))
         object.__setattr__(self, "beta", share("beta", self.beta, below_one=True))
         object.__setattr__(self, "threshold", check_threshold(self.threshold))
+        _choice("confidence", self.confidence, CONFIDENCES)
+        object.__setattr__(self, "temperature", check_temperature(self.temperature))
         _positive("score_topk", self.score_topk)
         _ = self.score  # checks the metric, source and direction
         if self.score_layers is not None:

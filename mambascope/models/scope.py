@@ -91,7 +91,8 @@ class ScopeOutput:
     Attributes:
         logits: Final logits [B, C]: coarse where the image exited, fine elsewhere.
         coarse_logits: [B, C].
-        confidence: Largest coarse probability [B].
+        confidence: What the threshold is compared with [B]: the largest coarse probability, or what
+            ``config.confidence`` names.
         exited: Whether the coarse answer was accepted [B], bool.
         importance: Importance of each coarse cell [B, M].
         selected: Re-read cells [B, k]; rows of -1 for images that exited.
@@ -117,6 +118,7 @@ class MambaScope(VisionMamba):
     Attributes:
         alpha: Share of cells to re-read; may be changed at any time.
         threshold: Confidence at which the coarse answer is accepted; may be changed at any time.
+        temperature: Divides the coarse logits before their confidence is taken; may be changed at any time.
         fine_calls: Images that went through the fine stage since it was last set to 0.
     """
 
@@ -128,6 +130,7 @@ class MambaScope(VisionMamba):
         config = self.config
         self.alpha = config.alpha
         self.threshold = config.threshold
+        self.temperature = config.temperature
         self.fine_calls = 0
         self.pos_embed_coarse: nn.Parameter | None = None
         if config.coarse_pos == "own":
@@ -243,6 +246,10 @@ class MambaScope(VisionMamba):
             return StageLogits(coarse.logits, coarse.logits)  # alpha = 0 is the coarse model alone
         return StageLogits(coarse.logits, self.forward_fine(x, coarse, alpha).logits)
 
+    def confidence(self, logits: Tensor) -> Tensor:
+        """Confidence [B] of coarse logits [B, C] that the exit threshold is compared with."""
+        return confidence(logits, self.config.confidence, self.temperature)
+
     def forward_scope(self, x: Tensor, threshold: float | None = None, alpha: float | None = None) -> ScopeOutput:
         """Dynamic inference: the fine stage runs on the images whose coarse confidence is below the threshold only.
 
@@ -259,7 +266,7 @@ class MambaScope(VisionMamba):
         alpha = self.alpha if alpha is None else alpha
         coarse = self.forward_coarse(x)
         batch, cells = coarse.importance.shape
-        conf = confidence(coarse.logits)
+        conf = self.confidence(coarse.logits)
         chosen = num_selected(alpha, cells)
         exited = exit_mask(conf, threshold if chosen else 0.0)
         selected = torch.full((batch, chosen), -1, dtype=torch.long, device=x.device)

@@ -18,7 +18,7 @@ import mambascope  # noqa: F401  (registers the timm entries)
 from mambascope.evaluation.cost import CONVENTIONS, stage_macs
 from mambascope.losses import ClassificationLoss, ScopeLoss
 from mambascope.models import SCOPE_CONFIGS, VIM_CONFIGS, MambaScope, VisionMamba, load_checkpoint
-from mambascope.models.exit import confidence, exit_mask
+from mambascope.models.exit import exit_mask
 from mambascope.models.selection import num_selected
 from mambascope.training.args import LossArgs, MixArgs, ModelArgs, OptimizerArgs, ScheduleArgs
 from mambascope.training.base import TrainModule, is_main_process
@@ -188,7 +188,7 @@ class ClassifierModule(TrainModule):
         coarse, fine = both.coarse.float(), both.fine.float()
         self._update("coarse_loss", F.cross_entropy(coarse, y, reduction="none"))
         self._update("fine_loss", F.cross_entropy(fine, y, reduction="none"))
-        conf = confidence(coarse)
+        conf = self.model.confidence(coarse)
         # alpha = 0 selects nothing, so that every coarse answer stands, as in forward_scope
         selects = num_selected(self.model.config.alpha, self._cells()) > 0
         exited = exit_mask(conf, self.model.threshold if selects else 0.0)
