@@ -225,7 +225,7 @@ def evaluate(
     before, alpha = model.config, model.alpha
     generator = torch.Generator().manual_seed(seed)
     device = model_device(model)
-    totals = torch.zeros(4, dtype=torch.int64)
+    totals = torch.zeros(5, dtype=torch.int64)
     count = 0
     try:
         model.config = with_overrides(before, {"alpha": alpha, **overrides})
@@ -235,25 +235,26 @@ def evaluate(
                 x, y = images.to(device), labels.to(device)
                 coarse = model.forward_coarse(x)
                 coarse.importance = _choose(coarse.importance, selection, generator)
-                fine = model.forward_fine(x, coarse).logits.argmax(1) == y
+                refined = model.forward_refined(x, coarse)
+                fine = refined.logits.argmax(1) == y
                 first = coarse.logits.argmax(1) == y
                 exited = exit_mask(model.confidence(coarse.logits), model.threshold)
                 dynamic = torch.where(exited, first, fine)
-                totals += torch.stack([v.sum() for v in (fine, first, dynamic, ~exited)]).cpu()
+                totals += torch.stack([v.sum() for v in (fine, first, dynamic, ~exited, refined.cells)]).cpu()
                 count += len(labels)
         cost = stage_macs(model.config, convention="both_directions")
     finally:
         model.config, model.alpha = before, alpha
     if not count:
         raise DataError("there are no images to evaluate on")
-    top1_fine, top1_coarse, top1_dynamic, refined = (float(v) / count for v in totals)
+    top1_fine, top1_coarse, top1_dynamic, share_refined, cells = (float(v) / count for v in totals)
     return {
         "images": count,
         "top1_fine": top1_fine,
         "top1_coarse": top1_coarse,
         "top1_dynamic": top1_dynamic,
-        "share_refined": refined,
-        "gflops_fine": cost.gflops(),
+        "share_refined": share_refined,
+        "gflops_fine": cost.gflops(cells=cells),
     }
 
 

@@ -46,6 +46,8 @@ class StageCost:
         params: learned parameters of the whole model.
         tokens_coarse, tokens_fine: sequence lengths including CLS (``tokens_coarse`` 0 for a plain Vim).
         coarse, reuse, fine: multiply-adds of the coarse pass, the feature-reuse projection and the fine pass.
+        cells: cells that the fine pass re-reads.
+        per_cell: multiply-adds that one more of them adds to the fine pass.
     """
 
     convention: str
@@ -55,21 +57,30 @@ class StageCost:
     coarse: int
     reuse: int
     fine: int
+    cells: int = 0
+    per_cell: int = 0
 
     @property
     def refined(self) -> int:
         """Multiply-adds of an image that goes through both stages."""
         return self.coarse + self.reuse + self.fine
 
-    def expected(self, share: float) -> float:
-        """Mean multiply-adds per image when `share` of the images (0 to 1) is refined."""
+    def expected(self, share: float, cells: float | None = None) -> float:
+        """Mean multiply-adds per image when `share` of the images (0 to 1) is refined.
+
+        Args:
+            share: of the images.
+            cells: mean number of cells that the fine pass re-reads in a refined image, where images differ in it;
+                ``None``: :attr:`cells` in each. The cost is linear in it.
+        """
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"share must be in [0, 1], got {share!r}")
-        return self.coarse + share * (self.reuse + self.fine)
+        more = 0.0 if cells is None else (cells - self.cells) * self.per_cell
+        return self.coarse + share * (self.reuse + self.fine + more)
 
-    def gflops(self, share: float = 1.0) -> float:
+    def gflops(self, share: float = 1.0, cells: float | None = None) -> float:
         """:meth:`expected` in GFLOPs (multiply-adds / 1e9)."""
-        return self.expected(share) / 1e9
+        return self.expected(share, cells) / 1e9
 
 
 def _hw(config: VimConfig, img_size: int | Sequence[int] | None) -> tuple[int, int]:
@@ -137,7 +148,8 @@ def stage_macs(
     Args:
         config: a :class:`VimConfig` or :class:`ScopeConfig`.
         img_size: side or (height, width) in pixels; default ``config.img_size``.
-        alpha: share of the cells that the fine stage refines, 0 to 1; default ``config.alpha``. MambaScope only.
+        alpha: share of the cells that the fine stage refines, 0 to 1; default ``config.alpha``. MambaScope only. With
+            ``alpha_rule="mass"`` images differ in that share: what they cost is then ``expected(share, cells)``.
         convention: ``"one_direction"`` (published) or ``"both_directions"`` (honest).
 
     Raises:
@@ -164,6 +176,8 @@ def stage_macs(
         coarse=encoder_macs(config, cells + 1, cells, convention),
         reuse=reuse_macs(config, cells),
         fine=encoder_macs(config, tokens_fine, 4 * cells, convention),
+        cells=k,
+        per_cell=encoder_macs(config, 3, 0, convention),
     )
 
 

@@ -17,6 +17,7 @@ CELL_ORDERS = ("cell", "raster")
 FINE_ORDERS = ("important_first", "important_last")
 COARSE_POSITIONS = ("own", "resampled")
 REST_TOKENS = ("embedding", "features")
+ALPHA_RULES = ("constant", "mass")
 COARSE_INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
 
@@ -135,7 +136,15 @@ class ScopeConfig(VimConfig):
     """MambaScope (arXiv 2512.00647): the Vim encoder read twice, coarse first.
 
     Attributes:
-        alpha: Share of coarse cells that the fine stage re-reads (section 3.3). 0 is the coarse model alone.
+        alpha: Share of coarse cells that the fine stage re-reads (section 3.3). 0 is the coarse model alone. With
+            ``alpha_rule="mass"`` the share of the importance that the re-read cells hold.
+        alpha_rule: ``constant``: as many cells in every image (the paper's). ``mass``: in each image the fewest cells
+            that hold the share ``alpha`` of its importance, between ``alpha_min`` and ``alpha_max`` of all cells;
+            with ``alpha`` 1 all of them.
+        alpha_min: Smallest share of cells under ``mass``.
+        alpha_max: Largest share of cells under ``mass``.
+        alpha_buckets: Different counts of cells under ``mass``; needs are rounded up to one of them, so that images
+            with the same count make dense batches.
         beta: Momentum of the importance average over layers (eq. 12, Table 6).
         threshold: Confidence eta at which the coarse answer is accepted. ``<= 0`` always, ``>= 1`` never.
         confidence: What the threshold is compared with: the largest coarse probability (``max``, the paper's), the
@@ -161,6 +170,10 @@ class ScopeConfig(VimConfig):
     """
 
     alpha: float = 0.7
+    alpha_rule: str = "constant"
+    alpha_min: float = 0.25
+    alpha_max: float = 1.0
+    alpha_buckets: int = 4
     beta: float = 0.99
     threshold: float = 0.8
     confidence: str = "max"
@@ -188,7 +201,14 @@ class ScopeConfig(VimConfig):
                 f"stride must equal patch_size {self.patch_size} in MambaScope (a cell owns four patches), "
                 f"got {self.stride}"
             )
-        object.__setattr__(self, "alpha", share("alpha", self.alpha))
+        for name in ("alpha", "alpha_min", "alpha_max"):
+            object.__setattr__(self, name, share(name, getattr(self, name)))
+        _choice("alpha_rule", self.alpha_rule, ALPHA_RULES)
+        _positive("alpha_buckets", self.alpha_buckets)
+        if self.alpha_min > self.alpha_max or self.alpha_max == 0:
+            raise ValueError(
+                f"alpha_max must be above 0 and not below alpha_min {self.alpha_min:g}, got {self.alpha_max:g}"
+            )
         object.__setattr__(self, "beta", share("beta", self.beta, below_one=True))
         object.__setattr__(self, "threshold", check_threshold(self.threshold))
         _choice("confidence", self.confidence, CONFIDENCES)

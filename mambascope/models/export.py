@@ -123,6 +123,8 @@ def stages(
         raise ValueError("the model has no classifier to export")
     if not isinstance(model, MambaScope):
         return {"model": (OneStage(model).eval(), (images,))}
+    if model.config.alpha_rule != "constant":
+        raise ValueError(f"alpha_rule must be 'constant' to export a fine stage, got {model.config.alpha_rule!r}")
     fine = FineStage(model, alpha)
     if fine.alpha == 0:
         raise ValueError("alpha must be larger than 0 to export a fine stage, got 0")
