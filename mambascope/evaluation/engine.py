@@ -159,7 +159,9 @@ class ScopePredictor:
             exited=exited,
             importance=coarse.importance,
             selected=torch.full((batch, chosen), -1, dtype=torch.long, device=images.device),
-            tokens=torch.full((batch,), cells + 1, dtype=torch.long, device=images.device),
+            tokens=torch.full(
+                (batch,), cells + 1 + self.model.config.registers, dtype=torch.long, device=images.device
+            ),
             grid=coarse.grid,
         )
         rows = exited.logical_not().nonzero().squeeze(1)
@@ -199,11 +201,12 @@ class ScopePredictor:
         images = torch.cat([item.images for item in items]) if len(items) > 1 else items[0].images
         state = concatenate_states([item.coarse for item in items])
         fine = self.model.forward_fine(images, state, count=items[0].cells)
+        length = fine.length + self.model.config.registers
         sizes = [len(item.rows) for item in items]
         parts = zip(items, fine.logits.split(sizes), fine.selected.split(sizes), strict=True)
         for item, logits, selected in parts:
             output = item.owner.output
             output.logits.index_copy_(0, item.rows, logits.to(output.logits.dtype))
             output.selected[item.rows, : item.cells] = selected
-            output.tokens.index_add_(0, item.rows, output.tokens.new_full((len(item.rows),), fine.length))
+            output.tokens.index_add_(0, item.rows, output.tokens.new_full((len(item.rows),), length))
             item.owner.missing -= len(item.rows)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambascope.layers.cell_pool import CellPool
 from mambascope.layers.linear import Linear
 from mambascope.ops import ScanDirection, bidirectional_conv, bidirectional_scan, selective_scan
 
@@ -168,13 +169,22 @@ class BidirectionalMamba(nn.Module):
         x_f, x_b = self.convolve(x_BLE)
         return self.direction(x_f, reverse=False), self.direction(x_b, reverse=True)
 
-    def forward(self, u_BLD: Tensor, score: ScoreOptions | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, u_BLD: Tensor, score: ScoreOptions | None = None, pool: CellPool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Mixes tokens [B, L, D].
+
+        Args:
+            u_BLD: Tokens.
+            score: How each token's importance is computed; not together with ``pool``.
+            pool: Scan the means of cells instead of their tokens.
 
         Returns:
             The mixed tokens [B, L, D] and, if ``score`` is given, each token's importance [B, L] (detached, fp32).
         """
         x_BLE, z_BLE = self.project(u_BLD)
+        if pool is not None:
+            return self._scan_pooled(x_BLE, z_BLE, pool), None
         forward, backward = self.directions(x_BLE)
         if score is None:
             return self.out_proj(self.scan_both(forward, backward, z_BLE)), None
@@ -189,6 +199,17 @@ class BidirectionalMamba(nn.Module):
     def scan_both(self, forward: ScanDirection, backward: ScanDirection, z_BLE: Tensor) -> Tensor:
         """Half the gated sum of both directions' SSM outputs [B, L, E], in one call."""
         return bidirectional_scan(forward, backward, z_BLE, scale=0.5, backend=self.scan_backend)
+
+    def _scan_pooled(self, x_BLE: Tensor, z_BLE: Tensor, pool: CellPool) -> Tensor:
+        """Scans the cells; convolution, skip term and gate keep every token (FastVim, section 3)."""
+        x_f, x_b = self.convolve(x_BLE)
+        forward = self.direction(pool.pool(x_f), reverse=False)
+        backward = self.direction(pool.pool(x_b), reverse=True)
+        skip = forward.D * _at_least_fp32(x_f) + backward.D * _at_least_fp32(x_b)
+        # the skip term is taken from the tokens themselves, so the scan has none
+        forward, backward = (d._replace(D=torch.zeros_like(d.D)) for d in (forward, backward))
+        half = bidirectional_scan(forward, backward, None, scale=0.5, backend=self.scan_backend)
+        return self.finish(2 * _at_least_fp32(pool.unpool(half)) + skip, z_BLE)
 
     def _forward_scored(
         self, forward: ScanDirection, backward: ScanDirection, z_BLE: Tensor, score: ScoreOptions

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from mambascope.layers import FeatureReuse, cls_index, insert_cls, pad_to, remove_cls, resample_pos_embed
+from mambascope.layers import CellPool, FeatureReuse, cls_index, insert_cls, pad_to, remove_cls, resample_pos_embed
 from mambascope.models.configs import ScopeConfig, share
 from mambascope.models.exit import check_threshold, confidence, exit_mask
 from mambascope.models.selection import (
@@ -43,7 +43,8 @@ class CoarseState:
         logits: [B, C].
         cls: Normalised CLS output [B, d].
         features: Normalised patch outputs [B, M, d].
-        tokens: Patch embeddings plus coarse positions [B, M, d], as they entered the encoder.
+        tokens: Patch embeddings plus coarse positions [B, M, d], as they entered the encoder; with
+            ``rest_tokens="state"`` the residual stream where they join the fine pass.
         importance: Averaged importance of each cell [B, M], without gradient.
         grid: Rows and columns of the coarse grid.
         taken: Requested block outputs [B, M + 1, d].
@@ -88,7 +89,7 @@ class FineState:
 
     @property
     def length(self) -> int:
-        """Tokens in the fine sequence, CLS included."""
+        """Tokens in the fine sequence, CLS included, registers not."""
         return self.tokens.shape[1]
 
 
@@ -98,7 +99,7 @@ class RefinedState(NamedTuple):
     Attributes:
         logits: [B, C].
         selected: Re-read cells [B, k], ascending, padded with -1 to the largest number that is possible.
-        lengths: Tokens in the fine sequence of each image [B] int64, CLS included.
+        lengths: Tokens in the fine sequence of each image [B] int64, CLS and registers included.
     """
 
     logits: Tensor
@@ -123,7 +124,7 @@ class ScopeOutput:
         exited: Whether the coarse answer was accepted [B], bool.
         importance: Importance of each coarse cell [B, M].
         selected: Re-read cells [B, k], ascending; -1 where an image has fewer than k, or exited.
-        tokens: Tokens used by each image over both stages, CLS included [B], int64.
+        tokens: Tokens used by each image over both stages, CLS and registers included [B], int64.
         grid: Rows and columns of the coarse grid.
     """
 
@@ -205,7 +206,12 @@ class MambaScope(VisionMamba):
             table = resample_pos_embed(self.pos_embed_coarse, trained, grid, position)
         tokens = insert_cls(patches, self.cls_token, position) + table
         layers = self.config.taking_part
-        out, scores, taken = self.encode(tokens, score=self.config.score, score_layers=layers, take=take)
+        joined = self.config.rest_start - 1 if self.config.rest_tokens == "state" else -1
+        wanted = sorted({*take, joined} - {-1})
+        out, scores, taken = self.encode(tokens, score=self.config.score, score_layers=layers, take=wanted)
+        if joined >= 0:
+            tokens = taken[wanted.index(joined)]
+            taken = [t for i, t in zip(wanted, taken, strict=True) if i in take]
         with torch.no_grad():
             importance = average_importance((remove_cls(s.detach(), position) for s in scores), self.config.beta)
         return CoarseState(
@@ -234,21 +240,50 @@ class MambaScope(VisionMamba):
             tokens = gather_rows(tokens, patches.flatten(1).argsort(dim=1))
         return tokens
 
-    def _fine_sequence(
+    def _fine_parts(
         self, x: Tensor, coarse: CoarseState, alpha: float | None, count: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The fine stage's input [B, L, d], the selected cells [B, k] and the others [B, M - k] (eq. 13-16)."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the fine stage reads (eq. 13-16).
+
+        Returns:
+            Refined tokens [B, 4k, d], the other cells' tokens [B, M - k, d] (or none), CLS [B or 1, 1, d], the
+            selected cells [B, k] and the others [B, M - k].
+        """
         selected, others = select_cells(coarse.importance, self.alpha if alpha is None else alpha, count)
         fine = self._fine_tokens(self._prepare(x), coarse, selected)
-        rest = coarse.tokens if self.config.rest_tokens == "embedding" else coarse.features
-        rest = gather_rows(rest, others).to(fine.dtype)
-        parts = [fine, rest] if self.config.fine_order == "important_first" else [rest, fine]
-        sequence = torch.cat(parts, dim=1)
+        rest = coarse.features if self.config.rest_tokens == "features" else coarse.tokens
+        rest = gather_rows(rest, others[:, :0] if self.config.rest_tokens == "none" else others)
         row = cls_index(self.pos_embed.shape[1] - 1, self.config.cls_position)
         cls = self.cls_token + self.pos_embed[:, row : row + 1]
         if self.reuse is not None and self.config.reuse_cls:
             cls = cls + self.reuse(coarse.cls).unsqueeze(1)
-        return insert_cls(sequence, cls, self.config.fine_cls), selected, others
+        return fine, rest, cls, selected, others
+
+    def _arrange(self, fine: Tensor, rest: Tensor, cls: Tensor) -> tuple[Tensor, CellPool]:
+        """The fine stage's sequence [B, L, d] from its parts, and where its cells are."""
+        first = self.config.fine_order == "important_first"
+        rest = rest.to(fine.dtype)
+        sequence = torch.cat([fine, rest] if first else [rest, fine], dim=1)
+        pool = CellPool(fine.shape[1] // 4, cls_index(sequence.shape[1], self.config.fine_cls), first)
+        return insert_cls(sequence, cls, self.config.fine_cls), pool
+
+    def _encode_fine(
+        self, fine: Tensor, rest: Tensor, cls: Tensor, take: tuple[int, ...] | list[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs the fine stage's blocks on its parts: the normalised sequence [B, L, d], and the outputs of ``take``."""
+        config = self.config
+        if any(i < config.rest_start for i in take):
+            raise ValueError(f"take must name blocks from {config.rest_start} on in this fine pass, got {list(take)}")
+        options: dict[str, Any] = {"start": config.fine_start, "pool_layers": config.pooled_layers}
+        if config.rest_start > config.fine_start:
+            sequence, pool = self._arrange(fine, rest[:, :0], cls)
+            state, _, _ = self.encode(sequence, stop_after=config.rest_start - 1, pool=pool, **options)
+            at = cls_index(fine.shape[1], config.fine_cls)
+            fine, cls = remove_cls(state, config.fine_cls), state[:, at : at + 1]
+            options["start"] = config.rest_start
+        sequence, pool = self._arrange(fine, rest, cls)
+        tokens, _, taken = self.encode(sequence, take=take, pool=pool, **options)
+        return tokens, taken
 
     def forward_fine(
         self,
@@ -268,19 +303,20 @@ class MambaScope(VisionMamba):
             count: Cells to re-read in every image, instead of a share.
 
         Raises:
-            ValueError: If ``count`` is missing where images may differ in it (``alpha_rule="mass"``).
+            ValueError: If ``count`` is missing where images may differ in it (``alpha_rule="mass"``), or ``take`` names
+                a block before all tokens are there (``fine_depth``, ``rest_join``).
         """
         if count is None and self.config.alpha_rule != "constant":
             raise ValueError(
                 f"alpha_rule must be 'constant' for a fine pass of one length, got {self.config.alpha_rule!r}; "
                 "forward_scope and forward_both group the images by their number of cells"
             )
-        sequence, selected, others = self._fine_sequence(x, coarse, alpha, count)
+        fine, rest, cls, selected, others = self._fine_parts(x, coarse, alpha, count)
         if not torch.compiler.is_compiling():  # a counter that changes would recompile every call
             self.fine_calls += x.shape[0]
-        tokens, _, taken = self.encode(sequence, take=take)
-        cls = tokens[:, cls_index(tokens.shape[1] - 1, self.config.fine_cls)]
-        return FineState(self.classify(self.pool(tokens)), cls, tokens, selected, others, taken)
+        tokens, taken = self._encode_fine(fine, rest, cls, take)
+        cls_out = tokens[:, cls_index(tokens.shape[1] - 1, self.config.fine_cls)]
+        return FineState(self.classify(self.pool(tokens)), cls_out, tokens, selected, others, taken)
 
     def max_cells(self, num_cells: int, alpha: float | None = None) -> int:
         """The most cells of ``num_cells`` that the fine stage re-reads in any image; 0: it is not used."""
@@ -340,7 +376,7 @@ class MambaScope(VisionMamba):
         """A fine pass of one length over images [B, C, H, W]; the selected cells are padded to ``most``."""
         fine = self.forward_fine(x, coarse, count=count)
         selected = F.pad(fine.selected, (0, most - count), value=-1) if count < most else fine.selected
-        lengths = torch.full((x.shape[0],), fine.length, dtype=torch.long, device=x.device)
+        lengths = torch.full((x.shape[0],), fine.length + self.config.registers, dtype=torch.long, device=x.device)
         return RefinedState(fine.logits, selected, lengths)
 
     def forward_both(self, x: Tensor, alpha: float | None = None) -> StageLogits:
@@ -373,7 +409,7 @@ class MambaScope(VisionMamba):
         chosen = self.max_cells(cells, alpha)
         exited = exit_mask(conf, threshold if chosen else 0.0)
         selected = torch.full((batch, chosen), -1, dtype=torch.long, device=x.device)
-        tokens = torch.full((batch,), cells + 1, dtype=torch.long, device=x.device)
+        tokens = torch.full((batch,), cells + 1 + self.config.registers, dtype=torch.long, device=x.device)
         output = ScopeOutput(
             coarse.logits, coarse.logits, conf, exited, coarse.importance, selected, tokens, coarse.grid
         )
@@ -422,7 +458,12 @@ class MambaScope(VisionMamba):
 
         Returns:
             Map [B, d, 2 * rows, 2 * cols].
+
+        Raises:
+            ValueError: If cells that were not re-read have no token (``rest_tokens="none"``).
         """
+        if self.config.rest_tokens == "none" and fine.others.shape[1]:
+            raise ValueError("rest_tokens must not be 'none' for a map: cells that are not re-read have no token")
         body = remove_cls(tokens, self.config.fine_cls)
         count = 4 * fine.selected.shape[1]
         if self.config.fine_order == "important_first":
@@ -472,6 +513,6 @@ class MambaScope(VisionMamba):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups for layer-wise learning rates; the reuse branch goes with the head."""
         return {
-            "stem": r"^cls_token|pos_embed|patch_embed",
+            "stem": r"^cls_token|pos_embed|patch_embed|register_tokens",
             "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f|^reuse", (99999,))],
         }
