@@ -201,7 +201,10 @@ class BidirectionalMamba(nn.Module):
         return bidirectional_scan(forward, backward, z_BLE, scale=0.5, backend=self.scan_backend)
 
     def _scan_pooled(self, x_BLE: Tensor, z_BLE: Tensor, pool: CellPool) -> Tensor:
-        """Scans the cells; convolution, skip term and gate keep every token (FastVim, section 3)."""
+        """Scans the cells; convolution, skip term and gate keep every token (as FastVim does with rows and columns).
+
+        Fewer operations, not less time on a CPU at small sizes: the fused scan beats the averages that shorten it.
+        """
         x_f, x_b = self.convolve(x_BLE)
         forward = self.direction(pool.pool(x_f), reverse=False)
         backward = self.direction(pool.pool(x_b), reverse=True)
