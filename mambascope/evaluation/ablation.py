@@ -1,8 +1,11 @@
-"""The paper's ablations (arXiv 2512.00647, Tables 4-7 and Figure 5) in form, on the built-in digits.
+"""The paper's ablations (arXiv 2512.00647, Tables 4-7 and Figure 5) in form, and options beyond it, on built-in digits.
 
 What can be changed at inference (token score, alpha, momentum, layers) is changed on a trained model. What the weights
 depend on (place of CLS, order, feature reuse) is trained anew. The published accuracies belong to other data and larger
 models: what can be compared is which choice is best.
+
+Options that change what an image costs are compared at equal cost: each row's threshold is set so that its mean GFLOPs
+are those of the reference model with a quarter, half and three quarters of the images refined. No label takes part.
 """
 
 from __future__ import annotations
@@ -15,19 +18,23 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mambascope.data.digits_datamodule import ScopeDigitsDataModule
 from mambascope.data.errors import DataError
 from mambascope.evaluation.collect import evaluating, model_device, unpack
-from mambascope.evaluation.cost import stage_macs
+from mambascope.evaluation.cost import StageCost, stage_macs
 from mambascope.evaluation.eval_data import run_config, run_data
+from mambascope.evaluation.sweep import StageRecord, sweep
 from mambascope.models.checkpoint import atomic_path
 from mambascope.models.configs import ScopeConfig, with_overrides
 from mambascope.models.exit import confidence, exit_mask
-from mambascope.models.scope import MambaScope
+from mambascope.models.scope import MambaScope, RefinedState
 
+BUDGETS = (0.25, 0.5, 0.75)
+"""Shares of refined images whose cost in the reference model the rows are compared at."""
 SELECTIONS = ("importance", "random", "least")
 SEED_STRIDE = 100_000  # images of one seed do not reach into those of the next
 
@@ -41,12 +48,14 @@ class Setting:
         overrides: fields of the model's config.
         published: the paper's top-1 in per cent, on its own data; ``None`` where it has no such row.
         selection: cells that are re-read: the most important ones, ``random`` ones, or the ``least`` important ones.
+        training: further options of the training by their name on its command line, in trained tables.
     """
 
     label: str
     overrides: dict[str, Any]
     published: float | None = None
     selection: str = "importance"
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,11 +66,13 @@ class Table:
         title: what is compared, and where in the paper.
         settings: its rows.
         trained: whether every row is a training of its own.
+        equal_cost: whether the rows are compared at equal cost, against the first one.
     """
 
     title: str
     settings: tuple[Setting, ...]
     trained: bool = False
+    equal_cost: bool = False
 
 
 def tables(config: ScopeConfig) -> dict[str, Table]:
@@ -110,6 +121,53 @@ def tables(config: ScopeConfig) -> dict[str, Table]:
             ),
             trained=True,
         ),
+        **improvements(config),
+    }
+
+
+def improvements(config: ScopeConfig) -> dict[str, Table]:
+    """Options beyond the paper, compared at equal cost with the model as it is."""
+    base = Setting("as it is", {})
+    most = {"alpha": 0.9375}  # 15 of 16 cells
+    mass = {"alpha_rule": "mass", "alpha": 0.95}
+    gate = tuple(Setting(f"temperature {t:g}", {"temperature": t}) for t in (0.5, 2.0))
+    gate += tuple(Setting(rule, {"confidence": rule}) for rule in ("margin", "entropy"))
+    cells = (
+        Setting("score clip", {"score_metric": "clip"}),
+        Setting("alpha 0.9375", most),
+        Setting("score clip, alpha 0.9375", {"score_metric": "clip", **most}),
+        Setting("mass 0.95", mass),
+        Setting("mass 0.98", {**mass, "alpha": 0.98}),
+        Setting("score clip, mass 0.95", {"score_metric": "clip", **mass}),
+        Setting("rest none", {"rest_tokens": "none"}),
+        Setting("rest none, alpha 0.9375", {"rest_tokens": "none", **most}),
+    )
+    third = config.depth // 3
+    coarse_loss = (
+        Setting("coarse CE 0", {}, training={"model.loss.coarse_ce_weight": 0.0}),
+        Setting("coarse CE 1", {}, training={"model.loss.coarse_ce_weight": 1.0}),
+        Setting("coarse focal 2", {}, training={"model.loss.focal_gamma": 2.0}),
+        Setting("coarse smoothing 0.1", {}, training={"model.loss.coarse_label_smoothing": 0.1}),
+    )
+    fine_pass = (
+        Setting(f"rest state from {third}", {"rest_tokens": "state", "rest_join": third}),
+        Setting("fine depth 2/3", {"fine_depth": config.depth - third}),
+        Setting("fine depth 2/3, rest state", {"fine_depth": config.depth - third, "rest_tokens": "state"}),
+        Setting("cell scans, alternate", {"fine_pool": "alternate"}),
+        Setting("cell scans, all", {"fine_pool": "all"}),
+    )
+    recipe = (
+        Setting("registers 4", {"registers": 4}),
+        Setting("shuffle 0.2", {"shuffle_rate": 0.2}),
+        Setting("shuffle 0.5", {"shuffle_rate": 0.5}),
+    )
+    return {
+        "gate": Table("What the threshold is compared with", (base, *gate), equal_cost=True),
+        "cells": Table("Which cells are re-read, without training anew", (base, *cells), equal_cost=True),
+        "coarse_loss": Table("Loss of the coarse stage", (base, *coarse_loss), trained=True, equal_cost=True),
+        "trained_cells": Table("Which cells are re-read, trained so", (base, *cells), trained=True, equal_cost=True),
+        "fine_pass": Table("Cheaper fine passes", (base, *fine_pass), trained=True, equal_cost=True),
+        "recipe": Table("Recipe of the encoder", (base, *recipe), trained=True, equal_cost=True),
     }
 
 
@@ -126,6 +184,8 @@ class Row:
         top1_dynamic: at the model's threshold.
         share_refined: share of images that the threshold lets go on.
         gflops_fine: multiply-adds of both stages / 1e9, both scan directions.
+        top1_cost25, top1_cost50, top1_cost75: top-1 at the cost of the reference with that per cent of the images
+            refined (:data:`BUDGETS`); NaN if the row's coarse stage alone costs more, or was not asked for.
     """
 
     table: str
@@ -138,6 +198,9 @@ class Row:
     top1_dynamic: float
     share_refined: float
     gflops_fine: float
+    top1_cost25: float = math.nan
+    top1_cost50: float = math.nan
+    top1_cost75: float = math.nan
 
     @property
     def key(self) -> tuple[str, str, int, str, int]:
@@ -164,7 +227,9 @@ class Results:
     def _parse(self, line: dict[str, str]) -> Row:
         try:
             kinds = {"int": int, "float": float, "str": str}
-            return Row(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(Row)})
+            # tables of an earlier version have fewer columns
+            known = [f for f in fields(Row) if f.name in line or not f.name.startswith("top1_cost")]
+            return Row(**{f.name: kinds[str(f.type)](line[f.name]) for f in known})
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{self.path} is no table of ablations; move it away") from None
 
@@ -209,7 +274,12 @@ def _choose(importance: Tensor, selection: str, generator: torch.Generator) -> T
 
 
 def evaluate(
-    model: MambaScope, loader: Iterable[Any], overrides: dict[str, Any], selection: str = "importance", seed: int = 0
+    model: MambaScope,
+    loader: Iterable[Any],
+    overrides: dict[str, Any],
+    selection: str = "importance",
+    seed: int = 0,
+    reference: StageCost | None = None,
 ) -> dict[str, Any]:
     """Figures of a model with fields of its config replaced, as :class:`Row` has them; the model is left as it was.
 
@@ -219,42 +289,60 @@ def evaluate(
         overrides: fields that do not change the weights.
         selection: one of :data:`SELECTIONS`.
         seed: of ``random`` cells.
+        reference: cost of the model (both directions) at whose budgets top-1 is given too; ``None`` for no budgets.
     """
     if selection not in SELECTIONS:
         raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}")
-    before, alpha = model.config, model.alpha
+    before, alpha, temperature = model.config, model.alpha, model.temperature
     generator = torch.Generator().manual_seed(seed)
     device = model_device(model)
-    totals = torch.zeros(4, dtype=torch.int64)
-    count = 0
+    parts: list[StageRecord] = []
+    exits: list[Tensor] = []
     try:
-        model.config = with_overrides(before, {"alpha": alpha, **overrides})
+        model.config = with_overrides(before, {"alpha": alpha, "temperature": temperature, **overrides})
         model.set_alpha(model.config.alpha)
+        model.temperature = model.config.temperature
         with evaluating(model):
             for images, labels in map(unpack, loader):
                 x, y = images.to(device), labels.to(device)
                 coarse = model.forward_coarse(x)
                 coarse.importance = _choose(coarse.importance, selection, generator)
-                fine = model.forward_fine(x, coarse).logits.argmax(1) == y
-                first = coarse.logits.argmax(1) == y
-                exited = exit_mask(confidence(coarse.logits), model.threshold)
-                dynamic = torch.where(exited, first, fine)
-                totals += torch.stack([v.sum() for v in (fine, first, dynamic, ~exited)]).cpu()
-                count += len(labels)
+                parts.append(_record(model, coarse.logits, model.forward_refined(x, coarse), y))
+                exits.append(exit_mask(model.confidence(coarse.logits), model.threshold).cpu())
         cost = stage_macs(model.config, convention="both_directions")
     finally:
-        model.config, model.alpha = before, alpha
-    if not count:
+        model.config, model.alpha, model.temperature = before, alpha, temperature
+    if not parts:
         raise DataError("there are no images to evaluate on")
-    top1_fine, top1_coarse, top1_dynamic, refined = (float(v) / count for v in totals)
-    return {
-        "images": count,
-        "top1_fine": top1_fine,
-        "top1_coarse": top1_coarse,
-        "top1_dynamic": top1_dynamic,
-        "share_refined": refined,
-        "gflops_fine": cost.gflops(),
+    record, exited = StageRecord.concatenate(parts), torch.cat(exits).numpy()
+    assert record.cells is not None
+    figures = {
+        "images": len(record),
+        "top1_fine": float(record.fine_correct.mean()),
+        "top1_coarse": float(record.coarse_correct.mean()),
+        "top1_dynamic": float(np.where(exited, record.coarse_correct, record.fine_correct).mean()),
+        "share_refined": float(1 - exited.mean()),
+        "gflops_fine": cost.gflops(cells=float(record.cells.mean())),
     }
+    if reference is not None:
+        for share in BUDGETS:
+            figures[f"top1_cost{100 * share:.0f}"] = top1_at_cost(record, cost, reference.gflops(share))
+    return figures
+
+
+def _record(model: MambaScope, coarse: Tensor, refined: RefinedState, labels: Tensor) -> StageRecord:
+    """Both stages' answers on a batch; the five most likely classes are not looked at."""
+    conf, fine_conf = model.confidence(coarse).double(), confidence(refined.logits).double()
+    nothing = torch.zeros_like(labels, dtype=torch.bool)
+    values = (labels, conf, coarse.argmax(1), nothing, fine_conf, refined.logits.argmax(1), nothing, refined.cells)
+    return StageRecord(*(v.cpu().numpy() for v in values))
+
+
+def top1_at_cost(record: StageRecord, cost: StageCost, gflops: float) -> float:
+    """Top-1 at the highest threshold whose mean cost is at most `gflops`; NaN if the coarse stage alone costs more."""
+    curve = sweep(record, {cost.convention: cost})
+    within = np.flatnonzero(curve.gflops[cost.convention] <= gflops * (1 + 1e-9))
+    return float(curve.top1[within[-1]]) if len(within) else math.nan
 
 
 def fingerprint(checkpoint: Path) -> str:
@@ -268,7 +356,8 @@ def summarise(rows: Sequence[Row], known: dict[str, Table]) -> str:
     for name, table in known.items():
         mine = {s.label: [r for r in rows if (r.table, r.setting) == (name, s.label)] for s in table.settings}
         if any(mine.values()):
-            parts.append("\n".join(_section(table, mine)))
+            section = _equal_cost_section if table.equal_cost else _section
+            parts.append("\n".join(section(table, mine)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -284,6 +373,46 @@ def _error(rows: Sequence[Row], trained: bool) -> float:
         return sampling
     spread = sum((r.top1_fine - p) ** 2 for r in rows) / (len(rows) - 1)
     return max(sampling, math.sqrt(spread / len(rows)))
+
+
+def _equal_cost_section(table: Table, mine: dict[str, list[Row]]) -> Iterator[str]:
+    """Top-1 at the budgets, and by how much each row is above or below the first."""
+    names = [f"top1_cost{100 * share:.0f}" for share in BUDGETS]
+    shares = " | ".join(f"at {100 * share:.0f} % cost" for share in BUDGETS)
+    kind = "trainings" if table.trained else "sets of images"
+    yield f"### {table.title}\n"
+    yield f"| setting | coarse | refined | GFLOPs refined | {shares} | gain (mean) | {kind} |"
+    yield "|---|---|---|---|" + "---|" * (len(BUDGETS) + 2)
+    first = {row.seed: row for row in mine[table.settings[0].label]}
+    for s in table.settings:
+        rows = mine[s.label]
+        if not rows:
+            continue
+        at = [f"{100 * _mean(rows, name):.2f}" for name in names]
+        ends = [f"{100 * _mean(rows, name):.2f}" for name in ("top1_coarse", "top1_fine")]
+        cells = [s.label, *ends, f"{_mean(rows, 'gflops_fine'):.4f}", *at, _gain(rows, first, names), str(len(rows))]
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+    yield (
+        "Gain: mean difference to the first row over the three costs and the same seeds, in points; ± is one standard "
+        "error over the seeds."
+    )
+
+
+def _gain(rows: Sequence[Row], first: dict[int, Row], names: Sequence[str]) -> str:
+    """Mean difference to the reference rows of the same seeds, with its standard error over the seeds."""
+    gains = [
+        100 * sum(getattr(row, name) - getattr(first[row.seed], name) for name in names) / len(names)
+        for row in rows
+        if row.seed in first
+    ]
+    if not gains or all(row is first.get(row.seed) for row in rows):
+        return ""
+    mean = sum(gains) / len(gains)
+    if len(gains) < 2:
+        return f"{mean:+.2f}"
+    spread = math.sqrt(sum((g - mean) ** 2 for g in gains) / (len(gains) - 1) / len(gains))
+    return f"{mean:+.2f} ± {spread:.2f}"
 
 
 def _section(table: Table, mine: dict[str, list[Row]]) -> Iterator[str]:

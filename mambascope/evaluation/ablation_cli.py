@@ -19,6 +19,7 @@ from mambascope.evaluation.ablation import (
     summarise,
     tables,
 )
+from mambascope.evaluation.cost import stage_macs
 from mambascope.evaluation.inference import CHECKPOINT_HELP, CommandError, ready_model, run_command
 from mambascope.models.checkpoint import atomic_path
 from mambascope.models.configs import ScopeConfig
@@ -33,7 +34,8 @@ reproduced here*: only which choice is best can be compared. Top-1 in per cent. 
 "at η" at the model's threshold. GFLOPs are multiply-adds / 1e9 of both stages, both scan directions counted.
 Importance, share of cells, momentum and layers are changed at inference on one model, without training it anew: they
 say what this model makes of the change, and every set has other images of the validation scans. In the other tables
-every row and seed is a training of its own.
+every row and seed is a training of its own. Tables with costs compare options beyond the paper: "at 50 % cost" is top-1
+at the threshold where a row's mean GFLOPs equal those of the given model with half of the images refined.
 
 """
 
@@ -76,7 +78,11 @@ def trained_model(config: ScopeConfig, setting: Setting, seed: int, args: argpar
     """
     whole = {field: getattr(config, field) for field in STRUCTURE} | setting.overrides
     values = [str(value).lower() for value in whole.values()]
-    name = "_".join([f"{args.config}-{args.epochs or 'all'}", *values, f"seed{seed}"])
+    # what a table varies beside the structure is named: its values alone could mean anything
+    more = {key.rpartition(".")[2]: value for key, value in (setting.overrides | setting.training).items()}
+    own = [f"{key}-{str(value).lower()}" for key, value in sorted(more.items()) if key not in STRUCTURE]
+    shared = values[: len(STRUCTURE)]  # the structure comes first, whatever is overridden
+    name = "_".join([f"{args.config}-{args.epochs or 'all'}", *shared, *own, f"seed{seed}"])
     folder = Path(args.runs) / name
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
@@ -86,6 +92,7 @@ def trained_model(config: ScopeConfig, setting: Setting, seed: int, args: argpar
     else:
         options = ["--config", args.config, "--run.root", args.runs, "--run.name", name, "--run.report", "false"]
         options += [f"--model.net.args.{field}={value}" for field, value in zip(whole, values, strict=True)]
+        options += [f"--{option}={value}" for option, value in setting.training.items()]
         options += [f"--seed_everything={seed}", *([f"--trainer.max_epochs={args.epochs}"] if args.epochs else [])]
         options += args.train_args
     code = "import sys; from mambascope.training.cli import main; sys.exit(main())"
@@ -113,6 +120,7 @@ def _run(args: argparse.Namespace, model: MambaScope, checkpoint: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     results = Results(out / "ablations.csv")
     weights = fingerprint(checkpoint)
+    reference = stage_macs(model.config, alpha=model.alpha, convention="both_directions")
     loaders: dict[int, list[Any]] = {}
     for name in wanted:
         table = known[name]
@@ -126,11 +134,12 @@ def _run(args: argparse.Namespace, model: MambaScope, checkpoint: Path) -> int:
                     subject: Any = ready_model(own, device=args.device)
                     # the same images for all trainings: only the training differs
                     images = loaders.setdefault(0, list(digits_loader(subject, own, 0, args.images)))
-                    figures = evaluate(subject, images, {})
+                    figures = evaluate(subject, images, {}, reference=reference if table.equal_cost else None)
                 else:
                     if seed not in loaders:
                         loaders[seed] = list(digits_loader(model, checkpoint, seed, args.images))
-                    figures = evaluate(model, loaders[seed], setting.overrides, setting.selection, seed)
+                    budgets = reference if table.equal_cost else None
+                    figures = evaluate(model, loaders[seed], setting.overrides, setting.selection, seed, budgets)
                 results.add(Row(name, setting.label, seed, source, **figures))
                 print(
                     f"{name:<11}{setting.label:<26}seed {seed}  refined {100 * figures['top1_fine']:6.2f} %  "

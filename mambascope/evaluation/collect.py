@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,20 +66,29 @@ def model_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def stage_logits(model: nn.Module, images: Tensor, alpha: float | None = None) -> tuple[Tensor, Tensor]:
-    """Coarse and fine logits [B, C] of every image; a one-stage model answers twice the same."""
+def stage_answers(
+    model: nn.Module, images: Tensor, alpha: float | None = None
+) -> tuple[Tensor, Tensor, np.ndarray | None]:
+    """Coarse and fine logits [B, C] of every image, and how many cells the fine stage re-reads in it [B].
+
+    A one-stage model answers twice the same and re-reads nothing (``None``).
+    """
     if isinstance(model, MambaScope):
-        both = model.forward_both(images, alpha)
-        return both.coarse, both.fine
+        coarse = model.forward_coarse(images)
+        refined = model.forward_refined(images, coarse, alpha)
+        return coarse.logits, refined.logits, refined.cells.cpu().numpy()
     logits = model(images)
-    return logits, logits
+    return logits, logits, None
 
 
-def _stage(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _stage(
+    logits: Tensor, labels: Tensor, sure: Callable[[Tensor], Tensor] = confidence
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Confidence by `sure`, predicted class and top-5 hit of one stage."""
     logits = logits.float()
     own = logits.gather(1, labels.unsqueeze(1))
     top5 = (logits > own).sum(1) < 5
-    return confidence(logits).double().cpu().numpy(), logits.argmax(1).cpu().numpy(), top5.cpu().numpy()
+    return sure(logits).double().cpu().numpy(), logits.argmax(1).cpu().numpy(), top5.cpu().numpy()
 
 
 def collect(
@@ -110,6 +119,7 @@ def collect(
             or inf.
     """
     device = model_device(model)
+    gate = model.confidence if isinstance(model, MambaScope) else confidence
     rng = np.random.default_rng(seed)
     parts: list[StageRecord] = []
     sample: list[tuple[int, Tensor, int]] = []
@@ -117,7 +127,7 @@ def collect(
     with evaluating(model), tqdm(loader, desc=description, unit="batch", disable=not progress, leave=False) as bar:
         for batch in bar:
             images, labels = unpack(batch)
-            coarse, fine = stage_logits(model, images.to(device), alpha)
+            coarse, fine, cells = stage_answers(model, images.to(device), alpha)
             classes = coarse.shape[1]
             odd = labels[(labels < 0) | (labels >= classes)]
             if len(odd):
@@ -127,8 +137,8 @@ def collect(
             if not (bool(coarse.isfinite().all()) and bool(fine.isfinite().all())):
                 raise ValueError(f"the model returned NaN or inf for an image among {seen}..{seen + len(labels) - 1}")
             y = labels.to(device).long()
-            (c_conf, c_pred, c_top5), (f_conf, f_pred, f_top5) = _stage(coarse, y), _stage(fine, y)
-            parts.append(StageRecord(y.cpu().numpy(), c_conf, c_pred, c_top5, f_conf, f_pred, f_top5))
+            (c_conf, c_pred, c_top5), (f_conf, f_pred, f_top5) = _stage(coarse, y, gate), _stage(fine, y)
+            parts.append(StageRecord(y.cpu().numpy(), c_conf, c_pred, c_top5, f_conf, f_pred, f_top5, cells))
             _reservoir(sample, images, labels, seen, keep, rng)
             seen += len(labels)
     record = StageRecord.concatenate([p for p in parts if len(p)])

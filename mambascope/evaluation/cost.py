@@ -10,6 +10,8 @@ plus ``in_chans·patch²·d`` for every patch that is embedded. The published fi
 full-size image and projects every coarse output, also those of cells it then leaves out; so does this count. The model
 in this package skips them: :func:`skipped_macs` says how much that saves (about 1 %). Left out, as in the published
 tables: classifier head, norms, activations, residual additions, position tables, resizing and ranking the cells.
+Registers are tokens like any other. A block that scans the means of cells (``fine_pool``) spends x_proj, dt_proj and
+the scan once per cell, the rest on every token; the means themselves are left out.
 
 Two conventions, both in GFLOPs = multiply-adds / 1e9 as the field writes it:
 
@@ -44,8 +46,10 @@ class StageCost:
     Attributes:
         convention: ``"one_direction"`` or ``"both_directions"``.
         params: learned parameters of the whole model.
-        tokens_coarse, tokens_fine: sequence lengths including CLS (``tokens_coarse`` 0 for a plain Vim).
+        tokens_coarse, tokens_fine: sequence lengths including CLS and registers (``tokens_coarse`` 0 for a plain Vim).
         coarse, reuse, fine: multiply-adds of the coarse pass, the feature-reuse projection and the fine pass.
+        cells: cells that the fine pass re-reads.
+        per_cell: multiply-adds that one more of them adds to the fine pass.
     """
 
     convention: str
@@ -55,21 +59,30 @@ class StageCost:
     coarse: int
     reuse: int
     fine: int
+    cells: int = 0
+    per_cell: int = 0
 
     @property
     def refined(self) -> int:
         """Multiply-adds of an image that goes through both stages."""
         return self.coarse + self.reuse + self.fine
 
-    def expected(self, share: float) -> float:
-        """Mean multiply-adds per image when `share` of the images (0 to 1) is refined."""
+    def expected(self, share: float, cells: float | None = None) -> float:
+        """Mean multiply-adds per image when `share` of the images (0 to 1) is refined.
+
+        Args:
+            share: of the images.
+            cells: mean number of cells that the fine pass re-reads in a refined image, where images differ in it;
+                ``None``: :attr:`cells` in each. The cost is linear in it.
+        """
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"share must be in [0, 1], got {share!r}")
-        return self.coarse + share * (self.reuse + self.fine)
+        more = 0.0 if cells is None else (cells - self.cells) * self.per_cell
+        return self.coarse + share * (self.reuse + self.fine + more)
 
-    def gflops(self, share: float = 1.0) -> float:
+    def gflops(self, share: float = 1.0, cells: float | None = None) -> float:
         """:meth:`expected` in GFLOPs (multiply-adds / 1e9)."""
-        return self.expected(share) / 1e9
+        return self.expected(share, cells) / 1e9
 
 
 def _hw(config: VimConfig, img_size: int | Sequence[int] | None) -> tuple[int, int]:
@@ -103,6 +116,21 @@ def encoder_macs(config: VimConfig, tokens: int, patches: int, convention: str =
     return tokens * config.depth * per_token + patches * config.in_chans * config.patch_size**2 * d
 
 
+def fine_macs(config: ScopeConfig, cells: int, refined: int, convention: str = "one_direction") -> int:
+    """Multiply-adds of the fine pass over `cells` coarse cells of which it re-reads `refined`."""
+    e, n, r = config.inner_dim, config.d_state, config.rank
+    directions = 2 if convention == "both_directions" else 1
+    per_token = encoder_macs(config, 1, 0, convention) // config.depth
+    scanned = directions * (e * (r + 2 * n) + r * e + 9 * e * n)
+    rest = 0 if config.rest_tokens == "none" else cells - refined
+    total = encoder_macs(config, 0, 4 * cells, convention)
+    for layer in range(config.fine_start, config.depth):
+        total += (1 + config.registers + 4 * refined + (rest if layer >= config.rest_start else 0)) * per_token
+        if layer in config.pooled_layers:
+            total -= 3 * refined * scanned
+    return total
+
+
 def reuse_macs(config: ScopeConfig, cells: int) -> int:
     """Multiply-adds of the feature-reuse projection on `cells` coarse outputs (with ``reuse_cls``: and CLS)."""
     rows, d = cells + int(config.reuse_cls), config.embed_dim
@@ -113,17 +141,17 @@ def count_parameters(config: VimConfig) -> int:
     """Parameters of the model that `config` describes (tables are sized by ``config.img_size``)."""
     d, e, n, k, r = config.embed_dim, config.inner_dim, config.d_state, config.d_conv, config.rank
     mixer = 3 * e * d + 2 * (e * n + e + e * k + e + (r + 2 * n) * e + e * r + e)
-    fine_patches = math.prod(vim_grid(config))
+    fine_patches = math.prod(vim_grid(config)) + config.registers
     total = config.depth * (mixer + d) + d  # blocks with their norm gains, final norm
     total += config.in_chans * config.patch_size**2 * d + d  # patch embedding
     total += d * config.num_classes + config.num_classes if config.num_classes else 0
     if isinstance(config, ScopeConfig):
         cells = math.prod(scope_grid(config))
-        fine_patches = 4 * cells
+        fine_patches = 4 * cells + config.registers
         total += (cells + 1) * d  # coarse position table
         hidden = int(config.reuse_ratio * d)
         total += {"mlp": 2 * d + 2 * d * hidden + hidden + d, "linear": 2 * d + d * d + d, "off": 0}[config.reuse]
-    return total + d + (fine_patches + 1) * d  # CLS, position table
+    return total + d + (fine_patches + 1) * d  # CLS, position table, registers
 
 
 def stage_macs(
@@ -137,7 +165,8 @@ def stage_macs(
     Args:
         config: a :class:`VimConfig` or :class:`ScopeConfig`.
         img_size: side or (height, width) in pixels; default ``config.img_size``.
-        alpha: share of the cells that the fine stage refines, 0 to 1; default ``config.alpha``. MambaScope only.
+        alpha: share of the cells that the fine stage refines, 0 to 1; default ``config.alpha``. MambaScope only. With
+            ``alpha_rule="mass"`` images differ in that share: what they cost is then ``expected(share, cells)``.
         convention: ``"one_direction"`` (published) or ``"both_directions"`` (honest).
 
     Raises:
@@ -148,22 +177,25 @@ def stage_macs(
         if alpha is not None:
             raise ValueError("alpha applies to MambaScope models only; a plain Vim has one stage")
         patches = math.prod(vim_grid(config, img_size))
-        total = encoder_macs(config, patches + 1, patches, convention)
-        return StageCost(convention, params, 0, patches + 1, 0, 0, total)
+        tokens = patches + 1 + config.registers
+        return StageCost(convention, params, 0, tokens, 0, 0, encoder_macs(config, tokens, patches, convention))
     cells = math.prod(scope_grid(config, img_size))
     alpha = config.alpha if alpha is None else alpha
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
     k = num_selected(alpha, cells)
-    tokens_fine = 1 + 4 * k + (cells - k)
+    rest = 0 if config.rest_tokens == "none" else cells - k
+    fine = fine_macs(config, cells, k, convention)
     return StageCost(
         convention=convention,
         params=params,
-        tokens_coarse=cells + 1,
-        tokens_fine=tokens_fine,
-        coarse=encoder_macs(config, cells + 1, cells, convention),
+        tokens_coarse=1 + config.registers + cells,
+        tokens_fine=1 + config.registers + 4 * k + rest,
+        coarse=encoder_macs(config, 1 + config.registers + cells, cells, convention),
         reuse=reuse_macs(config, cells),
-        fine=encoder_macs(config, tokens_fine, 4 * cells, convention),
+        fine=fine,
+        cells=k,
+        per_cell=fine_macs(config, cells, k + 1, convention) - fine,
     )
 
 

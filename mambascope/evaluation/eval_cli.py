@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from mambascope.evaluation.calibration import calibrate
 from mambascope.evaluation.eval_data import validation_loader
 from mambascope.evaluation.inference import CHECKPOINT_HELP, ready_model, run_command
 from mambascope.evaluation.predict_cli import image_size
@@ -48,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--both-directions", action="store_true", help="--target-gflops counts both scan directions")
     parser.add_argument("--engine", action="store_true", help="also time the throughput engine against plain splitting")
     parser.add_argument("--export", metavar="FILE", help="write the model with the chosen threshold (.safetensors)")
+    parser.add_argument(
+        "--fit-temperature", action="store_true", help="fit the gate's temperature on the calibration data first"
+    )
     parser.add_argument("--published", action="store_true", help="draw the published ImageNet rows too, marked as such")
     parser.add_argument("--no-figures", action="store_true", help="numbers only")
     parser.add_argument("--alpha", type=float, help="share of the cells that the fine stage reads, 0 to 1")
@@ -118,9 +122,9 @@ def _run(args: argparse.Namespace) -> int:
         checkpoint, name=args.model, device=args.device, alpha=args.alpha, img_size=image_size(args.img_size)
     )
     if not isinstance(model, MambaScope):
-        for name in ("threshold", "export", "engine"):
+        for name in ("threshold", "export", "engine", "fit_temperature"):
             if getattr(args, name):
-                raise ValueError(f"--{name} needs a MambaScope; this is a one-stage model")
+                raise ValueError(f"--{name.replace('_', '-')} needs a MambaScope; this is a one-stage model")
         if target is not None:
             raise ValueError("targets choose the threshold of a MambaScope; this is a one-stage model")
     if target is not None and args.threshold is not None:
@@ -141,6 +145,10 @@ def _run(args: argparse.Namespace) -> int:
     beside = Path("runs") / f"eval_{args.checkpoint}" if checkpoint in SHIPPED.values() else checkpoint.parent / "eval"
     out = Path(args.out) if args.out else beside
     print(f"evaluating on {data.name}", file=sys.stderr)
+    if args.fit_temperature and isinstance(model, MambaScope):
+        if data.calibration is None:
+            raise ValueError(f"--fit-temperature needs calibration data; {data.name} has none beside the evaluation's")
+        print(f"temperature {calibrate(model, data.calibration):.4f}, fitted on the calibration data")
     report = write_report(
         model,
         data.loader,

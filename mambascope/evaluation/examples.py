@@ -58,12 +58,12 @@ def make_examples(
     final = confidence(output.logits).tolist()
     predicted, coarse = output.logits.argmax(1).tolist(), output.coarse_logits.argmax(1).tolist()
     examples = []
-    for i, exited in enumerate(output.exited.tolist()):
+    for i, (exited, cells) in enumerate(zip(output.exited.tolist(), output.selected, strict=True)):
         examples.append(
             Example(
                 image=to_rgb(images[i], mean, std),
                 importance=output.importance[i].float().cpu().numpy().reshape(output.grid),
-                selected=np.array([], dtype=int) if exited else output.selected[i].cpu().numpy(),
+                selected=cells[cells >= 0].cpu().numpy(),
                 exited=exited,
                 predicted=class_name(predicted[i], class_names),
                 coarse_predicted=class_name(coarse[i], class_names),

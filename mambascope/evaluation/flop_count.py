@@ -3,7 +3,8 @@
 The counter sees matrix products, convolutions and, through the formulas in :mod:`mambascope.ops.flops`, the operators
 of this package. It counts two operations per multiply-add; half of that is returned. Compared with the closed form it
 also sees the classifier head, and it does not see patches and coarse outputs of cells that were left out, because the
-model never computes them (:func:`mambascope.evaluation.cost.skipped_macs`): :func:`expected_count` puts both right.
+model never computes them (:func:`mambascope.evaluation.cost.skipped_macs`), and skip term and gate of blocks that scan
+the means of cells once per cell only: :func:`expected_count` puts all of them right.
 """
 
 from __future__ import annotations
@@ -50,5 +51,7 @@ def expected_count(model: VisionMamba, img_size: Sequence[int] | None = None) ->
     if not isinstance(model, MambaScope):
         return CountedCost(0, stage_macs(model.config, img_size, convention="both_directions").fine + head)
     cost = stage_macs(model.config, img_size, model.alpha, "both_directions")
-    skipped = skipped_macs(model.config, img_size, model.alpha)
+    # skip term and gate are 2 E per token and direction; a cell has four tokens
+    pooled = 2 * 2 * model.config.inner_dim * 3 * cost.cells * len(model.config.pooled_layers)
+    skipped = skipped_macs(model.config, img_size, model.alpha) + pooled
     return CountedCost(cost.coarse + head, cost.reuse + cost.fine - skipped + head)

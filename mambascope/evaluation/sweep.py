@@ -22,9 +22,12 @@ class StageRecord:
 
     Attributes:
         labels: [N] int64.
-        confidence, fine_confidence: largest probability of the coarse and of the fine stage [N], float64.
+        confidence: of the coarse stage, as the exit threshold is compared with it [N], float64.
+        fine_confidence: largest probability of the fine stage [N], float64.
         coarse_pred, fine_pred: predicted classes [N] int64.
         coarse_top5, fine_top5: whether the label is among the five most likely classes [N] bool.
+        cells: cells that the fine stage re-reads in each image [N] int64, refined or not; ``None`` where images do not
+            differ in it.
     """
 
     labels: np.ndarray
@@ -34,6 +37,7 @@ class StageRecord:
     fine_confidence: np.ndarray
     fine_pred: np.ndarray
     fine_top5: np.ndarray
+    cells: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,7 +77,8 @@ class StageRecord:
         """Joins records of several batches, in order."""
         if not parts:
             raise ValueError("there are no images to evaluate")
-        return cls(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)})
+        names = [f.name for f in fields(cls) if f.name != "cells" or parts[0].cells is not None]
+        return cls(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in names})
 
 
 def _stage(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -197,6 +202,7 @@ def sweep(
     ms = None
     if ms_coarse is not None and ms_refined is not None:
         ms = ms_coarse + share * (ms_refined - ms_coarse)
+    cells = None if record.cells is None else below(record.cells) / np.maximum(refined, 1)  # mean over the refined
     return SweepCurve(
         threshold=eta,
         share_refined=share,
@@ -204,9 +210,15 @@ def sweep(
         top5=(record.coarse_top5.sum() - below(record.coarse_top5) + below(record.fine_top5)) / n,
         coarse_top1_exited=exited_acc,
         fine_top1_refined=refined_acc,
-        gflops={name: (c.coarse + share * (c.reuse + c.fine)) / 1e9 for name, c in (costs or {}).items()},
+        gflops={name: _gflops(cost, share, cells) for name, cost in (costs or {}).items()},
         ms=ms,
     )
+
+
+def _gflops(cost: StageCost, share: np.ndarray, cells: np.ndarray | None) -> np.ndarray:
+    """Mean GFLOPs per image [T] at shares refined [T] that re-read so many cells on average [T]."""
+    counts: Sequence[float | None] = [None] * len(share) if cells is None else cells.tolist()
+    return np.array([cost.gflops(s, k) for s, k in zip(share.tolist(), counts, strict=True)])
 
 
 def pick_acc_drop(curve: SweepCurve, max_drop: float) -> int:

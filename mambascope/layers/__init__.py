@@ -1,14 +1,17 @@
 """Building blocks of the encoders: norm, bidirectional mixer, block, patch and position embedding, feature reuse."""
 
 from mambascope.layers.block import VimBlock
+from mambascope.layers.cell_pool import CellPool
 from mambascope.layers.mixer import BidirectionalMamba, ScoreOptions
 from mambascope.layers.norm import RMSNorm
 from mambascope.layers.patch_embed import PatchEmbed, pad_to
 from mambascope.layers.pos_embed import cls_index, insert_cls, remove_cls, resample_pos_embed
+from mambascope.layers.registers import insert_registers, remove_registers
 from mambascope.layers.reuse import FeatureReuse
 
 __all__ = [
     "BidirectionalMamba",
+    "CellPool",
     "FeatureReuse",
     "PatchEmbed",
     "RMSNorm",
@@ -16,7 +19,9 @@ __all__ = [
     "VimBlock",
     "cls_index",
     "insert_cls",
+    "insert_registers",
     "pad_to",
     "remove_cls",
+    "remove_registers",
     "resample_pos_embed",
 ]

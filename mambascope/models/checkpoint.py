@@ -322,7 +322,7 @@ def describe(model: VisionMamba | MambaEye, extra: Mapping[str, Any] | None = No
     architecture = "mambaeye" if isinstance(model, MambaEye) else "vim"
     if isinstance(model, MambaScope):
         architecture = "mambascope"
-        config.update(alpha=model.alpha, threshold=model.threshold)
+        config.update(alpha=model.alpha, threshold=model.threshold, temperature=model.temperature)
     known = {"architecture": architecture, "config": config, "version": __version__}
     return {**model.description, **(extra or {}), **known}
 
@@ -333,7 +333,7 @@ def save_safetensors(
     """Writes weights with the model's config, so that :func:`load_model` can rebuild it.
 
     Args:
-        model: The model; ``alpha`` and ``threshold`` are stored as they are set now.
+        model: The model; ``alpha``, ``threshold`` and ``temperature`` are stored as they are set now.
         path: File to write, atomically.
         extra: More JSON-serialisable facts (labels, transform, figures), added to ``model.description``.
     """

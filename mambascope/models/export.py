@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mambascope.models.configs import share
-from mambascope.models.exit import check_threshold, confidence, exit_mask
+from mambascope.models.exit import check_threshold, exit_mask
 from mambascope.models.portable import decompositions
 from mambascope.models.scope import CoarseState, MambaScope
 from mambascope.models.vim import VisionMamba
@@ -38,7 +38,7 @@ class CoarseStage(nn.Module):
         """Images [B, C, H, W] to logits [B, classes], confidence [B], importance [B, M], features and tokens [B, M, d]
         and the CLS output [B, d]."""
         coarse = self.model.forward_coarse(images)
-        conf = confidence(coarse.logits)
+        conf = self.model.confidence(coarse.logits)
         return coarse.logits, conf, coarse.importance, coarse.features, coarse.tokens, coarse.cls
 
 
@@ -89,7 +89,7 @@ class TwoStages(nn.Module):
         """Images [B, C, H, W] to logits [B, classes], confidence [B], exited [B], coarse logits and cells [B, k]."""
         coarse = self.model.forward_coarse(images)
         fine = self.model.forward_fine(images, coarse, self.alpha)
-        conf = confidence(coarse.logits)
+        conf = self.model.confidence(coarse.logits)
         exited = exit_mask(conf, self.threshold)
         logits = torch.where(exited.unsqueeze(1), coarse.logits, fine.logits)
         return logits, conf, exited, coarse.logits, fine.selected
@@ -123,6 +123,8 @@ def stages(
         raise ValueError("the model has no classifier to export")
     if not isinstance(model, MambaScope):
         return {"model": (OneStage(model).eval(), (images,))}
+    if model.config.alpha_rule != "constant":
+        raise ValueError(f"alpha_rule must be 'constant' to export a fine stage, got {model.config.alpha_rule!r}")
     fine = FineStage(model, alpha)
     if fine.alpha == 0:
         raise ValueError("alpha must be larger than 0 to export a fine stage, got 0")

@@ -96,8 +96,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or x.dtype != torch.float32
         or weight.dtype != torch.float32
         or x.ndim < 2
+        or torch.compiler.is_compiling()  # before sizes are compared: an exported program would keep that as a guard
         or x.numel() < _MIN_ROWS * x.shape[-1]
-        or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch.is_autocast_enabled("cpu")
         or why_not_onednn() is not None

@@ -91,6 +91,6 @@ def _histogram(ax: Axes, record: StageRecord, threshold: float) -> None:
     ax.axvline(min(max(threshold, 0), 1), color=style.INK, lw=1.5, ls="--", label=f"η = {threshold:.3f}")
     ax.set_xlim(0, 1)
     ax.set_title("coarse confidence of all images", fontsize=10.5)
-    ax.set_xlabel("largest probability of the coarse stage")
+    ax.set_xlabel("confidence of the coarse stage")
     ax.set_ylabel("images")
     ax.legend(loc="upper center", frameon=True, facecolor="white", edgecolor="none", framealpha=0.9)

@@ -18,7 +18,7 @@ import mambascope  # noqa: F401  (registers the timm entries)
 from mambascope.evaluation.cost import CONVENTIONS, stage_macs
 from mambascope.losses import ClassificationLoss, ScopeLoss
 from mambascope.models import SCOPE_CONFIGS, VIM_CONFIGS, MambaScope, VisionMamba, load_checkpoint
-from mambascope.models.exit import confidence, exit_mask
+from mambascope.models.exit import exit_mask
 from mambascope.models.selection import num_selected
 from mambascope.training.args import LossArgs, MixArgs, ModelArgs, OptimizerArgs, ScheduleArgs
 from mambascope.training.base import TrainModule, is_main_process
@@ -97,7 +97,7 @@ class ClassifierModule(TrainModule):
         )
         self.mixup = self._make_mixup(mix)
         names = (
-            (*SCOPE_METRICS, "share_refined", "fine_loss", "coarse_loss")
+            (*SCOPE_METRICS, "share_refined", "cells_refined", "fine_loss", "coarse_loss")
             if self.two_stage
             else ("top1", "top5", "loss")
         )
@@ -184,11 +184,12 @@ class ClassifierModule(TrainModule):
             self._update("loss", F.cross_entropy(logits, y, reduction="none"))
             self._update_tops("", logits, y)
             return
-        both = self.model.forward_both(x, self.model.config.alpha)
-        coarse, fine = both.coarse.float(), both.fine.float()
+        state = self.model.forward_coarse(x)
+        refined = self.model.forward_refined(x, state, self.model.config.alpha)
+        coarse, fine = state.logits.float(), refined.logits.float()
         self._update("coarse_loss", F.cross_entropy(coarse, y, reduction="none"))
         self._update("fine_loss", F.cross_entropy(fine, y, reduction="none"))
-        conf = confidence(coarse)
+        conf = self.model.confidence(coarse)
         # alpha = 0 selects nothing, so that every coarse answer stands, as in forward_scope
         selects = num_selected(self.model.config.alpha, self._cells()) > 0
         exited = exit_mask(conf, self.model.threshold if selects else 0.0)
@@ -196,6 +197,7 @@ class ClassifierModule(TrainModule):
         self._update_tops("fine_", fine, y)
         self._update_tops("dynamic_", torch.where(exited.unsqueeze(1), coarse, fine), y)
         self._update("share_refined", (~exited).float())
+        self._update("cells_refined", (refined.cells * ~exited).float())
         self.val_metrics["gate_ece"].update(conf, (coarse.argmax(1) == y).long())  # type: ignore[operator]
 
     def _cells(self) -> int:
@@ -207,9 +209,11 @@ class ClassifierModule(TrainModule):
         """Logs the metrics over all processes, and the mean GFLOPs they imply."""
         results = self._results()
         share = float(results["val/share_refined"]) if self.two_stage else 1.0
+        # the mean over the refined images
+        cells = float(results.pop("val/cells_refined")) / share if self.two_stage and share else None
         for convention, suffix in zip(CONVENTIONS, ("", "_both_directions"), strict=True):
             cost = stage_macs(self.model.config, self._val_size, convention=convention)
-            results[f"val/gflops{suffix}"] = cost.gflops(share)
+            results[f"val/gflops{suffix}"] = cost.gflops(share, cells)
         self._log_results(results)
 
     def describe(self) -> dict[str, Any]:

@@ -1,13 +1,25 @@
 """The ablations: figures that agree with the model, rows that are kept, verdicts that follow from the numbers."""
 
 import csv
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
 from mambascope.evaluation import ablation, ablation_cli
-from mambascope.evaluation.ablation import Results, Row, Setting, Table, digits_loader, evaluate, summarise, tables
+from mambascope.evaluation.ablation import (
+    BUDGETS,
+    Results,
+    Row,
+    Setting,
+    Table,
+    digits_loader,
+    evaluate,
+    improvements,
+    summarise,
+    tables,
+)
 from mambascope.evaluation.cost import stage_macs
 from mambascope.models import MambaScope, ScopeConfig, load_model
 from mambascope.models.checkpoint import save_safetensors
@@ -70,7 +82,8 @@ def test_controls_read_other_cells(run_folder):
     assert torch.equal(chosen["importance"], coarse)
     assert torch.equal(chosen["least"].argmax(1), coarse.argmin(1))
     assert not torch.equal(chosen["random"].argsort(1), coarse.argsort(1))
-    assert set(tables(model.config)) == {"importance", "alpha", "beta", "layers", "cls", "order", "reuse"}
+    paper = {"importance", "alpha", "beta", "layers", "cls", "order", "reuse"}
+    assert set(tables(model.config)) == paper | set(improvements(model.config))
 
 
 def test_finished_rows_are_kept_and_the_rest_is_done(run_folder, tmp_path, capsys):
@@ -165,3 +178,59 @@ def test_the_results_in_the_repository_are_whole():
     text = (folder / "ablations.md").read_text()
     for row in results.rows:
         assert f"| {row.setting} |" in text
+
+
+@torch.no_grad()
+def test_equal_cost_is_what_running_at_that_threshold_costs(run_folder):
+    path = run_folder / "model.safetensors"
+    model = load_model(path)
+    batches = list(digits_loader(model, path, 0, 60, batch_size=20))
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    reference = stage_macs(model.config, convention="both_directions")
+    for overrides in (
+        {},
+        {"alpha": 0.9, "score_metric": "clip"},
+        {"alpha_rule": "mass", "alpha": 0.8},
+        {"rest_tokens": "none", "confidence": "entropy", "temperature": 2.0},
+    ):
+        found = evaluate(model, batches, overrides, reference=reference)
+        twin = MambaScope(with_overrides(model.config, overrides)).eval()
+        twin.load_state_dict(model.state_dict())
+        own = stage_macs(twin.config, convention="both_directions")
+        ranked = twin.forward_scope(images, 0.0).confidence.sort().values.tolist()
+        etas = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(ranked)), 1.0]
+        for share in BUDGETS:
+            best = None
+            for eta in etas:  # the highest threshold that the budget allows
+                out = twin.forward_scope(images, eta)
+                cells = (out.selected >= 0).sum(1)[~out.exited]
+                mean = float(cells.double().mean()) if len(cells) else 0.0
+                if own.gflops(float((~out.exited).double().mean()), mean) <= reference.gflops(share) * (1 + 1e-9):
+                    best = float((out.logits.argmax(1) == labels).double().mean())
+            assert found[f"top1_cost{100 * share:.0f}"] == pytest.approx(best), (overrides, share)
+    assert model.temperature == 1.0
+
+
+def test_gains_are_paired_by_seed():
+    table = Table("Title", (Setting("base", {}), Setting("new", {}), Setting("other", {})), equal_cost=True)
+    rows = [Row("t", "base", s, "x", 100, 0.8, 0.5, 0.7, 0.5, 0.1, v, v, v) for s, v in ((0, 0.70), (1, 0.80))]
+    rows += [Row("t", "new", s, "x", 100, 0.8, 0.5, 0.7, 0.5, 0.1, v, v, v) for s, v in ((0, 0.72), (1, 0.83))]
+    rows += [Row("t", "other", 1, "x", 100, 0.8, 0.5, 0.7, 0.5, 0.1, 0.79, 0.79, 0.79)]
+    text = summarise(rows, {"t": table})
+    assert "| base | 50.00 | 80.00 | 0.1000 | 75.00 | 75.00 | 75.00 |  | 2 |" in text
+    assert "| new | 50.00 | 80.00 | 0.1000 | 77.50 | 77.50 | 77.50 | +2.50 ± 0.50 | 2 |" in text
+    assert "| other | 50.00 | 80.00 | 0.1000 | 79.00 | 79.00 | 79.00 | -1.00 | 1 |" in text
+
+
+def test_every_improvement_is_a_model_and_a_training(tmp_path):
+    """The options exist under the names that the tables use."""
+    from mambascope.losses import ScopeLoss
+
+    config = ScopeConfig(img_size=32, patch_size=4, embed_dim=16, depth=6, num_classes=10)
+    defaults = {"kl_weight": 0.5, "coarse_ce_weight": 0.3}
+    for table in improvements(config).values():
+        assert table.settings[0].overrides == {}
+        for setting in table.settings:
+            MambaScope(with_overrides(config, setting.overrides))
+            assert table.trained or not setting.training
+            ScopeLoss(**defaults | {k.removeprefix("model.loss."): v for k, v in setting.training.items()})

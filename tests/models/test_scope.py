@@ -229,7 +229,8 @@ def test_children_are_the_four_fine_patches():
 def test_fine_map_puts_every_token_where_it_belongs(options):
     model, x = scope(alpha=0.5, **options), torch.randn(2, 3, 32, 48)
     coarse = model.forward_coarse(x)
-    sequence, selected, others = model._fine_sequence(x, coarse, None)
+    own, rest, cls, selected, others = model._fine_parts(x, coarse, None)
+    sequence, _ = model._arrange(own, rest, cls)
     fine = model.forward_fine(x, coarse)
     spatial = model.fine_map(sequence, fine, coarse.grid).flatten(2).transpose(1, 2)
     embedded = model._fine_tokens(x, coarse, selected)
