@@ -20,7 +20,7 @@ ALLOWED = {
     "data": {"models"},
     "plotting": {"models", "evaluation"},  # draws what evaluation measured; evaluation.report calls it
     "evaluation": {"ops", "reduction", "models", "data", "plotting", "losses"},
-    "training": {"ops", "reduction", "models", "data", "plotting", "evaluation", "losses"},
+    "training": {"ops", "layers", "reduction", "models", "data", "plotting", "evaluation", "losses"},
     "mm": {"ops", "layers", "models", "losses", "data", "evaluation", "plotting"},
 }
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.stem == "losses")

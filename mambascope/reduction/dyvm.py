@@ -49,8 +49,8 @@ _TAU = 2.0  # temperature of the switches, as in the public code
 class DyVMConfig(ReductionConfig):
     """Token predictors and scan switches.
 
-    Published: ``keep`` 0.9 for Vim-T, 0.7 for Vim-S and Vim-B, ``block_ratio`` 0.8 and for Vim-B 0.7; 30 epochs with the
-    terms below and 0.5 (KL + token distillation) to the unreduced Vim (the training command's ``teacher``).
+    Published: ``keep`` 0.9 for Vim-T, 0.7 for Vim-S and Vim-B, ``block_ratio`` 0.8 and for Vim-B 0.7; 30 epochs with
+    the terms below and 0.5 (KL + token distillation) to the unreduced Vim (the training command's ``teacher``).
 
     Attributes:
         layers: Blocks before which patches are pruned; ``None`` for the quarters of the depth (6, 12 and 18 of 24).

@@ -69,7 +69,7 @@ class HiddenAlignConfig(ReductionConfig):
 
     def ratios(self, depth: int) -> dict[int, float]:
         """Keep ratio of every block after which patches are pruned."""
-        layers = self.layers or tuple(sorted({round(depth * block / 24) for block in (5, 10, 15)}))
+        layers = self.layers or tuple(sorted({min(round(depth * block / 24), depth - 2) for block in (5, 10, 15)}))
         layers_within(layers, 0, depth - 2, depth)  # after the last block there is nothing left to save
         keep = self.keep if isinstance(self.keep, tuple) else (self.keep,) * len(layers)
         if len(keep) != len(layers):

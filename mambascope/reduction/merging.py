@@ -162,7 +162,7 @@ def merge(state: MergeState, matching: Matching) -> MergeState:
         return (gather_rows(total, rows) / grown.unsqueeze(-1)).to(tokens.dtype)
 
     residual = None if state.residual is None else mean(state.residual)
-    return replace(state, hidden=mean(state.hidden), residual=residual, cls=at, sizes=grown)
+    return replace(state, hidden=mean(state.hidden), residual=residual, cls=at, sizes=grown, score=None)
 
 
 class MergeReducer(Reducer):
