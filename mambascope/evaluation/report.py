@@ -23,6 +23,7 @@ from mambascope.evaluation import sweep as sw
 from mambascope.evaluation.collect import Collected, collect, model_device
 from mambascope.evaluation.cost import CONVENTIONS, StageCost, format_gflops, plain_vim, stage_macs
 from mambascope.evaluation.published import rows_for
+from mambascope.evaluation.reduced import scan_share
 from mambascope.evaluation.tables import card_rows, curve_csv, curve_rows, results_table, savings, timings_csv
 from mambascope.evaluation.throughput import Timing, measure_model, measure_scope, representative
 from mambascope.models.checkpoint import atomic_path
@@ -85,10 +86,15 @@ def machine_info(device: torch.device) -> dict[str, Any]:
     return info
 
 
-def costs_of(model: VisionMamba, img_size: Sequence[int] | None = None) -> dict[str, StageCost]:
-    """Cost per convention at the model's current alpha, for images of (height, width); default: its configured size."""
+def costs_of(
+    model: VisionMamba, img_size: Sequence[int] | None = None, scan_share: Sequence[float] | None = None
+) -> dict[str, StageCost]:
+    """Cost per convention at the model's current alpha, for images of (height, width); default: its configured size.
+
+    `scan_share` is the share of scans that ran per block, where token reduction decides that per image.
+    """
     alpha = model.alpha if isinstance(model, MambaScope) else None
-    return {c: stage_macs(model.config, img_size, alpha, c) for c in CONVENTIONS}
+    return {c: stage_macs(model.config, img_size, alpha, c, scan_share) for c in CONVENTIONS}
 
 
 def write_report(
@@ -386,7 +392,8 @@ def _write_one_stage(
     print_table: bool,
 ) -> Report:
     """A model without stages: accuracy, cost and time."""
-    record, costs = found.record, costs_of(model, tuple(found.images.shape[-2:]))
+    record, ran = found.record, scan_share(model, zip(found.images.split(64), found.labels.split(64), strict=True))
+    costs = costs_of(model, tuple(found.images.shape[-2:]), ran)
     row: dict[str, Any] = {"top1": float(record.fine_correct.mean()), "top5": float(record.fine_top5.mean())}
     row |= {f"gflops_{c}": cost.gflops() for c, cost in costs.items()}
     timings = []

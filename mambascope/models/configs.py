@@ -11,6 +11,7 @@ from mambascope.layers.pos_embed import CLS_POSITIONS
 from mambascope.layers.reuse import REUSE_KINDS
 from mambascope.models.exit import CONFIDENCES, as_number, check_temperature, check_threshold
 from mambascope.ops import check_backend
+from mambascope.reduction import EncoderSizes, ReductionConfig, reduction_config
 
 GLOBAL_POOLS = ("token", "avg", "")
 CELL_ORDERS = ("cell", "raster")
@@ -66,6 +67,8 @@ class VimConfig:
             2405.14858); their outputs are dropped.
         shuffle_rate: Probability with which the last block's mixer reads the tokens in a random order in training;
             earlier blocks rise to it linearly (layer-wise shuffle, arXiv 2408.17081).
+        reduction: Token reduction: a mapping with the ``name`` of a method and its settings
+            (:mod:`mambascope.reduction`); ``None`` for none. Not for MambaScope.
     """
 
     img_size: int | tuple[int, int] = 224
@@ -87,6 +90,7 @@ class VimConfig:
     scan_backend: str | None = None
     registers: int = 0
     shuffle_rate: float = 0.0
+    reduction: ReductionConfig | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.img_size, list):  # YAML and JSON have no tuples
@@ -119,6 +123,16 @@ class VimConfig:
             raise ValueError(f"scan_{error}") from None
         _choice("cls_position", self.cls_position, CLS_POSITIONS)
         _choice("global_pool", self.global_pool, GLOBAL_POOLS)
+        object.__setattr__(self, "reduction", reduction_config(self.reduction))
+        if self.reduction is not None:
+            self.reduction.patch_counts(math.prod(self.patch_grid), self.depth)
+            if self.global_pool == "avg":
+                raise ValueError(
+                    "global_pool must be 'token' or '' with reduction, which leaves other tokens, got 'avg'"
+                )
+            if self.registers or self.shuffle_rate:
+                name = "registers" if self.registers else "shuffle_rate"
+                raise ValueError(f"{name} must be 0 with reduction, which keeps the patches' order and nothing else")
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -131,6 +145,12 @@ class VimConfig:
         return self.stride or self.patch_size
 
     @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of an image of the configured size, padded at the right and bottom if need be."""
+        rows, cols = (1 + max(0, math.ceil((side - self.patch_size) / self.patch_stride)) for side in self.image_hw)
+        return rows, cols
+
+    @property
     def inner_dim(self) -> int:
         """Inner width E."""
         return self.expand * self.embed_dim
@@ -139,6 +159,11 @@ class VimConfig:
     def rank(self) -> int:
         """Rank R of the step-size projection."""
         return self.dt_rank or math.ceil(self.embed_dim / 16)
+
+    @property
+    def sizes(self) -> EncoderSizes:
+        """The sizes that token reduction depends on."""
+        return EncoderSizes(self.embed_dim, self.inner_dim, self.rank, self.depth)
 
 
 @dataclass(frozen=True)
@@ -215,6 +240,8 @@ class ScopeConfig(VimConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.reduction is not None:
+            raise ValueError("reduction is for a plain Vim; a MambaScope reads less by its coarse stage")
         if self.stride not in (None, self.patch_size):
             raise ValueError(
                 f"stride must equal patch_size {self.patch_size} in MambaScope (a cell owns four patches), "
