@@ -304,9 +304,10 @@ class ScopeBackbone(_EncoderBackbone):
         dim = self.encoder.embed_dim
         self.coarse_up = None
         if coarse_resize == "learned":
-            self.coarse_up = nn.ModuleList(nn.ConvTranspose2d(dim, dim, 2, 2, bias=False) for _ in STEPS)
-            for up in self.coarse_up:
-                nn.init.zeros_(up.weight)
+            maps = [nn.ConvTranspose2d(dim, dim, 2, 2, bias=False) for _ in STEPS]
+            for own in maps:
+                nn.init.zeros_(own.weight)
+            self.coarse_up = nn.ModuleList(maps)
         if not 0 <= exit_prob <= 1:
             raise ValueError(f"exit_prob must lie in [0, 1], got {exit_prob!r}")
         self.gate = None if gate is None else GateHead(self.encoder.embed_dim, **gate)
