@@ -22,6 +22,7 @@ import torch
 from mambascope.evaluation import sweep as sw
 from mambascope.evaluation.collect import Collected, collect, model_device
 from mambascope.evaluation.cost import CONVENTIONS, StageCost, format_gflops, plain_vim, stage_macs
+from mambascope.evaluation.flop_count import costs_of
 from mambascope.evaluation.published import rows_for
 from mambascope.evaluation.tables import card_rows, curve_csv, curve_rows, results_table, savings, timings_csv
 from mambascope.evaluation.throughput import Timing, measure_model, measure_scope, representative
@@ -83,12 +84,6 @@ def machine_info(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         info["gpu"] = torch.cuda.get_device_name(device)
     return info
-
-
-def costs_of(model: VisionMamba, img_size: Sequence[int] | None = None) -> dict[str, StageCost]:
-    """Cost per convention at the model's current alpha, for images of (height, width); default: its configured size."""
-    alpha = model.alpha if isinstance(model, MambaScope) else None
-    return {c: stage_macs(model.config, img_size, alpha, c) for c in CONVENTIONS}
 
 
 def write_report(

@@ -1,4 +1,4 @@
-"""Training and validation of the classifiers: MambaScope with both stages, and the one-stage Vim."""
+"""Training and validation of the classifiers: MambaScope with both stages, and the one-stage models."""
 
 from __future__ import annotations
 
@@ -15,35 +15,39 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
 
 import mambascope  # noqa: F401  (registers the timm entries)
-from mambascope.evaluation.cost import CONVENTIONS, stage_macs
+from mambascope.evaluation.flop_count import costs_of
 from mambascope.losses import ClassificationLoss, ScopeLoss
-from mambascope.models import SCOPE_CONFIGS, VIM_CONFIGS, MambaScope, VisionMamba, load_checkpoint
+from mambascope.models import SCOPE_CONFIGS, VIM_CONFIGS, MambaScope, load_checkpoint
 from mambascope.models.exit import confidence, exit_mask
 from mambascope.models.selection import num_selected
+from mambascope.models.timm_classifier import TimmConfig, create_timm_classifier, is_timm_classifier
 from mambascope.training.args import LossArgs, MixArgs, ModelArgs, OptimizerArgs, ScheduleArgs
 from mambascope.training.base import TrainModule, is_main_process
 
 SCOPE_METRICS = tuple(f"{stage}_{top}" for stage in ("coarse", "fine", "dynamic") for top in ("top1", "top5"))
 
 
-def build_model(args: ModelArgs, verbose: bool = True) -> VisionMamba:
+def build_model(args: ModelArgs, verbose: bool = True) -> Any:
     """Creates the model and loads the weights to finetune from.
 
     Raises:
         ValueError: For an unknown model, an unknown field of its config, or a checkpoint that does not fit.
     """
     known = sorted({**VIM_CONFIGS, **SCOPE_CONFIGS})
-    if args.name not in known:
-        raise ValueError(f"net.name must be one of {', '.join(known)}, got {args.name!r}")
-    model = timm.create_model(args.name, **args.args)
-    assert isinstance(model, VisionMamba)
+    model: Any
+    if args.name in known:
+        model = timm.create_model(args.name, **args.args)
+    elif is_timm_classifier(args.name):
+        model = create_timm_classifier(TimmConfig.of(args.name, args.args))
+    else:
+        raise ValueError(f"net.name must be one of {', '.join(known)} or a classifier of timm's, got {args.name!r}")
     if args.checkpoint is not None:
         load_checkpoint(model, args.checkpoint, strict=args.strict, verbose=verbose)
     return model
 
 
 class ClassifierModule(TrainModule):
-    """Trains a classifier; a MambaScope with both stages on every image (section 3.5), a Vim with cross entropy.
+    """Trains a classifier; a MambaScope with both stages on every image (section 3.5), others with cross entropy.
 
     Args:
         net: The model.
@@ -207,9 +211,9 @@ class ClassifierModule(TrainModule):
         """Logs the metrics over all processes, and the mean GFLOPs they imply."""
         results = self._results()
         share = float(results["val/share_refined"]) if self.two_stage else 1.0
-        for convention, suffix in zip(CONVENTIONS, ("", "_both_directions"), strict=True):
-            cost = stage_macs(self.model.config, self._val_size, convention=convention)
-            results[f"val/gflops{suffix}"] = cost.gflops(share)
+        costs = costs_of(self.model, self._val_size, self._alpha() if self.two_stage else None)
+        results["val/gflops"] = costs["one_direction"].gflops(share)
+        results["val/gflops_both_directions"] = costs["both_directions"].gflops(share)
         self._log_results(results)
 
     def describe(self) -> dict[str, Any]:
