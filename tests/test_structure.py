@@ -16,6 +16,7 @@ ALLOWED = {
     "data": {"models"},
     "plotting": {"models", "evaluation"},  # draws what evaluation measured; evaluation.report calls it
     "evaluation": {"ops", "models", "data", "plotting", "losses"},
+    "frontier": {"models", "data", "evaluation", "plotting", "training"},
     "training": {"ops", "models", "data", "plotting", "evaluation", "losses"},
     "mm": {"ops", "layers", "models", "losses", "data", "evaluation", "plotting"},
 }

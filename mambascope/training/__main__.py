@@ -13,7 +13,8 @@ from mambascope.training.cli import main
 
 
 def _stop_with_parent() -> None:
-    sys.stdin.buffer.read()  # returns when nobody holds the other end any more
+    while os.read(sys.stdin.fileno(), 1):  # empty once nobody holds the other end any more
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
