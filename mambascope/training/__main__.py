@@ -15,6 +15,7 @@ from mambascope.training.cli import main
 def _stop_with_parent() -> None:
     while os.read(sys.stdin.fileno(), 1):  # empty once nobody holds the other end any more
         pass
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # a pipe to the program that is gone
     os.kill(os.getpid(), signal.SIGTERM)
 
 
