@@ -1,4 +1,7 @@
-"""Imports point one way: ops <- layers <- models <- losses, evaluation, plotting <- training; data beside models."""
+"""Imports point one way.
+
+ops <- layers <- reduction <- models <- losses, evaluation, plotting <- training; data beside models.
+"""
 
 import ast
 import subprocess
@@ -11,13 +14,14 @@ PACKAGE = Path(__file__).parent.parent / "mambascope"
 ALLOWED = {
     "ops": set(),
     "layers": {"ops"},
-    "models": {"ops", "layers"},
-    "losses": {"models"},
+    "reduction": {"ops", "layers"},
+    "models": {"ops", "layers", "reduction"},
+    "losses": {"models", "reduction"},
     "data": {"models"},
     "plotting": {"models", "evaluation"},  # draws what evaluation measured; evaluation.report calls it
-    "evaluation": {"ops", "models", "data", "plotting", "losses"},
+    "evaluation": {"ops", "reduction", "models", "data", "plotting", "losses"},
     "frontier": {"models", "data", "evaluation", "plotting", "training"},
-    "training": {"ops", "models", "data", "plotting", "evaluation", "losses"},
+    "training": {"ops", "layers", "reduction", "models", "data", "plotting", "evaluation", "losses"},
     "mm": {"ops", "layers", "models", "losses", "data", "evaluation", "plotting"},
 }
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.stem == "losses")

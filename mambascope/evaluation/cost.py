@@ -1,4 +1,4 @@
-"""Closed-form cost of Vim and MambaScope: parameters and multiply-adds per stage.
+"""Closed-form cost of Vim, with and without token reduction, and MambaScope: parameters and multiply-adds per stage.
 
 Symbols: d ``embed_dim``, E = ``expand``·d inner width, N ``d_state``, R ``dt_rank``, K ``d_conv``, L tokens with CLS.
 Multiply-adds per token and layer::
@@ -10,6 +10,10 @@ plus ``in_chans·patch²·d`` for every patch that is embedded. The published fi
 full-size image and projects every coarse output, also those of cells it then leaves out; so does this count. The model
 in this package skips them: :func:`skipped_macs` says how much that saves (about 1 %). Left out, as in the published
 tables: classifier head, norms, activations, residual additions, position tables, resizing and ranking the cells.
+
+With token reduction L shrinks from block to block, and what the method computes to decide (similarities, predictors,
+switches) is added. Where it switches scans off per image, the scan part of each block is multiplied by the share of
+scans that ran, which :func:`mambascope.evaluation.reduced.scan_share` measures.
 
 Two conventions, both in GFLOPs = multiply-adds / 1e9 as the field writes it:
 
@@ -26,7 +30,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, ScopeConfig, VimConfig, with_overrides
@@ -44,7 +48,8 @@ class StageCost:
     Attributes:
         convention: ``"one_direction"`` or ``"both_directions"``.
         params: learned parameters of the whole model.
-        tokens_coarse, tokens_fine: sequence lengths including CLS (``tokens_coarse`` 0 for a plain Vim).
+        tokens_coarse, tokens_fine: sequence lengths including CLS (``tokens_coarse`` 0 for a plain Vim; before anything
+            is reduced).
         coarse, reuse, fine: multiply-adds of the coarse pass, the feature-reuse projection and the fine pass.
     """
 
@@ -80,10 +85,7 @@ def _hw(config: VimConfig, img_size: int | Sequence[int] | None) -> tuple[int, i
 
 def vim_grid(config: VimConfig, img_size: int | Sequence[int] | None = None) -> tuple[int, int]:
     """Patch grid (rows, columns) of a plain Vim; sizes that do not fit are padded at the right and bottom."""
-    rows, cols = (
-        1 + max(0, math.ceil((side - config.patch_size) / config.patch_stride)) for side in _hw(config, img_size)
-    )
-    return rows, cols
+    return replace(config, img_size=_hw(config, img_size)).patch_grid
 
 
 def scope_grid(config: ScopeConfig, img_size: int | Sequence[int] | None = None) -> tuple[int, int]:
@@ -95,12 +97,47 @@ def scope_grid(config: ScopeConfig, img_size: int | Sequence[int] | None = None)
 
 def encoder_macs(config: VimConfig, tokens: int, patches: int, convention: str = "one_direction") -> int:
     """Multiply-adds of embedding `patches` patches and running `tokens` tokens (CLS included) through the encoder."""
+    projections, scans = token_macs(config, convention)
+    embedding = config.in_chans * config.patch_size**2 * config.embed_dim
+    return tokens * config.depth * (projections + scans) + patches * embedding
+
+
+def token_macs(config: VimConfig, convention: str = "one_direction") -> tuple[int, int]:
+    """Multiply-adds of one token in one block: the input and output projections, and everything per scan direction."""
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
     d, e, n, k, r = config.embed_dim, config.inner_dim, config.d_state, config.d_conv, config.rank
     direction = k * e + e * (r + 2 * n) + r * e + 9 * e * n + 2 * e
-    per_token = d * 2 * e + e * d + direction * (2 if convention == "both_directions" else 1)
-    return tokens * config.depth * per_token + patches * config.in_chans * config.patch_size**2 * d
+    return d * 2 * e + e * d, direction * (2 if convention == "both_directions" else 1)
+
+
+def reduced_macs(
+    config: VimConfig, patches: int, convention: str = "one_direction", scan_share: Sequence[float] | None = None
+) -> int:
+    """Multiply-adds of an image of `patches` patches with ``config.reduction``.
+
+    Args:
+        config: with token reduction.
+        patches: patches of the image.
+        convention: ``"one_direction"`` or ``"both_directions"``.
+        scan_share: share of the scans that ran, per block; default: all.
+
+    Raises:
+        ValueError: an unknown convention, or not one share in [0, 1] per block.
+    """
+    assert config.reduction is not None
+    shares = [1.0] * config.depth if scan_share is None else list(scan_share)
+    if len(shares) != config.depth or not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"scan_share must be {config.depth} numbers in [0, 1], one per block, got {shares}")
+    projections, scans = token_macs(config, convention)
+    counts = config.reduction.patch_counts(patches, config.depth)
+    blocks = sum((count + 1) * (projections + share * scans) for count, share in zip(counts, shares, strict=True))
+    embedding = patches * config.in_chans * config.patch_size**2 * config.embed_dim
+    return (
+        round(blocks)
+        + embedding
+        + config.reduction.extra_macs(config.sizes, patches, 1 + CONVENTIONS.index(convention))
+    )
 
 
 def reuse_macs(config: ScopeConfig, cells: int) -> int:
@@ -117,6 +154,8 @@ def count_parameters(config: VimConfig) -> int:
     total = config.depth * (mixer + d) + d  # blocks with their norm gains, final norm
     total += config.in_chans * config.patch_size**2 * d + d  # patch embedding
     total += d * config.num_classes + config.num_classes if config.num_classes else 0
+    if config.reduction is not None:
+        total += config.reduction.num_parameters(config.sizes)
     if isinstance(config, ScopeConfig):
         cells = math.prod(scope_grid(config))
         fine_patches = 4 * cells
@@ -131,6 +170,7 @@ def stage_macs(
     img_size: int | Sequence[int] | None = None,
     alpha: float | None = None,
     convention: str = "one_direction",
+    scan_share: Sequence[float] | None = None,
 ) -> StageCost:
     """Cost of one image under `config`.
 
@@ -139,16 +179,22 @@ def stage_macs(
         img_size: side or (height, width) in pixels; default ``config.img_size``.
         alpha: share of the cells that the fine stage refines, 0 to 1; default ``config.alpha``. MambaScope only.
         convention: ``"one_direction"`` (published) or ``"both_directions"`` (honest).
+        scan_share: share of the scans that ran, per block; default: all. Token reduction only.
 
     Raises:
-        ValueError: an argument outside what is accepted, or `alpha` for a plain Vim.
+        ValueError: an argument outside what is accepted, `alpha` for a plain Vim, or `scan_share` without reduction.
     """
     params = count_parameters(config)
+    if scan_share is not None and config.reduction is None:
+        raise ValueError("scan_share applies to token reduction only; this model runs every scan")
     if not isinstance(config, ScopeConfig):
         if alpha is not None:
             raise ValueError("alpha applies to MambaScope models only; a plain Vim has one stage")
         patches = math.prod(vim_grid(config, img_size))
-        total = encoder_macs(config, patches + 1, patches, convention)
+        if config.reduction is None:
+            total = encoder_macs(config, patches + 1, patches, convention)
+        else:
+            total = reduced_macs(config, patches, convention, scan_share)
         return StageCost(convention, params, 0, patches + 1, 0, 0, total)
     cells = math.prod(scope_grid(config, img_size))
     alpha = config.alpha if alpha is None else alpha
@@ -176,8 +222,8 @@ def skipped_macs(config: ScopeConfig, img_size: int | Sequence[int] | None = Non
 
 
 def plain_vim(config: VimConfig) -> VimConfig:
-    """The one-stage Vim of the same sizes: what MambaScope is compared with."""
-    return VimConfig(**{field.name: getattr(config, field.name) for field in fields(VimConfig)})
+    """The one-stage Vim of the same sizes that computes every token: what MambaScope is compared with."""
+    return VimConfig(**{**{field.name: getattr(config, field.name) for field in fields(VimConfig)}, "reduction": None})
 
 
 def model_config(name: str, **overrides: Any) -> VimConfig:

@@ -59,18 +59,24 @@ def expected_count(model: VisionMamba, img_size: Sequence[int] | None = None) ->
     return CountedCost(cost.coarse + head, cost.reuse + cost.fine - skipped + head)
 
 
-def costs_of(model: Any, img_size: Sequence[int] | None = None, alpha: float | None = None) -> dict[str, StageCost]:
+def costs_of(
+    model: Any,
+    img_size: Sequence[int] | None = None,
+    alpha: float | None = None,
+    scan_share: Sequence[float] | None = None,
+) -> dict[str, StageCost]:
     """Cost per convention: closed form for the models of this package, counted for others.
 
     Args:
         model: a classifier with a ``config``.
         img_size: (height, width) in pixels; default: the model's.
         alpha: share of cells that a MambaScope refines; default: its current one.
+        scan_share: share of scans that ran per block, where token reduction decides that per image.
     """
     if isinstance(model, VisionMamba):
         if isinstance(model, MambaScope) and alpha is None:
             alpha = model.alpha
-        return {c: stage_macs(model.config, img_size, alpha, c) for c in CONVENTIONS}
+        return {c: stage_macs(model.config, img_size, alpha, c, scan_share) for c in CONVENTIONS}
     # nothing in them runs in two directions: both conventions are the same
     macs, params = count_macs(model, img_size).fine, sum(p.numel() for p in model.parameters())
     return {c: StageCost(c, params, 0, 0, 0, 0, macs) for c in CONVENTIONS}

@@ -24,6 +24,7 @@ from mambascope.evaluation.collect import Collected, collect, model_device
 from mambascope.evaluation.cost import CONVENTIONS, StageCost, format_gflops, plain_vim, stage_macs
 from mambascope.evaluation.flop_count import costs_of
 from mambascope.evaluation.published import rows_for
+from mambascope.evaluation.reduced import scan_share
 from mambascope.evaluation.tables import card_rows, curve_csv, curve_rows, results_table, savings, timings_csv
 from mambascope.evaluation.throughput import Timing, measure_model, measure_scope, representative
 from mambascope.models.checkpoint import atomic_path
@@ -381,7 +382,8 @@ def _write_one_stage(
     print_table: bool,
 ) -> Report:
     """A model without stages: accuracy, cost and time."""
-    record, costs = found.record, costs_of(model, tuple(found.images.shape[-2:]))
+    record, ran = found.record, scan_share(model, zip(found.images.split(64), found.labels.split(64), strict=True))
+    costs = costs_of(model, tuple(found.images.shape[-2:]), scan_share=ran)
     row: dict[str, Any] = {"top1": float(record.fine_correct.mean()), "top5": float(record.fine_top5.mean())}
     row |= {f"gflops_{c}": cost.gflops() for c, cost in costs.items()}
     timings = []

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from mambascope.data.datamodule import ResumableDataModule
 from mambascope.evaluation.ablation import fingerprint
@@ -19,6 +19,7 @@ from mambascope.evaluation.collect import collect, unpack
 from mambascope.evaluation.cost import StageCost
 from mambascope.evaluation.eval_data import RUN_CONFIG, open_data
 from mambascope.evaluation.flop_count import costs_of
+from mambascope.evaluation.reduced import scan_share
 from mambascope.evaluation.sweep import StageRecord
 from mambascope.evaluation.trainings import finish_training, finished
 from mambascope.frontier.lists import Entry, FrontierList, Setting, digest, merged
@@ -238,15 +239,11 @@ class Work:
         loader = data.val_dataloader()
         label = f"{point.entry}, {point.setting.label}"
         found = collect(model, loader, keep=1, progress=self.progress, description=label)
-        costs = self._costs(model, found.images.shape[-2:], data)
+        costs = costs_of(model, tuple(found.images.shape[-2:]), scan_share=scan_share(model, loader))
         key = self.key(point)
         result = Result(key, found.record, costs, isinstance(model, MambaScope), self._epochs(point))
         result.write(self._path(point, key))
         return result
-
-    def _costs(self, model: nn.Module, size: Any, data: ResumableDataModule) -> dict[str, StageCost]:
-        del data
-        return costs_of(model, tuple(size))
 
     def _epochs(self, point: Point) -> int | None:
         """Epochs of all trainings in the chain, as the weights' files say."""

@@ -132,14 +132,14 @@ class BidirectionalMamba(nn.Module):
         nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
         self.out_proj.weight.div_(math.sqrt(self.depth))
 
-    def forward(self, u_BLD: Tensor, score: ScoreOptions | None = None) -> tuple[Tensor, Tensor | None]:
-        """Mixes tokens [B, L, D].
-
-        Returns:
-            The mixed tokens [B, L, D] and, if ``score`` is given, each token's importance [B, L] (detached, fp32).
-        """
+    def project(self, u_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, L, D] as the SSM's input x and its gate z, both [B, L, E]."""
         x_BLE, z_BLE = self.in_proj(u_BLD).chunk(2, dim=-1)
-        x_f, x_b = bidirectional_conv(
+        return x_BLE, z_BLE
+
+    def convolve(self, x_BLE: Tensor) -> tuple[Tensor, Tensor]:
+        """Causal and anti-causal convolution with SiLU, both [B, L, E]."""
+        return bidirectional_conv(
             x_BLE,
             self.conv1d.weight,
             self.conv1d.bias,
@@ -147,25 +147,37 @@ class BidirectionalMamba(nn.Module):
             self.conv1d_b.bias,
             backend=self.scan_backend,
         )
-        forward = ScanDirection(
-            x_f,
-            self.x_proj(x_f),
-            self.dt_proj.weight,
-            self.dt_proj.bias,
-            -torch.exp(_at_least_fp32(self.A_log)),
-            _at_least_fp32(self.D),
+
+    def direction(self, x_BLE: Tensor, *, reverse: bool) -> ScanDirection:
+        """What the scan of one direction needs, from its convolved tokens [B, L, E]."""
+        if reverse:
+            x_proj, dt_proj, a_log, d_skip = self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
+        else:
+            x_proj, dt_proj, a_log, d_skip = self.x_proj, self.dt_proj, self.A_log, self.D
+        return ScanDirection(
+            x_BLE,
+            x_proj(x_BLE),
+            dt_proj.weight,
+            dt_proj.bias,
+            -torch.exp(_at_least_fp32(a_log)),
+            _at_least_fp32(d_skip),
         )
-        backward = ScanDirection(
-            x_b,
-            self.x_proj_b(x_b),
-            self.dt_proj_b.weight,
-            self.dt_proj_b.bias,
-            -torch.exp(_at_least_fp32(self.A_b_log)),
-            _at_least_fp32(self.D_b),
-        )
+
+    def directions(self, x_BLE: Tensor) -> tuple[ScanDirection, ScanDirection]:
+        """Both directions of tokens [B, L, E] that are not yet convolved."""
+        x_f, x_b = self.convolve(x_BLE)
+        return self.direction(x_f, reverse=False), self.direction(x_b, reverse=True)
+
+    def forward(self, u_BLD: Tensor, score: ScoreOptions | None = None) -> tuple[Tensor, Tensor | None]:
+        """Mixes tokens [B, L, D].
+
+        Returns:
+            The mixed tokens [B, L, D] and, if ``score`` is given, each token's importance [B, L] (detached, fp32).
+        """
+        x_BLE, z_BLE = self.project(u_BLD)
+        forward, backward = self.directions(x_BLE)
         if score is None:
-            y = bidirectional_scan(forward, backward, z_BLE, scale=0.5, backend=self.scan_backend)
-            return self.out_proj(y), None
+            return self.out_proj(self.scan_both(forward, backward, z_BLE)), None
         if score.fused:
             y, top = bidirectional_scan(
                 forward, backward, z_BLE, scale=0.5, return_score=True, backend=self.scan_backend
@@ -174,20 +186,30 @@ class BidirectionalMamba(nn.Module):
             return self.out_proj(y), F.softplus(top)
         return self._forward_scored(forward, backward, z_BLE, score)
 
+    def scan_both(self, forward: ScanDirection, backward: ScanDirection, z_BLE: Tensor) -> Tensor:
+        """Half the gated sum of both directions' SSM outputs [B, L, E], in one call."""
+        return bidirectional_scan(forward, backward, z_BLE, scale=0.5, backend=self.scan_backend)
+
     def _forward_scored(
         self, forward: ScanDirection, backward: ScanDirection, z_BLE: Tensor, score: ScoreOptions
     ) -> tuple[Tensor, Tensor]:
         """The ablation variants of the score: both directions' outputs are materialised."""
         # the sum of both directions overflows half precision before it is halved
-        y_f = _at_least_fp32(self._scan(forward, reverse=False))
-        y_b = _at_least_fp32(self._scan(backward, reverse=True))
-        gate = F.silu(_at_least_fp32(z_BLE))
-        out = self.out_proj(((y_f + y_b) * gate * 0.5).to(z_BLE.dtype))
+        y_f = _at_least_fp32(self.scan(forward, reverse=False))
+        y_b = _at_least_fp32(self.scan(backward, reverse=True))
+        out = self.finish(y_f + y_b, z_BLE)
         with torch.no_grad():
             y = {"sum": y_f + y_b, "forward": y_f, "backward": y_b}[score.direction]
-            return out, score.reduce(y * gate if score.source == "post_gate" else y)
+            gate = F.silu(_at_least_fp32(z_BLE)) if score.source == "post_gate" else None
+            return out, score.reduce(y if gate is None else y * gate)
 
-    def _scan(self, direction: ScanDirection, *, reverse: bool) -> Tensor:
+    def finish(self, y_BLE: Tensor, z_BLE: Tensor) -> Tensor:
+        """The mixer's output [B, L, D] from the sum of both directions' SSM outputs and the gate, both [B, L, E]."""
+        y_BLE = _at_least_fp32(y_BLE)
+        return self.out_proj((y_BLE * F.silu(_at_least_fp32(z_BLE)) * 0.5).to(z_BLE.dtype))
+
+    def scan(self, direction: ScanDirection, *, reverse: bool) -> Tensor:
+        """SSM output [B, L, E] of one direction, not gated."""
         n = direction.A.shape[1]
         dt, b, c = direction.proj.split([direction.proj.shape[-1] - 2 * n, n, n], dim=-1)
         return selective_scan(

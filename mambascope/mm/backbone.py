@@ -221,7 +221,7 @@ class _EncoderBackbone(BaseModule):
         config = self.encoder.config
         cell = 2 * config.patch_size
         size = (-(-height // cell) * cell, -(-width // cell) * cell)
-        alpha = {"alpha": self.encoder.alpha} if isinstance(self.encoder, MambaScope) else {}
+        alpha: dict[str, Any] = {"alpha": self.encoder.alpha} if isinstance(self.encoder, MambaScope) else {}
         cost = stage_macs(config, size, convention=convention, **alpha)
         pyramid = self.pyramid.macs(size[0] // config.patch_size, size[1] // config.patch_size)
         first = cost.coarse if alpha else cost.fine

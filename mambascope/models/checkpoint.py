@@ -228,7 +228,8 @@ def load_checkpoint(
 ) -> LoadReport:
     """Loads weights into a model; position tables are resampled to the model's grids.
 
-    A plain Vim starts a MambaScope: its position table also gives the coarse one, and feature reuse stays new.
+    A plain Vim starts a MambaScope: its position table also gives the coarse one, and feature reuse stays new. It also
+    starts a Vim with token reduction, whose own parameters stay new.
 
     Args:
         model: A :class:`VisionMamba`, :class:`MambaScope` or :class:`MambaEye`.
@@ -247,6 +248,8 @@ def load_checkpoint(
     report = LoadReport()
     problems: list[str] = []
     start = isinstance(model, MambaScope) and not any(k.startswith(("reuse.", "pos_embed_coarse")) for k in source)
+    reduced = any(k.startswith("reduction.") for k in source)
+    fresh = (*(("reuse.",) if start else ()), *(() if reduced else ("reduction.",)))  # may start anew
     place = getattr(model.config, "cls_position", None)
     if config.get("cls_position", place) != place:
         problems.append(f"CLS stands {config['cls_position']} in the file and {place} in the model")
@@ -280,7 +283,7 @@ def load_checkpoint(
             report.new.append(name)
             if found is not None:
                 problems.append(f"{name} is {list(found.shape)} in the file and {list(wanted.shape)} in the model")
-            elif not (start and name.startswith("reuse.")):
+            elif not name.startswith(fresh):
                 problems.append(f"{name} is missing")
     report.unused = [k for k in source if k not in loaded]
     surplus = [k for k in report.unused if k not in target and not k.startswith(ignore)]

@@ -11,6 +11,7 @@ from mambascope.layers.pos_embed import CLS_POSITIONS
 from mambascope.layers.reuse import REUSE_KINDS
 from mambascope.models.exit import as_number, check_threshold
 from mambascope.ops import check_backend
+from mambascope.reduction import EncoderSizes, ReductionConfig, reduction_config
 
 GLOBAL_POOLS = ("token", "avg", "")
 CELL_ORDERS = ("cell", "raster")
@@ -60,6 +61,8 @@ class VimConfig:
         cls_position: Place of the CLS token among the patches: ``first``, ``middle`` or ``last``.
         global_pool: What the head reads: the CLS ``token``, the ``avg`` of all tokens, or ``""`` for no pooling.
         scan_backend: Scan backend by name; ``None`` for the automatic choice.
+        reduction: Token reduction: a mapping with the ``name`` of a method and its settings
+            (:mod:`mambascope.reduction`); ``None`` for none. Not for MambaScope.
     """
 
     img_size: int | tuple[int, int] = 224
@@ -79,6 +82,7 @@ class VimConfig:
     cls_position: str = "middle"
     global_pool: str = "token"
     scan_backend: str | None = None
+    reduction: ReductionConfig | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.img_size, list):  # YAML and JSON have no tuples
@@ -108,6 +112,13 @@ class VimConfig:
             raise ValueError(f"scan_{error}") from None
         _choice("cls_position", self.cls_position, CLS_POSITIONS)
         _choice("global_pool", self.global_pool, GLOBAL_POOLS)
+        object.__setattr__(self, "reduction", reduction_config(self.reduction))
+        if self.reduction is not None:
+            self.reduction.patch_counts(math.prod(self.patch_grid), self.depth)
+            if self.global_pool == "avg":
+                raise ValueError(
+                    "global_pool must be 'token' or '' with reduction, which leaves other tokens, got 'avg'"
+                )
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -120,6 +131,12 @@ class VimConfig:
         return self.stride or self.patch_size
 
     @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of an image of the configured size, padded at the right and bottom if need be."""
+        rows, cols = (1 + max(0, math.ceil((side - self.patch_size) / self.patch_stride)) for side in self.image_hw)
+        return rows, cols
+
+    @property
     def inner_dim(self) -> int:
         """Inner width E."""
         return self.expand * self.embed_dim
@@ -128,6 +145,11 @@ class VimConfig:
     def rank(self) -> int:
         """Rank R of the step-size projection."""
         return self.dt_rank or math.ceil(self.embed_dim / 16)
+
+    @property
+    def sizes(self) -> EncoderSizes:
+        """The sizes that token reduction depends on."""
+        return EncoderSizes(self.embed_dim, self.inner_dim, self.rank, self.depth)
 
 
 @dataclass(frozen=True)
@@ -177,6 +199,8 @@ class ScopeConfig(VimConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.reduction is not None:
+            raise ValueError("reduction is for a plain Vim; a MambaScope reads less by its coarse stage")
         if self.stride not in (None, self.patch_size):
             raise ValueError(
                 f"stride must equal patch_size {self.patch_size} in MambaScope (a cell owns four patches), "

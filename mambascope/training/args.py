@@ -45,6 +45,27 @@ class LossArgs:
 
 
 @dataclass(frozen=True)
+class TeacherArgs:
+    """The unreduced Vim that a Vim with token reduction learns from.
+
+    Attributes:
+        checkpoint: Its weights; ``null`` takes those that the training starts from (``net.checkpoint``).
+        kl_weight: Weight of KL(teacher || model) between the logits. R-MeeTo and DyVM have 0.5.
+        token_weight: Weight of the same between the outputs of the patches that are left. DyVM has 0.5; not for methods
+            that merge.
+    """
+
+    checkpoint: str | None = None
+    kl_weight: float = 0.0
+    token_weight: float = 0.0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is learned from it."""
+        return self.kl_weight != 0 or self.token_weight != 0
+
+
+@dataclass(frozen=True)
 class GlimpseLossArgs:
     """Training loss of MambaEye.
 

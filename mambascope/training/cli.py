@@ -147,7 +147,10 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("data", "model.data_facts", compute_fn=data_facts, apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
-        """Nothing is finetuned when a run is resumed: the checkpoint brings the weights."""
+        """Nothing is finetuned when a run is resumed: the checkpoint brings the weights, but not those of a teacher."""
+        teacher = self.config.model.get("teacher")
+        if teacher is not None and teacher.checkpoint is None and (teacher.kl_weight or teacher.token_weight):
+            teacher.checkpoint = self.config.model.net.checkpoint
         if self.config.ckpt_path is not None:
             self.config.model.net.checkpoint = None
 

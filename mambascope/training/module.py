@@ -16,13 +16,16 @@ from torchmetrics.classification import BinaryCalibrationError
 
 import mambascope  # noqa: F401  (registers the timm entries)
 from mambascope.evaluation.flop_count import costs_of
-from mambascope.losses import ClassificationLoss, ScopeLoss
-from mambascope.models import SCOPE_CONFIGS, VIM_CONFIGS, MambaScope, load_checkpoint
+from mambascope.evaluation.reduced import switches_scans
+from mambascope.losses import ClassificationLoss, ReductionLoss, ScopeLoss
+from mambascope.models import SCOPE_CONFIGS, VIM_CONFIGS, MambaScope, VisionMamba, load_checkpoint
 from mambascope.models.exit import confidence, exit_mask
 from mambascope.models.selection import num_selected
 from mambascope.models.timm_classifier import TimmConfig, create_timm_classifier, is_timm_classifier
-from mambascope.training.args import LossArgs, MixArgs, ModelArgs, OptimizerArgs, ScheduleArgs
+from mambascope.reduction import ReducedOutput
+from mambascope.training.args import LossArgs, MixArgs, ModelArgs, OptimizerArgs, ScheduleArgs, TeacherArgs
 from mambascope.training.base import TrainModule, is_main_process
+from mambascope.training.teacher import Teacher
 
 SCOPE_METRICS = tuple(f"{stage}_{top}" for stage in ("coarse", "fine", "dynamic") for top in ("top1", "top5"))
 
@@ -52,6 +55,7 @@ class ClassifierModule(TrainModule):
     Args:
         net: The model.
         loss: The loss.
+        teacher: What a model with token reduction is trained with besides the labels.
         optimizer: AdamW.
         schedule: Learning rate over the steps.
         mix: Mixup and CutMix.
@@ -72,6 +76,7 @@ class ClassifierModule(TrainModule):
         self,
         net: ModelArgs = ModelArgs(),  # noqa: B008 (frozen)
         loss: LossArgs = LossArgs(),  # noqa: B008
+        teacher: TeacherArgs = TeacherArgs(),  # noqa: B008
         optimizer: OptimizerArgs = OptimizerArgs(),  # noqa: B008
         schedule: ScheduleArgs = ScheduleArgs(),  # noqa: B008
         mix: MixArgs = MixArgs(),  # noqa: B008
@@ -96,20 +101,40 @@ class ClassifierModule(TrainModule):
         self.model.set_grad_checkpointing(grad_checkpointing)
         self.two_stage = isinstance(self.model, MambaScope)
         self.monitor = "val/dynamic_top1" if self.two_stage else "val/top1"
+        self.reduced = isinstance(self.model, VisionMamba) and self.model.reduction is not None
+        if self.reduced and compile:
+            raise ValueError(f"compile is not available with reduction, which changes shapes, got {compile!r}")
         self.criterion: nn.Module = (
             ScopeLoss(**asdict(loss)) if self.two_stage else ClassificationLoss(loss.label_smoothing)
         )
+        self.teacher = self._make_teacher(teacher, net)
+        if self.reduced:
+            self.criterion = ReductionLoss(loss.label_smoothing, teacher.kl_weight, teacher.token_weight)
         self.mixup = self._make_mixup(mix)
         names = (
             (*SCOPE_METRICS, "share_refined", "fine_loss", "coarse_loss")
             if self.two_stage
             else ("top1", "top5", "loss")
         )
+        if switches_scans(self.model):
+            names += tuple(f"scan_share_{block}" for block in range(self.model.config.depth))
         # values that are not finite stay visible
         self.val_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
         if self.two_stage:
             self.val_metrics["gate_ece"] = BinaryCalibrationError(n_bins=15, validate_args=False)
         self._val_size: tuple[int, int] | None = None
+
+    def _make_teacher(self, teacher: TeacherArgs, net: ModelArgs) -> Teacher | None:
+        if not teacher.wanted:
+            return None
+        if not self.reduced:
+            raise ValueError(f"teacher needs a model with reduction (net.args.reduction), got {net.name} without")
+        checkpoint = teacher.checkpoint or net.checkpoint
+        if checkpoint is None:
+            raise ValueError(
+                "teacher.checkpoint must be given: without it and net.checkpoint there is nothing to learn from"
+            )
+        return Teacher(self.model.config, checkpoint)
 
     def _make_mixup(self, mix: MixArgs) -> Mixup | None:
         for name in ("mixup", "cutmix", "off_epochs"):
@@ -166,8 +191,11 @@ class ClassifierModule(TrainModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch of images [B, C, H, W] and classes [B]."""
         x, y = self._mixed(batch[0], batch[1])
-        parts = self.criterion(self.model(x), y)
+        parts = self._reduced_parts(x, y) if self.reduced else self.criterion(self.model(x), y)
         if self._logs_now():
+            if self.reduced:
+                for name in parts.keys() - {"loss"}:
+                    self.log(f"train/{name}", parts[name])
             self.log("train/loss", parts["loss"].detach(), prog_bar=not self.two_stage)
             if self.two_stage:
                 self.log("train/fine_ce", parts["fine_ce"], prog_bar=True)
@@ -177,6 +205,13 @@ class ClassifierModule(TrainModule):
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return parts["loss"]
 
+    def _reduced_parts(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """The loss of a model with token reduction, and its parts."""
+        assert self.model.reduction is not None
+        output: ReducedOutput = self.model.forward_reduced(x)
+        taught = None if self.teacher is None else self.teacher(x)
+        return self.criterion(output, y, self.model.reduction.penalties(output), taught)
+
     # ---- validation ----------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -184,7 +219,7 @@ class ClassifierModule(TrainModule):
         x, y = batch[0], batch[1]
         self._val_size = (x.shape[-2], x.shape[-1])
         if not isinstance(self.model, MambaScope):
-            logits = self.model(x).float()
+            logits = self._one_stage_logits(x).float()
             self._update("loss", F.cross_entropy(logits, y, reduction="none"))
             self._update_tops("", logits, y)
             return
@@ -202,6 +237,16 @@ class ClassifierModule(TrainModule):
         self._update("share_refined", (~exited).float())
         self.val_metrics["gate_ece"].update(conf, (coarse.argmax(1) == y).long())  # type: ignore[operator]
 
+    def _one_stage_logits(self, x: Tensor) -> Tensor:
+        """Logits [B, C]; the share of scans that ran is noted where it differs between images."""
+        if not switches_scans(self.model):
+            return self.model(x)
+        output = self.model.forward_reduced(x)
+        assert output.switches is not None
+        for block, share in enumerate(output.switches.mean(2).unbind(1)):
+            self._update(f"scan_share_{block}", share)
+        return output.logits
+
     def _cells(self) -> int:
         assert self._val_size is not None
         height, width = (math.ceil(side / (2 * self.model.config.patch_size)) for side in self._val_size)
@@ -211,7 +256,9 @@ class ClassifierModule(TrainModule):
         """Logs the metrics over all processes, and the mean GFLOPs they imply."""
         results = self._results()
         share = float(results["val/share_refined"]) if self.two_stage else 1.0
-        costs = costs_of(self.model, self._val_size, self._alpha() if self.two_stage else None)
+        blocks = range(self.model.config.depth if switches_scans(self.model) else 0)
+        ran = [float(results[f"val/scan_share_{block}"]) for block in blocks] or None
+        costs = costs_of(self.model, self._val_size, self._alpha() if self.two_stage else None, ran)
         results["val/gflops"] = costs["one_direction"].gflops(share)
         results["val/gflops_both_directions"] = costs["both_directions"].gflops(share)
         self._log_results(results)

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
@@ -44,17 +45,24 @@ def cli(*args):
 
 def test_all_configs_ship():
     expected = {f"{kind}_{size}_imagenet" for kind in ("vim", "mambascope") for size in ("tiny", "small", "base")}
-    assert CONFIGS.keys() >= expected | {"scopedigits"}
+    expected |= {f"{peer}_small_imagenet" for peer in ("hidden_align", "r_meeto", "dyvm")}
+    expected |= {f"scopedigits{peer}" for peer in ("", "_vim64", "_hidden_align", "_r_meeto", "_dyvm")}
+    assert CONFIGS.keys() >= expected
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "mambaeye" not in name])
 def test_config_parses_and_builds(name, here, folder):
     root = [] if name.startswith("scopedigits") else ["--data.root", str(folder)]
-    # two of the blocks are enough to build, and the whole model's size is checked in closed form
-    built = cli("--config", name, *root, "--model.net.args.depth=2")
+    net = yaml.safe_load(CONFIGS[name].read_text())["model"]["net"]
+    if "reduction" in net.get("args", {}):  # it is retrained from a Vim, which may also be its teacher
+        classes = {"num_classes": 10 if name.startswith("scopedigits") else 2}
+        mambascope.models.save_safetensors(timm.create_model(net["name"], depth=4, **classes), here / "vim.safetensors")
+        root += ["--model.net.checkpoint", str(here / "vim.safetensors")]
+    # four of the blocks are enough to build, and the whole model's size is checked in closed form
+    built = cli("--config", name, *root, "--model.net.args.depth=4")
     model = built.model.model
     config = yaml.safe_load(CONFIGS[name].read_text())["model"]["net"]
-    args = {**config.get("args", {}), "img_size": model.config.img_size, "num_classes": model.num_classes, "depth": 2}
+    args = {**config.get("args", {}), "img_size": model.config.img_size, "num_classes": model.num_classes, "depth": 4}
     assert sum(p.numel() for p in model.parameters()) == count_parameters(model_config(config["name"], **args))
     assert model.num_classes == (10 if name.startswith("scopedigits") else 2)
     size = built.datamodule.img_size
@@ -112,7 +120,7 @@ def test_print_config_is_a_config(here, capsys):
     [
         (
             ["--config", "nothing.yaml"],
-            "config 'nothing.yaml' does not exist; the package has mambaeye_base_imagenet, ",
+            "config 'nothing.yaml' does not exist; the package has dyvm_small_imagenet, ",
         ),
         (["--config", "vim_tiny_imagenet"], "required: --data.root"),
         (["--config", "vim_tiny_imagenet", "--data.root", "/nowhere"], "data folder /nowhere does not exist"),
@@ -184,6 +192,31 @@ def test_last_is_the_newest_run(tmp_path):
     args = complete_args(["--run.root", str(tmp_path), "--ckpt_path", "last"])
     assert args[:2] == ["--config", str(tmp_path / "new" / "config.yaml")]
     assert str(tmp_path / "new" / "checkpoints" / "last.ckpt") in args
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "rates", "epochs", "teacher"),
+    [
+        ("hidden_align_small", {"keep": 0.8}, (5e-6, 1e-6, 1e-8), 30, (0, 0)),
+        ("r_meeto_tiny", {"r": 5}, (2e-5, 1e-6, 0.0), 30, (0.5, 0)),
+        ("r_meeto_small", {"r": 11}, (2e-5, 1e-6, 0.0), 15, (0.5, 0)),
+        ("r_meeto_base", {"r": 11}, (2e-5, 1e-6, 0.0), 15, (0.5, 0)),
+        ("dyvm_tiny", {"keep": 0.9, "block_ratio": 0.8}, (3e-5, 1e-6, 1e-8), 30, (0.5, 0.5)),
+        ("dyvm_small", {"keep": 0.7, "block_ratio": 0.8}, (5e-5, 1e-6, 1e-8), 30, (0.5, 0.5)),
+    ],
+)
+def test_retraining_recipes_are_the_published_ones(name, settings, rates, epochs, teacher):
+    config = yaml.safe_load(CONFIGS[f"{name}_imagenet"].read_text())
+    net, model = config["model"]["net"], config["model"]
+    reduction = {key: value for key, value in net["args"]["reduction"].items() if key not in ("name", "ratio_weight")}
+    assert net["name"] == f"vim_{name.rsplit('_', 1)[1]}_patch16_224"
+    assert reduction == settings
+    assert net["args"]["reduction"].get("ratio_weight", 10) == 10
+    found = (model["optimizer"]["lr"], model["schedule"]["min_lr"], model["optimizer"]["weight_decay"])
+    assert found == pytest.approx(rates)
+    assert config["trainer"]["max_epochs"] == epochs
+    given = model.get("teacher", {})
+    assert (given.get("kl_weight", 0), given.get("token_weight", 0)) == teacher
 
 
 def test_shipped_configs_by_name_and_path(tmp_path, monkeypatch):
