@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,8 @@ from mambascope.frontier.timing import Measured, measure
 from mambascope.frontier.work import Point, Result, Work
 from mambascope.models.checkpoint import atomic_path
 
-CSV_NAME, PLOT_NAME, TEXT_NAME, TIMINGS_NAME = "frontier.csv", "frontier.png", "comparison.txt", "timings.json"
+CSV_NAME, PLOT_NAME, FACTS_NAME, TEXT_NAME = "frontier.csv", "frontier.png", "frontier.json", "comparison.txt"
+TIMINGS_NAME = "timings.json"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,8 +131,12 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     _train(work)
     results = _evaluate(work)
-    measured = measure(work, results, plan.timing, folder / TIMINGS_NAME)
-    _report(work, results, measured, Path(args.out or folder))
+    measured, machine = measure(work, results, plan.timing, folder / TIMINGS_NAME)
+    out = Path(args.out or folder)
+    facts = {"title": plan.title, "seeds": plan.seeds, "timing": asdict(plan.timing), **machine}
+    with atomic_path(out / FACTS_NAME) as temporary:
+        temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _report(work, results, measured, out)
     return 0
 
 

@@ -99,7 +99,9 @@ def share_refined(result: Result, threshold: float) -> float:
     return float((result.record.confidence < threshold).mean())
 
 
-def measure(work: Work, results: dict[Point, Result], args: TimingArgs, path: Path) -> list[Measured]:
+def measure(
+    work: Work, results: dict[Point, Result], args: TimingArgs, path: Path
+) -> tuple[list[Measured], dict[str, Any]]:
     """Times every point on the same images, or reads what was measured before on the same machine.
 
     Args:
@@ -107,6 +109,9 @@ def measure(work: Work, results: dict[Point, Result], args: TimingArgs, path: Pa
         results: Of all points.
         args: How to measure.
         path: JSON file of the measurements.
+
+    Returns:
+        The times, and facts about the machine.
     """
     facts = machine_info(work.device)
     entries = {point.entry: work.plan.entries[point.entry].thresholds for point in results}
@@ -114,13 +119,13 @@ def measure(work: Work, results: dict[Point, Result], args: TimingArgs, path: Pa
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored.get("key") == key:
-            return [Measured(**row) for row in stored["rows"]]
+            return [Measured(**row) for row in stored["rows"]], facts
     subjects = _subjects(work, results, args)
     rows = [row for size in args.batch_sizes for row in _measure_size(subjects, size, work, args)]
     with atomic_path(path) as temporary:
         content = {"key": key, "machine": facts, "rows": [asdict(row) for row in rows]}
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return rows
+    return rows, facts
 
 
 def _named(point: Point) -> tuple[str, str, int]:

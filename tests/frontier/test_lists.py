@@ -58,17 +58,29 @@ ENTRY = {"label": "a", "config": "vim_tiny_imagenet"}
     ("changes", "message"),
     [
         ({"entry": {}}, "list tiny.yaml has no option entry; it accepts title, entries, baseline, "),
-        ({"baseline": "vit"}, "list tiny.yaml: baseline must be one of the entries vim, scope, longer, deit, got 'vit'"),
+        (
+            {"baseline": "vit"},
+            "tiny.yaml: baseline must be one of the entries vim, scope, longer, deit, got 'vit'",
+        ),
         ({"seeds": [-1]}, "seeds must be a list of integers >= 0, got [-1]"),
         ({"entries": {"vim": {"config": "vim_tiny_imagenet"}}}, "entries.vim needs label"),
         ({"entries": {"vim": {**ENTRY, "cofig": 1}}}, "entries.vim has no option cofig; it accepts label, config"),
         ({"entries": {"vim": {**ENTRY, "config": "vit"}}}, "entries.vim: config 'vit' does not exist; the package has"),
         ({"entries": {"vim": {**ENTRY, "start": "vit"}}}, "entries.vim.start must be one of"),
         ({"entries": {"vim": {**ENTRY, "start": "vim"}}}, "entries.vim.start must not lead back to itself: vim <- vim"),
-        ({"entries": {"vim": {"label": "a"}}}, "the source of the weights must be config, config with start, start, or"),
-        ({"entries": {"vim": {"label": "a", "net": {"file": "a"}}}}, "net must be a mapping with name, args, checkpoint"),
+        (
+            {"entries": {"vim": {"label": "a"}}},
+            "the source of the weights must be config, config with start, start",
+        ),
+        (
+            {"entries": {"vim": {"label": "a", "net": {"file": "a"}}}},
+            "net must be a mapping with name, args, check",
+        ),
         ({"entries": {"vim": {"label": "a", "net": {"name": "a"}}}}, "entries.vim is not trained here: the list needs"),
-        ({"entries": {"vim": {**ENTRY, "thresholds": [0, 2]}}}, "thresholds must be numbers between 0 and 1, got [0, 2]"),
+        (
+            {"entries": {"vim": {**ENTRY, "thresholds": [0, 2]}}},
+            "thresholds must be numbers between 0 and 1, got",
+        ),
         ({"entries": {"vim": {**ENTRY, "settings": [{"data": 3}]}}}, "settings[0]: data must be a mapping, got 3"),
         ({"entries": {"vim": {**ENTRY, "settings": [{}, {}]}}}, "labels of settings must be different"),
         ({"entries": {"a b": ENTRY}}, "the name of an entry must be letters, digits, - and _, got 'a b'"),

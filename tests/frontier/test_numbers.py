@@ -23,7 +23,9 @@ def result(coarse_right, fine_right, two_stage=True, fine_cost=8e9, labels=None)
     coarse = np.where(np.arange(N) >= N - coarse_right, labels, 1 - labels)
     fine = np.where(np.arange(N) < fine_right, labels, 1 - labels)
     record = StageRecord(labels, confidence, coarse, coarse == labels, confidence, fine, fine == labels)
-    parts = {"coarse": 2e9, "reuse": 0, "fine": fine_cost} if two_stage else {"coarse": 0, "reuse": 0, "fine": fine_cost}
+    parts = (
+        {"coarse": 2e9, "reuse": 0, "fine": fine_cost} if two_stage else {"coarse": 0, "reuse": 0, "fine": fine_cost}
+    )
     costs = {c: StageCost(c, 10, 1, 2, **{k: int(v) for k, v in parts.items()}) for c in CONVENTIONS}
     return Result(f"{coarse_right}-{fine_right}", record, costs, two_stage, 3)
 

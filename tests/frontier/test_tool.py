@@ -50,7 +50,9 @@ def table(here):
 
 
 def files(here):
-    return {p: p.stat().st_mtime_ns for p in (here / "runs").rglob("*") if p.suffix in (".npz", ".json", ".safetensors")}
+    return {
+        p: p.stat().st_mtime_ns for p in (here / "runs").rglob("*") if p.suffix in (".npz", ".json", ".safetensors")
+    }
 
 
 def work(here):
@@ -207,7 +209,7 @@ def test_interrupted_trainings_go_on(signum, tmp_path):
         assert time.monotonic() < end
         time.sleep(0.05)
     os.kill(process.pid, signum)
-    out, err = process.communicate(timeout=200)  # returns when the training has ended too: it holds the same pipe
+    _, err = process.communicate(timeout=200)  # returns when the training has ended too: it holds the same pipe
     run_dir = next(tmp_path.glob("runs/frontier/tiny/trainings/*"))
     assert not (run_dir / "model.safetensors").exists()
     if signum == signal.SIGINT:
