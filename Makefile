@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 MM_STAMP := $(VENV)/.mm-installed
 MIM := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mim
 
-.PHONY: help setup demo test lint format bench clean mm mm-demo mm-demo-one
+.PHONY: help setup demo frontier test lint format bench clean mm mm-demo mm-demo-one
 
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard mambascope/ops/nati
 
 demo: $(STAMP)  ## train the coarse-to-fine classifier on the built-in data and write its report
 	$(BIN)/python tools/train_cls.py
+
+frontier: $(STAMP)  ## train, evaluate and time all methods on the built-in data and draw them (under an hour on two cores)
+	$(BIN)/python tools/frontier.py scopedigits --out benchmarks/results/frontier
 
 test: $(MM_STAMP)  ## run the tests (installs the OpenMMLab stack too)
 	$(BIN)/python -m pytest

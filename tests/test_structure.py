@@ -20,6 +20,7 @@ ALLOWED = {
     "data": {"models"},
     "plotting": {"models", "evaluation"},  # draws what evaluation measured; evaluation.report calls it
     "evaluation": {"ops", "reduction", "models", "data", "plotting", "losses"},
+    "frontier": {"models", "data", "evaluation", "plotting", "training"},
     "training": {"ops", "layers", "reduction", "models", "data", "plotting", "evaluation", "losses"},
     "mm": {"ops", "layers", "models", "losses", "data", "evaluation", "plotting"},
 }

@@ -29,6 +29,8 @@ class ScopeDigitsDataModule(ResumableDataModule):
         pin_memory: copy batches to page-locked memory; by default when there is a GPU.
         drop_last: leave out the training images that fill no whole batch.
         seed: order of the training images (their content depends on ``digits.seed``).
+        img_size: side in pixels to which the drawn images are resized, e.g. to train a model at a lower resolution on
+            the same images; by default they stay as they are drawn.
 
     Raises:
         ValueError: for an argument out of range.
@@ -52,15 +54,19 @@ class ScopeDigitsDataModule(ResumableDataModule):
         pin_memory: bool | None = None,
         drop_last: bool = True,
         seed: int = 0,
+        img_size: int | None = None,
     ) -> None:
         super().__init__(batch_size, val_batch_size, num_workers, pin_memory, drop_last, seed)
         if calibration_length < 1:
             raise ValueError(f"calibration_length must be at least 1, got {calibration_length}")
+        if img_size is not None and img_size < 1:
+            raise ValueError(f"img_size must be at least 1, got {img_size}")
         self.digits = digits
         self.calibration_length = calibration_length
         self.fresh_each_epoch = fresh_each_epoch
         self.class_names = list(CLASS_NAMES)
-        self.img_size = (self.digits.size, self.digits.size)
+        side = img_size or self.digits.size
+        self.img_size = (side, side)
         self.train_digits = ScopeDigits("cls", "train", train_length, self.digits)
         self.val_digits = ScopeDigits("cls", "val", val_length, self.digits)
 
@@ -69,7 +75,7 @@ class ScopeDigitsDataModule(ResumableDataModule):
         if not self.fresh_each_epoch:
             self.train_digits.preload()
         return ResumableLoader(
-            KeyedDigits(self.train_digits, self.mean, self.std, self.fresh_each_epoch),
+            KeyedDigits(self.train_digits, self.mean, self.std, self.fresh_each_epoch, size=self.img_size[0]),
             EpochBatchSampler(
                 len(self.train_digits),
                 self.batch_size,
@@ -95,7 +101,7 @@ class ScopeDigitsDataModule(ResumableDataModule):
     def _eval_loader(self, length: int, start: int = 0) -> ResumableLoader:
         rank, world_size = self._processes()
         return ResumableLoader(
-            KeyedDigits(self.val_digits, self.mean, self.std, start=start),
+            KeyedDigits(self.val_digits, self.mean, self.std, start=start, size=self.img_size[0]),
             EpochBatchSampler(
                 length,
                 self.val_batch_size,

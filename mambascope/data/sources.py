@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -170,6 +171,7 @@ class KeyedDigits(Dataset):
         std: per channel.
         fresh: draw new images in every epoch instead of repeating those of the first.
         start: index of the image in row 0; beyond the data set's length come further images of the same kind.
+        size: side in pixels to which the images are resized; by default they stay as they are drawn.
     """
 
     def __init__(
@@ -179,8 +181,10 @@ class KeyedDigits(Dataset):
         std: Sequence[float],
         fresh: bool = False,
         start: int = 0,
+        size: int | None = None,
     ) -> None:
         self.digits, self.fresh, self.start = digits, fresh, start
+        self.size = size or digits.config.size
         self.scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
         self.shift = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1) * 255.0 * self.scale
 
@@ -194,6 +198,8 @@ class KeyedDigits(Dataset):
             [self.start + k.row + (k.epoch * length if self.fresh else 0) for k in keys]
         )
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        if self.size != self.digits.config.size:
+            pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
         return Packet((pixels.mul_(self.scale).sub_(self.shift), torch.from_numpy(targets)))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,12 @@ from mambascope.evaluation.ablation import (
     tables,
 )
 from mambascope.evaluation.cost import stage_macs
-from mambascope.evaluation.inference import CHECKPOINT_HELP, CommandError, ready_model, run_command
+from mambascope.evaluation.inference import CHECKPOINT_HELP, ready_model, run_command
+from mambascope.evaluation.trainings import finish_training, finished
 from mambascope.models.checkpoint import atomic_path
 from mambascope.models.configs import ScopeConfig
 from mambascope.models.scope import MambaScope
-from mambascope.models.weights import WEIGHTS, find_weights
+from mambascope.models.weights import find_weights
 
 INTRODUCTION = """# Ablations on ScopeDigits
 
@@ -84,25 +83,13 @@ def trained_model(config: ScopeConfig, setting: Setting, seed: int, args: argpar
     shared = values[: len(STRUCTURE)]  # the structure comes first, whatever is overridden
     name = "_".join([f"{args.config}-{args.epochs or 'all'}", *shared, *own, f"seed{seed}"])
     folder = Path(args.runs) / name
-    if (folder / WEIGHTS).is_file():
-        return folder / WEIGHTS
-    last = folder / "checkpoints" / "last.ckpt"
-    if last.is_file():
-        options = ["--ckpt_path", str(last)]
-    else:
-        options = ["--config", args.config, "--run.root", args.runs, "--run.name", name, "--run.report", "false"]
-        options += [f"--model.net.args.{field}={value}" for field, value in zip(whole, values, strict=True)]
-        options += [f"--{option}={value}" for option, value in setting.training.items()]
-        options += [f"--seed_everything={seed}", *([f"--trainer.max_epochs={args.epochs}"] if args.epochs else [])]
-        options += args.train_args
-    code = "import sys; from mambascope.training.cli import main; sys.exit(main())"
-    print(f"training {name}", flush=True)
-    status = subprocess.run([sys.executable, "-c", code, *options], check=False).returncode
-    if status == 130:
-        raise KeyboardInterrupt
-    if status or not (folder / WEIGHTS).is_file():
-        raise CommandError(f"the training in {folder} ended with status {status}; run again to go on")
-    return folder / WEIGHTS
+    options = ["--config", args.config, "--run.report", "false"]
+    options += [f"--model.net.args.{field}={value}" for field, value in zip(whole, values, strict=True)]
+    options += [f"--{option}={value}" for option, value in setting.training.items()]
+    options += [f"--seed_everything={seed}", *([f"--trainer.max_epochs={args.epochs}"] if args.epochs else [])]
+    if finished(folder) is None:
+        print(f"training {name}", flush=True)
+    return finish_training(folder, options + args.train_args)
 
 
 def _source(trained: bool, weights: str, args: argparse.Namespace) -> str:

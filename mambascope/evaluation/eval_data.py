@@ -155,16 +155,31 @@ def _digits(model: VisionMamba, batch_size: int, length: int) -> ScopeDigitsData
 
 def run_data(config: Path, model: VisionMamba) -> ResumableDataModule:
     """The data that a run was trained with."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    section = (yaml.safe_load(config.read_text()) or {}).get("data")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(ResumableDataModule, "data")
     try:
-        module = parser.instantiate_classes(parser.parse_object({"data": section})).data
-    except (ArgumentError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"the data of {config} cannot be opened again, pass --data: {reason[:200]}") from None
+        module = open_data((yaml.safe_load(config.read_text()) or {}).get("data"), str(config))
+    except DataError as error:
+        raise DataError(f"{error}; pass --data") from None
     if module.num_classes != model.num_classes:
         raise DataError(f"the data of {config} have {module.num_classes} classes, the model has {model.num_classes}")
     return module
+
+
+def open_data(section: Any, where: str) -> ResumableDataModule:
+    """The data module that a ``data`` section of a training config describes.
+
+    Args:
+        section: with ``class_path`` and ``init_args``.
+        where: what to call the place it stands in.
+
+    Raises:
+        DataError: the section is wrong, or the data cannot be opened.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(ResumableDataModule, "data")
+    try:
+        return parser.instantiate_classes(parser.parse_object({"data": section})).data
+    except (ArgumentError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"the data of {where} cannot be opened: {reason[:200]}") from None

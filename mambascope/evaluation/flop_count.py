@@ -5,17 +5,21 @@ of this package. It counts two operations per multiply-add; half of that is retu
 also sees the classifier head, and it does not see patches and coarse outputs of cells that were left out, because the
 model never computes them (:func:`mambascope.evaluation.cost.skipped_macs`), and skip term and gate of blocks that scan
 the means of cells once per cell only: :func:`expected_count` puts all of them right.
+
+Models that have no closed form here, such as timm's DeiT and ResNet, are counted: :func:`costs_of`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mambascope.evaluation.collect import evaluating, model_device
-from mambascope.evaluation.cost import skipped_macs, stage_macs
+from mambascope.evaluation.cost import CONVENTIONS, StageCost, skipped_macs, stage_macs
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
 from mambascope.ops import flops
@@ -29,7 +33,7 @@ class CountedCost:
     fine: int
 
 
-def count_macs(model: VisionMamba, img_size: Sequence[int] | None = None) -> CountedCost:
+def count_macs(model: Any, img_size: Sequence[int] | None = None) -> CountedCost:
     """Runs one image of zeros through each stage under the counter.
 
     Args:
@@ -37,8 +41,9 @@ def count_macs(model: VisionMamba, img_size: Sequence[int] | None = None) -> Cou
         img_size: (height, width) in pixels; default: the model's.
     """
     height, width = img_size or model.config.image_hw
-    image = torch.zeros(1, model.in_chans, height, width, device=model_device(model))
-    with evaluating(model):
+    image = torch.zeros(1, model.config.in_chans, height, width, device=model_device(model))
+    # the counter does not know every fused attention kernel; it does know the matrix products
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH):
         if not isinstance(model, MambaScope):
             return CountedCost(0, flops.count_macs(model, image))
         coarse = flops.count_macs(model.forward_coarse, image)
@@ -55,3 +60,26 @@ def expected_count(model: VisionMamba, img_size: Sequence[int] | None = None) ->
     pooled = 2 * 2 * model.config.inner_dim * 3 * cost.cells * len(model.config.pooled_layers)
     skipped = skipped_macs(model.config, img_size, model.alpha) + pooled
     return CountedCost(cost.coarse + head, cost.reuse + cost.fine - skipped + head)
+
+
+def costs_of(
+    model: Any,
+    img_size: Sequence[int] | None = None,
+    alpha: float | None = None,
+    scan_share: Sequence[float] | None = None,
+) -> dict[str, StageCost]:
+    """Cost per convention: closed form for the models of this package, counted for others.
+
+    Args:
+        model: a classifier with a ``config``.
+        img_size: (height, width) in pixels; default: the model's.
+        alpha: share of cells that a MambaScope refines; default: its current one.
+        scan_share: share of scans that ran per block, where token reduction decides that per image.
+    """
+    if isinstance(model, VisionMamba):
+        if isinstance(model, MambaScope) and alpha is None:
+            alpha = model.alpha
+        return {c: stage_macs(model.config, img_size, alpha, c, scan_share) for c in CONVENTIONS}
+    # nothing in them runs in two directions: both conventions are the same
+    macs, params = count_macs(model, img_size).fine, sum(p.numel() for p in model.parameters())
+    return {c: StageCost(c, params, 0, 0, 0, 0, macs) for c in CONVENTIONS}

@@ -11,7 +11,7 @@ from mambascope.evaluation.collect import evaluating, model_device, unpack
 from mambascope.models.vim import VisionMamba
 
 
-def scan_share(model: VisionMamba, loader: Iterable[Any]) -> tuple[float, ...] | None:
+def scan_share(model: Any, loader: Iterable[Any]) -> tuple[float, ...] | None:
     """Share of the scans of every block that ran, mean over images and directions.
 
     Args:
@@ -40,6 +40,7 @@ def scan_share(model: VisionMamba, loader: Iterable[Any]) -> tuple[float, ...] |
     return tuple((total / images_seen).tolist())
 
 
-def switches_scans(model: VisionMamba) -> bool:
+def switches_scans(model: Any) -> bool:
     """Whether the model decides per image which scans run."""
-    return model.reduction is not None and bool(getattr(model.reduction, "switches", ()))
+    reduced = isinstance(model, VisionMamba) and model.reduction is not None
+    return reduced and bool(getattr(model.reduction, "switches", ()))

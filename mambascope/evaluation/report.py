@@ -22,6 +22,7 @@ import torch
 from mambascope.evaluation import sweep as sw
 from mambascope.evaluation.collect import Collected, collect, model_device
 from mambascope.evaluation.cost import CONVENTIONS, StageCost, format_gflops, plain_vim, stage_macs
+from mambascope.evaluation.flop_count import costs_of
 from mambascope.evaluation.published import rows_for
 from mambascope.evaluation.reduced import scan_share
 from mambascope.evaluation.tables import card_rows, curve_csv, curve_rows, results_table, savings, timings_csv
@@ -84,17 +85,6 @@ def machine_info(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         info["gpu"] = torch.cuda.get_device_name(device)
     return info
-
-
-def costs_of(
-    model: VisionMamba, img_size: Sequence[int] | None = None, scan_share: Sequence[float] | None = None
-) -> dict[str, StageCost]:
-    """Cost per convention at the model's current alpha, for images of (height, width); default: its configured size.
-
-    `scan_share` is the share of scans that ran per block, where token reduction decides that per image.
-    """
-    alpha = model.alpha if isinstance(model, MambaScope) else None
-    return {c: stage_macs(model.config, img_size, alpha, c, scan_share) for c in CONVENTIONS}
 
 
 def write_report(
@@ -393,7 +383,7 @@ def _write_one_stage(
 ) -> Report:
     """A model without stages: accuracy, cost and time."""
     record, ran = found.record, scan_share(model, zip(found.images.split(64), found.labels.split(64), strict=True))
-    costs = costs_of(model, tuple(found.images.shape[-2:]), ran)
+    costs = costs_of(model, tuple(found.images.shape[-2:]), scan_share=ran)
     row: dict[str, Any] = {"top1": float(record.fine_correct.mean()), "top5": float(record.fine_top5.mean())}
     row |= {f"gflops_{c}": cost.gflops() for c, cost in costs.items()}
     timings = []

@@ -24,6 +24,7 @@ from mambascope.layers import resample_pos_embed
 from mambascope.models.configs import with_overrides
 from mambascope.models.mambaeye import MambaEye
 from mambascope.models.scope import MambaScope
+from mambascope.models.timm_classifier import TimmConfig, create_timm_classifier
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import SHIPPED, find_weights
 
@@ -128,7 +129,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         raise CheckpointError(
             f"checkpoint {path} holds no weights; expected tensors at the top, under 'model' or 'state_dict'"
         )
-    return _without_prefixes(state), description
+    # a classifier of timm's has no name in common with others: all of its module counts
+    marks = ("",) if description.get("architecture") == "timm" else _MARKS
+    return _without_prefixes(state, marks), description
 
 
 def _described(path: Path, description: Any) -> dict[str, Any]:
@@ -168,13 +171,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, _described(path, description)
 
 
-def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefixes(state: dict[str, Tensor], marks: tuple[str, ...] = _MARKS) -> dict[str, Tensor]:
     """Strips what compile, DDP and LightningModule put before every name; drops the module's other tensors."""
     changed = True
     while changed:
         changed = False
         for prefix in _PREFIXES:
-            if any(k.startswith(prefix) and k.endswith(_MARKS) for k in state):
+            if any(k.startswith(prefix) and k.endswith(marks) for k in state):
                 state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
                 changed = True
     return state
@@ -323,6 +326,8 @@ def describe(model: VisionMamba | MambaEye, extra: Mapping[str, Any] | None = No
     """What a file says about its model: architecture, config as it is set now, and the model's own description."""
     config = asdict(model.config)
     architecture = "mambaeye" if isinstance(model, MambaEye) else "vim"
+    if isinstance(model.config, TimmConfig):
+        architecture = "timm"
     if isinstance(model, MambaScope):
         architecture = "mambascope"
         config.update(alpha=model.alpha, threshold=model.threshold, temperature=model.temperature)
@@ -346,11 +351,21 @@ def save_safetensors(
         temporary.write_bytes(save(state, metadata={"mambascope": json.dumps(description)}))
 
 
+def _build(architecture: str, config: dict[str, Any]) -> Any:
+    """A model with new weights from what a file says of it."""
+    if architecture == "timm":
+        # the weights follow: nothing is downloaded
+        args = {key: value for key, value in dict(config.get("args", {})).items() if key != "pretrained"}
+        return create_timm_classifier(TimmConfig(**{**config, "args": args}))
+    kind: Any = _ARCHITECTURES[architecture]
+    return kind(with_overrides(kind.config_class(), config))
+
+
 def load_model(path: str | os.PathLike[str]) -> Any:
     """Builds the model that a file of ours describes and loads its weights; the model is in evaluation mode.
 
-    It is a :class:`VisionMamba`, :class:`MambaScope` or :class:`MambaEye`, as the file says; the file's description is
-    at ``model.description``.
+    It is a :class:`VisionMamba`, :class:`MambaScope`, :class:`MambaEye` or a classifier of timm's, as the file says;
+    the file's description is at ``model.description``.
 
     Args:
         path: A file, a folder that holds ``model.safetensors``, or the name of a model that is shipped with the
@@ -362,14 +377,13 @@ def load_model(path: str | os.PathLike[str]) -> Any:
     path = find_weights(path)
     state, description = read_state_dict(path)
     architecture = description.get("architecture")
-    if architecture not in _ARCHITECTURES or not isinstance(description.get("config"), Mapping):
+    if architecture not in (*_ARCHITECTURES, "timm") or not isinstance(description.get("config"), Mapping):
         raise CheckpointError(
             f"checkpoint {path} does not describe its model; create the model with timm.create_model and call "
             "load_checkpoint"
         )
-    kind: Any = _ARCHITECTURES[architecture]
     try:
-        model = kind(with_overrides(kind.config_class(), dict(description["config"])))
+        model = _build(architecture, dict(description["config"]))
         model.load_state_dict(state)
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(

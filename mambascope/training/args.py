@@ -11,8 +11,10 @@ class ModelArgs:
     """Which model, and what it starts from.
 
     Attributes:
-        name: A timm entry of this package, e.g. ``mambascope_tiny_patch16_224`` or ``vim_small_patch16_224``.
-        args: Fields of the model's config to change: ``alpha``, ``threshold``, ``drop_path_rate``, ``img_size``, ...
+        name: A timm entry of this package, e.g. ``mambascope_tiny_patch16_224`` or ``vim_small_patch16_224``, or one
+            of timm's own, e.g. ``deit_tiny_patch16_224`` or ``resnet50``.
+        args: Fields of the model's config to change: ``alpha``, ``threshold``, ``drop_path_rate``, ``img_size``, ...;
+            of timm's own, any argument that ``timm.create_model`` takes.
         checkpoint: Weights to finetune from: official Vim ``.pth``, our ``.ckpt`` or ``.safetensors``. Position tables
             are resampled to the model's resolution.
         strict: Whether tensors of the checkpoint that do not fit are an error. Set to false for another number of

@@ -1,4 +1,4 @@
-"""Training and validation of the classifiers: MambaScope with both stages, and the one-stage Vim."""
+"""Training and validation of the classifiers: MambaScope with both stages, and the one-stage models."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
 
 import mambascope  # noqa: F401  (registers the timm entries)
-from mambascope.evaluation.cost import CONVENTIONS, stage_macs
+from mambascope.evaluation.flop_count import costs_of
 from mambascope.evaluation.reduced import switches_scans
 from mambascope.losses import ClassificationLoss, ReductionLoss, ScopeLoss
 from mambascope.models import SCOPE_CONFIGS, VIM_CONFIGS, MambaScope, VisionMamba, load_checkpoint
 from mambascope.models.exit import exit_mask
 from mambascope.models.selection import num_selected
+from mambascope.models.timm_classifier import TimmConfig, create_timm_classifier, is_timm_classifier
 from mambascope.reduction import ReducedOutput
 from mambascope.training.args import LossArgs, MixArgs, ModelArgs, OptimizerArgs, ScheduleArgs, TeacherArgs
 from mambascope.training.base import TrainModule, is_main_process
@@ -29,24 +30,27 @@ from mambascope.training.teacher import Teacher
 SCOPE_METRICS = tuple(f"{stage}_{top}" for stage in ("coarse", "fine", "dynamic") for top in ("top1", "top5"))
 
 
-def build_model(args: ModelArgs, verbose: bool = True) -> VisionMamba:
+def build_model(args: ModelArgs, verbose: bool = True) -> Any:
     """Creates the model and loads the weights to finetune from.
 
     Raises:
         ValueError: For an unknown model, an unknown field of its config, or a checkpoint that does not fit.
     """
     known = sorted({**VIM_CONFIGS, **SCOPE_CONFIGS})
-    if args.name not in known:
-        raise ValueError(f"net.name must be one of {', '.join(known)}, got {args.name!r}")
-    model = timm.create_model(args.name, **args.args)
-    assert isinstance(model, VisionMamba)
+    model: Any
+    if args.name in known:
+        model = timm.create_model(args.name, **args.args)
+    elif is_timm_classifier(args.name):
+        model = create_timm_classifier(TimmConfig.of(args.name, args.args))
+    else:
+        raise ValueError(f"net.name must be one of {', '.join(known)} or a classifier of timm's, got {args.name!r}")
     if args.checkpoint is not None:
         load_checkpoint(model, args.checkpoint, strict=args.strict, verbose=verbose)
     return model
 
 
 class ClassifierModule(TrainModule):
-    """Trains a classifier; a MambaScope with both stages on every image (section 3.5), a Vim with cross entropy.
+    """Trains a classifier; a MambaScope with both stages on every image (section 3.5), others with cross entropy.
 
     Args:
         net: The model.
@@ -97,7 +101,7 @@ class ClassifierModule(TrainModule):
         self.model.set_grad_checkpointing(grad_checkpointing)
         self.two_stage = isinstance(self.model, MambaScope)
         self.monitor = "val/dynamic_top1" if self.two_stage else "val/top1"
-        self.reduced = self.model.reduction is not None
+        self.reduced = isinstance(self.model, VisionMamba) and self.model.reduction is not None
         if self.reduced and compile:
             raise ValueError(f"compile is not available with reduction, which changes shapes, got {compile!r}")
         self.criterion: nn.Module = (
@@ -258,9 +262,9 @@ class ClassifierModule(TrainModule):
         cells = float(results.pop("val/cells_refined")) / share if self.two_stage and share else None
         blocks = range(self.model.config.depth if switches_scans(self.model) else 0)
         ran = [float(results[f"val/scan_share_{block}"]) for block in blocks] or None
-        for convention, suffix in zip(CONVENTIONS, ("", "_both_directions"), strict=True):
-            cost = stage_macs(self.model.config, self._val_size, convention=convention, scan_share=ran)
-            results[f"val/gflops{suffix}"] = cost.gflops(share, cells)
+        costs = costs_of(self.model, self._val_size, self._alpha() if self.two_stage else None, ran)
+        results["val/gflops"] = costs["one_direction"].gflops(share, cells)
+        results["val/gflops_both_directions"] = costs["both_directions"].gflops(share, cells)
         self._log_results(results)
 
     def describe(self) -> dict[str, Any]:

@@ -275,7 +275,7 @@ def test_what_the_data_say_about_the_model():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"net": ModelArgs("resnet50")}, "net.name must be one of .*mambascope_tiny"),
+        ({"net": ModelArgs("resnet51")}, "net.name must be one of .*mambascope_tiny"),
         ({"net": ModelArgs(args={"alpah": 1})}, "unknown model argument alpah"),
         ({"net": ModelArgs(args={"num_classes": 0})}, "num_classes must be at least 2"),
         ({"loss": LossArgs(temperature=-1)}, "temperature must be above 0"),

@@ -1,0 +1,25 @@
+"""``python -m mambascope.training``: the command of ``tools/train_cls.py``, for programs that start trainings.
+
+With ``MAMBASCOPE_STOP_WITH_PARENT`` in the environment its standard input must be a pipe that the starting program
+holds open: when that program ends, however it does, the training saves its state and stops.
+"""
+
+import os
+import signal
+import sys
+import threading
+
+from mambascope.training.cli import main
+
+
+def _stop_with_parent() -> None:
+    while os.read(sys.stdin.fileno(), 1):  # empty once nobody holds the other end any more
+        pass
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # a pipe to the program that is gone
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    if os.environ.get("MAMBASCOPE_STOP_WITH_PARENT"):
+        threading.Thread(target=_stop_with_parent, daemon=True).start()
+    sys.exit(main())

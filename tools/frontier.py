@@ -1,0 +1,9 @@
+#!/usr/bin/env python
+"""Draws the accuracy-cost frontier of several methods on one data set. See --help and mambascope/configs/frontier."""
+
+import sys
+
+from mambascope.frontier.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
