@@ -205,13 +205,14 @@ class DyVM(Reducer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Linear layers as in timm's ViT; the switches are open as often as training will ask for."""
+        """Linear layers as in timm's ViT; every switch open, in training as often as the target asks for."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         for switch in self.switches:
             ratio = self.config.block_ratio
+            nn.init.zeros_(switch.weight)  # type: ignore[arg-type]
             nn.init.constant_(switch.bias, math.log(ratio / (1 - ratio)))  # type: ignore[arg-type]
 
     def start(self, tokens: Tensor, position: str) -> DyVMState:

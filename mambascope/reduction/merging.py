@@ -19,6 +19,7 @@ from mambascope.reduction.base import (
     ReductionConfig,
     TokenState,
     check_count,
+    flat_rows,
     gather_rows,
     in_sequence,
     order_with_cls,
@@ -156,10 +157,9 @@ def merge(state: MergeState, matching: Matching) -> MergeState:
     grown = sizes.scatter_add(1, targets, sizes.gather(1, sources)).gather(1, rows)
 
     def mean(tokens: Tensor) -> Tensor:
-        weighted = tokens * sizes.unsqueeze(-1)
-        into = targets.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-        total = weighted.scatter_add(1, into, gather_rows(weighted, sources))
-        return (gather_rows(total, rows) / grown.unsqueeze(-1)).to(tokens.dtype)
+        weighted = (tokens * sizes.unsqueeze(-1)).flatten(0, 1)
+        total = weighted.index_add(0, flat_rows(targets, length), weighted.index_select(0, flat_rows(sources, length)))
+        return (gather_rows(total.unflatten(0, tokens.shape[:2]), rows) / grown.unsqueeze(-1)).to(tokens.dtype)
 
     residual = None if state.residual is None else mean(state.residual)
     return replace(state, hidden=mean(state.hidden), residual=residual, cls=at, sizes=grown, score=None)
