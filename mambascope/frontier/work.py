@@ -70,6 +70,7 @@ class Result:
             "epochs": self.epochs,
         }
         arrays = {f.name: getattr(self.record, f.name) for f in fields(StageRecord)}
+        arrays = {name: array for name, array in arrays.items() if array is not None}
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, facts=np.array(json.dumps(facts)), **arrays)
 
@@ -78,7 +79,7 @@ class Result:
         """Reads what :meth:`write` wrote."""
         with np.load(path, allow_pickle=False) as file:
             facts = json.loads(str(file["facts"]))
-            record = StageRecord(**{f.name: file[f.name] for f in fields(StageRecord)})
+            record = StageRecord(**{f.name: file[f.name] for f in fields(StageRecord) if f.name in file})
         costs = {name: StageCost(**cost) for name, cost in facts["costs"].items()}
         return cls(facts["key"], record, costs, facts["two_stage"], facts["epochs"])
 

@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     _write(out / "timings.csv", table_csv(timings))
     facts = {
         "config": str(args.config),
-        "checkpoint": str(args.checkpoint),
+        "checkpoint": os.path.relpath(args.checkpoint),
         "images": len(record),
         "chosen": rows[chosen],
         "vim": vim,
