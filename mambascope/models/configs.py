@@ -269,6 +269,8 @@ class ScopeConfig(VimConfig):
         _choice("fine_cls", self.fine_cls, CLS_POSITIONS)
         _choice("fine_order", self.fine_order, FINE_ORDERS)
         _choice("cell_order", self.cell_order, CELL_ORDERS)
+        if self.reuse is False:  # how YAML reads "off"
+            object.__setattr__(self, "reuse", "off")
         _choice("reuse", self.reuse, REUSE_KINDS)
         _choice("rest_tokens", self.rest_tokens, REST_TOKENS)
         self._check_fine_pass()

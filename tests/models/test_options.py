@@ -86,3 +86,8 @@ def test_from_pretrained_takes_no_model_options(tmp_path):
     with pytest.raises(ValueError, match="from_pretrained does not accept alpha, depht, only cache_dir"):
         MambaScope.from_pretrained(tmp_path, alpha=0.3, depht=4)
     assert MambaScope.from_pretrained(tmp_path, local_files_only=True).alpha == 0.7
+
+
+def test_off_may_be_what_yaml_makes_of_it():
+    model = MambaScope(img_size=32, patch_size=8, embed_dim=16, depth=1, reuse=False)
+    assert (model.config.reuse, model.reuse) == ("off", None)
