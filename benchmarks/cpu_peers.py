@@ -31,9 +31,10 @@ def official_formula(
     return (torch.stack(rows, 1) + x * D) * F.silu(z)
 
 
-def _official_mixer(mixer: BidirectionalMamba, u: Tensor, score: None = None) -> tuple[Tensor, None]:
+def _official_mixer(mixer: BidirectionalMamba, u: Tensor, score: None = None, pool: None = None) -> tuple[Tensor, None]:
     """The mixer as the official code computes it without CUDA: flips, one scan each way, gated twice."""
     assert score is None
+    assert pool is None
     x, z = F.linear(u, mixer.in_proj.weight).chunk(2, dim=-1)
     total: Tensor | float = 0.0
     for end, flip in (("", False), ("_b", True)):

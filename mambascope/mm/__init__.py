@@ -14,6 +14,7 @@ except ImportError as error:
 from mambascope.mm.backbone import ScopeBackbone, ScopeFeatures, VimBackbone
 from mambascope.mm.compat import allow_own_checkpoints
 from mambascope.mm.gate import GateHead, gate_confidence, presence_from_labels, presence_from_masks
+from mambascope.mm.loss import ClassWeightedCrossEntropy
 from mambascope.mm.metrics import GateMetric
 from mambascope.mm.optim import CpuAmpOptimWrapper, LayerDecayConstructor
 from mambascope.mm.pyramid import SimplePyramid
@@ -22,6 +23,7 @@ from mambascope.mm.runner import ScopeRunner
 allow_own_checkpoints()
 
 __all__ = [
+    "ClassWeightedCrossEntropy",
     "CpuAmpOptimWrapper",
     "GateHead",
     "GateMetric",

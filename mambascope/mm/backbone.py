@@ -394,14 +394,14 @@ class ScopeBackbone(_EncoderBackbone):
         return [self.encoder.pos_embed, *(self.encoder.reuse.parameters() if self.encoder.reuse is not None else ())]
 
     def cost(self, height: int, width: int, convention: str = "both_directions") -> tuple[float, float]:
-        """As :meth:`_EncoderBackbone.cost`, with the learned resize of an image that exits."""
-        exit_cost, refined_cost = super().cost(height, width, convention)
-        if self.coarse_up is not None:
-            cells = -(-height // (2 * self.encoder.config.patch_size)) * -(
-                -width // (2 * self.encoder.config.patch_size)
-            )
-            exit_cost += len(STEPS) * 4 * cells * self.encoder.embed_dim**2 / 1e9
-        return exit_cost, refined_cost
+        """As for :class:`VimBackbone`, with the learned resize."""
+        exits, refined = super().cost(height, width, convention)
+        if self.coarse_up is None:
+            return exits, refined
+        cell = 2 * self.encoder.config.patch_size
+        cells = -(-height // cell) * -(-width // cell)
+        places = len(STEPS) * 4 * cells * self.encoder.embed_dim**2 / 1e9
+        return exits + places, refined + places
 
     def image_gflops(self, features: ScopeFeatures, height: int, width: int) -> dict[str, list[float]]:
         """Backbone GFLOPs of every image of a batch, per convention of :meth:`cost`."""

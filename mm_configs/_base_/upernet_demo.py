@@ -1,8 +1,6 @@
 # UPerNet small enough for minutes on a CPU
 _loss = dict(
-    type="CrossEntropyLoss",
-    use_sigmoid=False,
-    loss_weight=1.0,
+    type="ClassWeightedCrossEntropy",
     class_weight=[0.3, *([1.0] * 10)],  # nine tenths of the pixels are background
 )
 norm_cfg = dict(type="BN", requires_grad=True)
