@@ -7,5 +7,6 @@ Modules (imported one by one, so that a command pays only for what it uses):
 - ``collect``: both stages on a data set once. ``sweep``: every threshold from that, and the choice of one.
 - ``throughput``: measured milliseconds per image. ``engine``: a predictor that keeps fine batches full.
 - ``report``: the report folder that training and evaluation leave behind.
+- ``trainings``: trainings that a command starts, resumes or finds finished.
 - ``eval_cli``, ``predict_cli``: the command lines of ``tools/eval_cls.py`` and ``tools/predict.py``.
 """

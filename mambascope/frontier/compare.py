@@ -1,7 +1,7 @@
 """A MambaScope's curve against the other methods: at equal cost, at equal time and at equal accuracy.
 
-The curve runs over the share of images that are refined, which fixes the cost; at each share the seeds' accuracies are
-averaged. Between the shares that were timed, time is interpolated linearly.
+The curve runs over the share of images that are refined; at each share the seeds are averaged. Between the shares that
+were timed, time is interpolated linearly.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mambascope.evaluation.cost import StageCost
+from mambascope.evaluation.cost import CONVENTIONS
+from mambascope.evaluation.sweep import sweep
 from mambascope.frontier.table import Row, Spread
 from mambascope.frontier.timing import Measured, share_refined
 from mambascope.frontier.work import Point, Result
@@ -27,7 +28,7 @@ class Curve:
         label: Name in the legend.
         share: Shares [S], ascending from 0 to 1.
         top1: Accuracy of every seed [seeds, S], 0 to 1.
-        gflops: Per convention, GFLOPs per image [S]: the same for all seeds.
+        gflops: Per convention, GFLOPs per image [S], mean of the seeds.
         ms: Per batch size, measured milliseconds per image [S], mean of the seeds.
     """
 
@@ -72,34 +73,19 @@ def make_curve(label: str, own: Sequence[tuple[Point, Result]], measured: Sequen
         measured: Times, also of other entries.
     """
     share = np.linspace(0, 1, STEPS + 1)
-    top1 = np.stack([_accuracies(result, share) for _, result in own])
-    costs = own[0][1].costs
+    sweeps = [sweep(result.record, result.costs) for _, result in own]
     times: dict[int, list[np.ndarray]] = {}
     for point, result in own:
         rows = [r for r in measured if (r.entry, r.setting, r.seed) == (point.entry, point.setting.label, point.seed)]
         for size in dict.fromkeys(r.batch_size for r in rows):
             known = sorted((share_refined(result, r.threshold or 0.0), r.ms) for r in rows if r.batch_size == size)
             times.setdefault(size, []).append(np.interp(share, *np.array(known).T))
-    return Curve(
-        label,
-        share,
-        top1,
-        {name: _gflops(cost, share) for name, cost in costs.items()},
-        {size: np.mean(lines, axis=0) for size, lines in times.items()},
-    )
-
-
-def _gflops(cost: StageCost, share: np.ndarray) -> np.ndarray:
-    return (cost.coarse + share * (cost.reuse + cost.fine)) / 1e9
-
-
-def _accuracies(result: Result, share: np.ndarray) -> np.ndarray:
-    """Accuracy [S] when the least confident images are refined, as many as each share says."""
-    record = result.record
-    order = np.argsort(record.confidence, kind="stable")
-    gain = record.fine_correct[order].astype(int) - record.coarse_correct[order]
-    total = record.coarse_correct.sum() + np.concatenate([[0], np.cumsum(gain)])
-    return np.interp(share * len(record), np.arange(len(record) + 1), total) / len(record)
+    gflops = {
+        name: np.mean([np.interp(share, curve.share_refined, curve.gflops[name]) for curve in sweeps], axis=0)
+        for name in CONVENTIONS
+    }
+    top1 = np.stack([np.interp(share, curve.share_refined, curve.top1) for curve in sweeps])
+    return Curve(label, share, top1, gflops, {size: np.mean(lines, axis=0) for size, lines in times.items()})
 
 
 @dataclass(frozen=True)

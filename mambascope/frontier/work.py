@@ -96,6 +96,8 @@ class Work:
 
     def __init__(self, plan: FrontierList, folder: Path, device: torch.device, progress: bool = False) -> None:
         self.plan, self.folder, self.device, self.progress = plan, folder, device, progress
+        self._modules: dict[str, ResumableDataModule] = {}
+        self._fingerprints: dict[Path, str] = {}
 
     # ---- what there is to do -------------------------------------------------------------------------------------
 
@@ -186,7 +188,11 @@ class Work:
 
     def data(self, point: Point) -> ResumableDataModule:
         """The data module that the point is evaluated with."""
-        return open_data(self.data_section(point), f"entry {point.entry}")
+        section = self.data_section(point)
+        name = digest(section)
+        if name not in self._modules:
+            self._modules[name] = open_data(section, f"entry {point.entry}")
+        return self._modules[name]
 
     def model(self, point: Point, data: ResumableDataModule) -> Any:
         """The point's model on its device, in evaluation mode.
@@ -220,7 +226,11 @@ class Work:
     def key(self, point: Point) -> str:
         """Names the weights, the setting and the data of a point."""
         weights = self.weights(point.entry, point.seed)
-        source = self._source(point.entry).net if weights is None else fingerprint(weights)
+        source: Any
+        if weights is None:
+            source = self._source(point.entry).net
+        elif (source := self._fingerprints.get(weights)) is None:
+            source = self._fingerprints[weights] = fingerprint(weights)
         return digest(source, point.setting.model, self.data_section(point))
 
     def _path(self, point: Point, key: str) -> Path:
