@@ -22,7 +22,8 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     Biases, gains and what the encoder names in ``no_weight_decay`` (CLS, positions, A_log, D) are not decayed. With
     ``paramwise_cfg=dict(layer_decay_rate=r)`` the encoder's block i of 0..n-1 learns with ``lr * r ** (n - 1 - i)``,
     embeddings with ``lr * r ** n``, everything after the last block with ``lr``. ``lr_mult=dict(name=factor)`` in
-    the same dict scales the parameters whose name starts with ``name``, e.g. ``{'backbone.encoder': 0.5}``.
+    the same dict scales the parameters whose name starts with ``name``, e.g. ``{'backbone.encoder': 0.5}``; nested as
+    ``--cfg-options optim_wrapper.paramwise_cfg.lr_mult.backbone.encoder=0.5`` makes it, it means the same.
 
     Raises:
         ValueError: If an option is unknown or out of range.
@@ -39,10 +40,10 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
             raise ValueError(f"layer_decay_rate must lie in (0, 1], got {rate!r}")
         if self.base_lr is None:
             raise ValueError("optimizer must give lr: layer-wise rates are multiples of it")
-        factors = self.paramwise_cfg.get("lr_mult", {})
-        numbers = isinstance(factors, Mapping) and all(isinstance(v, (int, float)) and v >= 0 for v in factors.values())
-        if not numbers:
-            raise ValueError(f"lr_mult must be a dict of names and factors >= 0, got {factors!r}")
+        given = self.paramwise_cfg.get("lr_mult", {})
+        factors = dict(_flat(given)) if isinstance(given, Mapping) else None
+        if factors is None or not all(isinstance(v, (int, float)) and v >= 0 for v in factors.values()):
+            raise ValueError(f"lr_mult must be a dict of names and factors >= 0, got {given!r}")
         self.paramwise_cfg = {"layer_decay_rate": rate, "lr_mult": factors}
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", is_dcn_module: Any = None) -> None:
@@ -74,6 +75,15 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
             group["params"].append(param)
             group["param_names"].append(name)
         params.extend(groups[key] for key in sorted(groups))
+
+
+def _flat(factors: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and factors of dicts in dicts."""
+    for name, value in factors.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{start}{name}.")
+        else:
+            yield start + name, value
 
 
 @OPTIM_WRAPPERS.register_module()
