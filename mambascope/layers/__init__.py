@@ -1,4 +1,4 @@
-"""Building blocks of the encoders: norm, bidirectional mixer, block, patch and position embedding, feature reuse."""
+"""Building blocks of the encoders: norm, bidirectional mixer, block, patch and position embedding, reuse, rows."""
 
 from mambascope.layers.block import VimBlock
 from mambascope.layers.cell_pool import CellPool
@@ -8,6 +8,7 @@ from mambascope.layers.patch_embed import PatchEmbed, pad_to
 from mambascope.layers.pos_embed import cls_index, insert_cls, remove_cls, resample_pos_embed
 from mambascope.layers.registers import insert_registers, remove_registers
 from mambascope.layers.reuse import FeatureReuse
+from mambascope.layers.rows import flat_rows, gather_rows
 
 __all__ = [
     "BidirectionalMamba",
@@ -18,6 +19,8 @@ __all__ = [
     "ScoreOptions",
     "VimBlock",
     "cls_index",
+    "flat_rows",
+    "gather_rows",
     "insert_cls",
     "insert_registers",
     "pad_to",

@@ -13,14 +13,22 @@ import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from mambascope.layers import CellPool, FeatureReuse, cls_index, insert_cls, pad_to, remove_cls, resample_pos_embed
+from mambascope.layers import (
+    CellPool,
+    FeatureReuse,
+    cls_index,
+    gather_rows,
+    insert_cls,
+    pad_to,
+    remove_cls,
+    resample_pos_embed,
+)
 from mambascope.models.configs import ScopeConfig, share
 from mambascope.models.exit import check_threshold, confidence, exit_mask
 from mambascope.models.selection import (
     average_importance,
     children,
     count_levels,
-    gather_rows,
     mass_counts,
     num_selected,
     select_cells,

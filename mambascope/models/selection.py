@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mambascope.models.configs import share
@@ -101,11 +100,3 @@ def children(cells: Tensor, grid: tuple[int, int]) -> Tensor:
     corner = (4 * cols) * row + 2 * col  # two fine rows of 2 * cols patches per coarse row
     pair = torch.arange(2, device=cells.device)  # made on the device: copying a list there would wait for it
     return corner.unsqueeze(-1) + (2 * cols * pair.unsqueeze(1) + pair).flatten()
-
-
-def gather_rows(rows_BMd: Tensor, index_Bk: Tensor) -> Tensor:
-    """Takes rows [B, k, d] by index [B, k] out of [B, M, d] or of one shared table [1, M, d]."""
-    if rows_BMd.shape[0] == 1:
-        # indexing would add up the gradients in an order that differs from run to run
-        return F.embedding(index_Bk, rows_BMd[0])
-    return rows_BMd.gather(1, index_Bk.unsqueeze(-1).expand(-1, -1, rows_BMd.shape[-1]))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mambascope.layers import BidirectionalMamba, VimBlock, cls_index
+from mambascope.layers import BidirectionalMamba, VimBlock, cls_index, gather_rows
 
 
 class EncoderSizes(NamedTuple):
@@ -213,19 +213,6 @@ def kept_of(ratio: float, patches: int) -> int:
 
 
 # ---- sequences -------------------------------------------------------------------------------------------------------
-
-
-def flat_rows(index_BK: Tensor, length: int) -> Tensor:
-    """Row numbers [B * K] in a batch of sequences of `length` tokens that is read as one long sequence."""
-    first = torch.arange(0, len(index_BK) * length, length, device=index_BK.device)
-    return (index_BK + first.unsqueeze(1)).flatten()
-
-
-def gather_rows(rows: Tensor, index_BK: Tensor) -> Tensor:
-    """Takes rows [B, K, ...] by index [B, K] out of [B, L, ...]."""
-    # whole rows are copied; gather with an index for every number takes tens of times longer on a CPU
-    taken = rows.flatten(0, 1).index_select(0, flat_rows(index_BK, rows.shape[1]))
-    return taken.unflatten(0, index_BK.shape)
 
 
 def in_sequence(patch_BK: Tensor, cls: int | Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from mambascope.layers import BidirectionalMamba, cls_index
+from mambascope.layers import BidirectionalMamba, cls_index, gather_rows
 from mambascope.ops import causal_conv1d
 from mambascope.reduction.base import (
     EncoderSizes,
@@ -35,7 +35,6 @@ from mambascope.reduction.base import (
     check_ratio,
     check_weight,
     cls_row,
-    gather_rows,
     kept_of,
     layers_within,
     order_with_cls,

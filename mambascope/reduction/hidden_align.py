@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambascope.layers import BidirectionalMamba, ScoreOptions, cls_index
+from mambascope.layers import BidirectionalMamba, ScoreOptions, cls_index, gather_rows
 from mambascope.ops import ScanDirection, selective_scan
 from mambascope.reduction.base import (
     EncoderSizes,
@@ -32,7 +32,6 @@ from mambascope.reduction.base import (
     TokenState,
     as_layers,
     check_ratio,
-    gather_rows,
     kept_of,
     layers_within,
     order_with_cls,

@@ -12,15 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambascope.layers import cls_index
+from mambascope.layers import cls_index, flat_rows, gather_rows
 from mambascope.reduction.base import (
     EncoderSizes,
     Reducer,
     ReductionConfig,
     TokenState,
     check_count,
-    flat_rows,
-    gather_rows,
     in_sequence,
     order_with_cls,
     patch_rows,
