@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mambascope.evaluation.cost import stage_macs
 from mambascope.layers import cls_index, pad_to, remove_cls
 from mambascope.mm.gate import GateHead
-from mambascope.mm.pyramid import STEPS, SimplePyramid
+from mambascope.mm.pyramid import STEPS, PatchDetail, SimplePyramid
 from mambascope.models.checkpoint import CheckpointError, load_checkpoint, read_state_dict
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, VimConfig, with_overrides
 from mambascope.models.exit import check_threshold, exit_mask
@@ -86,6 +86,7 @@ class _EncoderBackbone(BaseModule):
         norm_eval: bool = False,
         norm_cfg: dict | None = None,
         readout: bool = False,
+        detail: bool = False,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -113,6 +114,7 @@ class _EncoderBackbone(BaseModule):
         self.norm_eval = norm_eval
         self.encoder.set_grad_checkpointing(with_cp)
         self.pyramid = SimplePyramid(config.embed_dim, out_channels, norm_cfg, readout)
+        self.detail = PatchDetail(config.in_chans, config.patch_size, config.embed_dim) if detail else None
         self.strides = tuple(config.patch_size / step for step in STEPS)
         self._freeze()
 
@@ -202,10 +204,12 @@ class _EncoderBackbone(BaseModule):
     def _pad(self, x: Tensor) -> Tensor:
         return pad_to(x, 2 * self.encoder.config.patch_size)
 
-    def _levels(self, maps: Sequence[Tensor], cls: Sequence[Tensor], height: int, width: int) -> tuple[Tensor, ...]:
+    def _levels(
+        self, maps: Sequence[Tensor], cls: Sequence[Tensor], detail: Tensor | None, height: int, width: int
+    ) -> tuple[Tensor, ...]:
         """The pyramid without what only covers padding."""
         sizes = [(-(-height // s), -(-width // s)) for s in self.strides]
-        levels = self.pyramid(maps, cls)
+        levels = self.pyramid(maps, cls, detail)
         return tuple(m[..., : int(r), : int(c)].contiguous() for m, (r, c) in zip(levels, sizes, strict=True))
 
     def cost(self, height: int, width: int, convention: str = "both_directions") -> tuple[float, float]:
@@ -223,9 +227,11 @@ class _EncoderBackbone(BaseModule):
         size = (-(-height // cell) * cell, -(-width // cell) * cell)
         alpha: dict[str, Any] = {"alpha": self.encoder.alpha} if isinstance(self.encoder, MambaScope) else {}
         cost = stage_macs(config, size, convention=convention, **alpha)
-        pyramid = self.pyramid.macs(size[0] // config.patch_size, size[1] // config.patch_size)
-        first = cost.coarse if alpha else cost.fine
-        return (first + pyramid) / 1e9, (cost.refined + pyramid) / 1e9
+        rows, cols = size[0] // config.patch_size, size[1] // config.patch_size
+        pyramid = self.pyramid.macs(rows, cols)
+        detail = 0 if self.detail is None else self.detail.macs(rows, cols)
+        first = cost.coarse if alpha else cost.fine + detail
+        return (first + pyramid) / 1e9, (cost.refined + pyramid + detail) / 1e9
 
 
 @MODELS.register_module()
@@ -245,6 +251,8 @@ class VimBackbone(_EncoderBackbone):
         norm_eval: Keep batch norms of the pyramid in evaluation mode while training.
         norm_cfg: Normalisation inside the pyramid; ``None`` for LayerNorm.
         readout: Add the projected CLS outputs to the maps: a classifier keeps what it knows there, not in the patches.
+        detail: Add a projection of the patches' pixels to the maps, see :class:`~mambascope.mm.pyramid.PatchDetail`: of
+            the pixels a classifier keeps what tells its classes apart, not where an edge runs.
         init_cfg: See :meth:`init_weights`.
 
     Raises:
@@ -256,8 +264,10 @@ class VimBackbone(_EncoderBackbone):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps [B, channels, H/s, W/s] of images [B, 3, H, W], s = 4, 8, 16, 32 for 16-pixel patches."""
-        _, maps, cls = self.encoder._intermediates(self._pad(x), list(self.out_indices), None, False)
-        return self._levels(maps, [c.squeeze(1) for c in cls], *x.shape[-2:])
+        padded = self._pad(x)
+        _, maps, cls = self.encoder._intermediates(padded, list(self.out_indices), None, False)
+        detail = None if self.detail is None else self.detail(padded)
+        return self._levels(maps, [c.squeeze(1) for c in cls], detail, *x.shape[-2:])
 
 
 @MODELS.register_module()
@@ -302,8 +312,10 @@ class ScopeBackbone(_EncoderBackbone):
         if coarse_resize not in ("bilinear", "learned"):
             raise ValueError(f"coarse_resize must be bilinear or learned, got {coarse_resize!r}")
         dim = self.encoder.embed_dim
-        self.coarse_up = None
+        self.coarse_up = self.detail_up = None
         if coarse_resize == "learned":
+            if self.detail is not None:
+                self.detail_up = nn.ConvTranspose2d(dim, dim, 2, 2)
             maps = [nn.ConvTranspose2d(dim, dim, 2, 2, bias=False) for _ in STEPS]
             for own in maps:
                 nn.init.zeros_(own.weight)
@@ -346,22 +358,22 @@ class ScopeBackbone(_EncoderBackbone):
         selected = torch.full((batch, num_selected(self.encoder.alpha, cells)), -1, dtype=torch.long, device=x.device)
         refined = exited.logical_not().nonzero().squeeze(1)
         if refined.numel() == batch:
-            (maps, cls), selected = self._fine_maps(x, coarse)
+            found, selected = self._fine_maps(x, coarse)
+            if self.training and self.detail_up is not None:
+                found[0] = found[0] + _zero(self.detail_up.parameters(), found[0])
         elif refined.numel() == 0:
-            maps, cls = self._coarse_maps(coarse)
+            found = self._coarse_maps(x, coarse)
             if self.training:
-                maps[0] = maps[0] + _zero(self._fine_parameters(), maps[0])
+                found[0] = found[0] + _zero(self._fine_parameters(), found[0])
         else:
             stayed = exited.nonzero().squeeze(1)
             fine, cells_read = self._fine_maps(x.index_select(0, refined), coarse.index_select(refined))
             selected = selected.index_copy(0, refined, cells_read)
             back = torch.cat([stayed, refined]).argsort()
-            kept = self._coarse_maps(coarse.index_select(stayed))
-            maps, cls = (
-                [torch.cat([a, b.to(a.dtype)]).index_select(0, back) for a, b in zip(one, two, strict=True)]
-                for one, two in zip(kept, fine, strict=True)
-            )
-        levels = self._levels(maps, cls, height, width)
+            kept = self._coarse_maps(x.index_select(0, stayed), coarse.index_select(stayed))
+            found = [torch.cat([a, b.to(a.dtype)]).index_select(0, back) for a, b in zip(kept, fine, strict=True)]
+        maps, cls, detail = found[: len(STEPS)], found[len(STEPS) : 2 * len(STEPS)], found[2 * len(STEPS) :]
+        levels = self._levels(maps, cls, detail[0] if detail else None, height, width)
         return ScopeFeatures(levels, logits, confidence, exited, coarse.importance, selected, coarse.grid)
 
     def _coarse_grids(self, coarse: CoarseState) -> list[Tensor]:
@@ -375,19 +387,28 @@ class ScopeBackbone(_EncoderBackbone):
             return maps
         return [m + up(grid) for m, up, grid in zip(maps, self.coarse_up, grids, strict=True)]
 
-    def _coarse_maps(self, coarse: CoarseState) -> tuple[list[Tensor], list[Tensor]]:
-        """Coarse tokens resized to the fine grid [B, d, h, w], and CLS outputs [B, d]."""
+    def _coarse_maps(self, x: Tensor, coarse: CoarseState) -> list[Tensor]:
+        """Coarse tokens resized to the fine grid [B, d, h, w], CLS outputs [B, d], detail of the half-size image."""
         grids = self._coarse_grids(coarse)
         at = cls_index(coarse.tokens.shape[1], self.encoder.config.cls_position)
-        resized = [F.interpolate(g, scale_factor=2, mode="bilinear", align_corners=False) for g in grids]
-        return self._with_places(resized, grids), [t[:, at] for t in coarse.taken]
+        found = [*self._with_places([_double(g) for g in grids], grids), *(t[:, at] for t in coarse.taken)]
+        if self.detail is not None:
+            detail = self.detail(self.encoder.half(x))
+            found.append(_double(detail) if self.detail_up is None else self.detail_up(detail))
+        return found
 
-    def _fine_maps(self, x: Tensor, coarse: CoarseState) -> tuple[tuple[list[Tensor], list[Tensor]], Tensor]:
-        """Fine tokens on the fine grid [B, d, h, w] with CLS outputs [B, d], and the cells that were re-read [B, k]."""
+    def _fine_maps(self, x: Tensor, coarse: CoarseState) -> tuple[list[Tensor], Tensor]:
+        """Fine tokens on the fine grid [B, d, h, w], CLS outputs [B, d], detail; and the cells re-read [B, k].
+
+        The detail is the whole image's: it costs as little as the patch embedding.
+        """
         fine = self.encoder.forward_fine(x, coarse, take=self.out_indices)
         at = cls_index(fine.length - 1, self.encoder.config.fine_cls)
         maps = [self.encoder.fine_map(t, fine, coarse.grid) for t in fine.taken]
-        return (self._with_places(maps, self._coarse_grids(coarse)), [t[:, at] for t in fine.taken]), fine.selected
+        found = [*self._with_places(maps, self._coarse_grids(coarse)), *(t[:, at] for t in fine.taken)]
+        if self.detail is not None:
+            found.append(self.detail(x))
+        return found, fine.selected
 
     def _fine_parameters(self) -> list[Tensor]:
         """What only the fine pass uses."""
@@ -396,18 +417,24 @@ class ScopeBackbone(_EncoderBackbone):
     def cost(self, height: int, width: int, convention: str = "both_directions") -> tuple[float, float]:
         """As for :class:`VimBackbone`, with the learned resize."""
         exits, refined = super().cost(height, width, convention)
-        if self.coarse_up is None:
-            return exits, refined
         cell = 2 * self.encoder.config.patch_size
-        cells = -(-height // cell) * -(-width // cell)
-        places = len(STEPS) * 4 * cells * self.encoder.embed_dim**2 / 1e9
-        return exits + places, refined + places
+        rows, cols = -(-height // cell), -(-width // cell)
+        places = 4 * rows * cols * self.encoder.embed_dim**2 / 1e9  # of one learned map
+        if self.detail is not None:
+            exits += self.detail.macs(rows, cols) / 1e9 + (0 if self.detail_up is None else places)
+        if self.coarse_up is not None:
+            exits, refined = exits + len(STEPS) * places, refined + len(STEPS) * places
+        return exits, refined
 
     def image_gflops(self, features: ScopeFeatures, height: int, width: int) -> dict[str, list[float]]:
         """Backbone GFLOPs of every image of a batch, per convention of :meth:`cost`."""
         left = features.exited.tolist()
         both = {c: self.cost(height, width, c) for c in ("one_direction", "both_directions")}
         return {c: [cost[0] if out else cost[1] for out in left] for c, cost in both.items()}
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def _zero(parameters: Iterable[Tensor], like: Tensor) -> Tensor:

@@ -48,17 +48,22 @@ class SimplePyramid(nn.Module):
         self.scales = nn.ModuleList(scales)
         self.out_channels = out_channels or dim
 
-    def forward(self, maps: Sequence[Tensor], cls: Sequence[Tensor] | None = None) -> list[Tensor]:
+    def forward(
+        self, maps: Sequence[Tensor], cls: Sequence[Tensor] | None = None, detail: Tensor | None = None
+    ) -> list[Tensor]:
         """Brings four maps [B, d, h, w] to [B, out, 4h, 4w], [B, out, 2h, 2w], [B, out, h, w], [B, out, h/2, w/2].
 
         Args:
             maps: One for each level.
             cls: The CLS outputs [B, d] of the same blocks; needed with ``readout``.
+            detail: A map [B, d, h, w] that is added to every one of them.
         """
         levels = [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
         if self.readout is not None:
             assert cls is not None
             levels = [m + read(c)[..., None, None] for m, read, c in zip(levels, self.readout, cls, strict=True)]
+        if detail is not None:
+            levels = [m + detail for m in levels]
         return [scale(m) for scale, m in zip(self.scales, levels, strict=True)]
 
     def macs(self, rows: int, cols: int) -> int:
@@ -72,3 +77,24 @@ class SimplePyramid(nn.Module):
         if self.readout is not None:
             total += len(STEPS) * dim * dim
         return total
+
+
+class PatchDetail(nn.Sequential):
+    """The pixels of every patch as a map of their own beside the encoder's: what an edge needs and a class does not.
+
+    A trained classifier's patch embedding and blocks keep what tells its classes apart; heads learn masks and boxes
+    from them more slowly than from a projection of the pixels that was never trained.
+
+    Args:
+        in_chans: Channels of the image.
+        patch_size: Side of a patch in pixels.
+        dim: Channels d of the map.
+    """
+
+    def __init__(self, in_chans: int, patch_size: int, dim: int) -> None:
+        super().__init__(nn.Conv2d(in_chans, dim, patch_size, patch_size), LayerNorm2d(dim))
+        self.patch_macs = in_chans * patch_size**2 * dim
+
+    def macs(self, rows: int, cols: int) -> int:
+        """Multiply-adds of one image with a grid of ``rows`` x ``cols`` patches."""
+        return rows * cols * self.patch_macs

@@ -43,9 +43,11 @@ def test_patch16_strides_and_default_blocks():
     assert default_indices(6) == (1, 2, 4, 5)
 
 
-@pytest.mark.parametrize("readout", [False, True])
-def test_mixed_batch_equals_single_images_and_fine_pass_reads_refined_rows_only(readout):
-    model = scope(readout=readout).double().eval()
+@pytest.mark.parametrize(
+    "options", [{}, {"readout": True}, {"detail": True}, {"detail": True, "coarse_resize": "learned"}]
+)
+def test_mixed_batch_equals_single_images_and_fine_pass_reads_refined_rows_only(options):
+    model = scope(**options).double().eval()
     x = torch.randn(7, 3, 80, 48, dtype=torch.float64)
     model.threshold = 0.0
     confidence = model.forward_scope(x).confidence
@@ -83,13 +85,15 @@ def copy_encoder(source, target):
     own = target.encoder.state_dict()
     target.encoder.load_state_dict({k: source.encoder.state_dict()[k] for k in own})
     target.pyramid.load_state_dict(source.pyramid.state_dict())
+    if source.detail is not None:
+        target.detail.load_state_dict(source.detail.state_dict())
 
 
-@pytest.mark.parametrize("readout", [False, True])
-def test_everything_refined_equals_plain_vim(readout):
+@pytest.mark.parametrize("options", [{}, {"readout": True}, {"detail": True}])
+def test_everything_refined_equals_plain_vim(options):
     exact = {"alpha": 1.0, "reuse": "off", "cell_order": "raster", "fine_cls": "middle"}
-    ours = scope(arch_options=exact, threshold=1.0, readout=readout).double().eval()
-    plain = vim(readout=readout).double().eval()
+    ours = scope(arch_options=exact, threshold=1.0, **options).double().eval()
+    plain = vim(**options).double().eval()
     copy_encoder(ours, plain)
     x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     for a, b in zip(ours(x), plain(x), strict=True):
@@ -122,7 +126,7 @@ def test_unrefined_cells_get_their_coarse_token_four_times():
     model = scope(threshold=1.0, arch_options={"alpha": 0.5}).eval()
     x = torch.randn(1, 3, 64, 64)
     coarse = model.encoder.forward_coarse(x, take=model.out_indices)
-    (maps, _), selected = model._fine_maps(x, coarse)
+    maps, selected = model._fine_maps(x, coarse)
     others = sorted(set(range(16)) - set(selected[0].tolist()))
     assert len(others) == 8
     for cell in range(16):
@@ -146,7 +150,7 @@ def test_learned_resize_starts_as_bilinear_and_gives_every_place_its_own_map():
     for up in learned.coarse_up:
         torch.nn.init.normal_(up.weight)
     taken = learned.encoder.forward_coarse(x, take=learned.out_indices)
-    (maps, _), (bilinear, _) = learned._coarse_maps(taken), plain._coarse_maps(taken)
+    maps, bilinear = learned._coarse_maps(x, taken)[:4], plain._coarse_maps(x, taken)[:4]
     for level, tokens in enumerate(taken.taken):
         token = remove_cls(tokens, "middle").unflatten(1, taken.grid)[1, 2, 3]  # second image, third row, fourth column
         for row in (0, 1):
@@ -154,18 +158,41 @@ def test_learned_resize_starts_as_bilinear_and_gives_every_place_its_own_map():
                 own = token @ learned.coarse_up[level].weight[:, :, row, col]
                 expected = bilinear[level][1, :, 4 + row, 6 + col] + own
                 torch.testing.assert_close(maps[level][1, :, 4 + row, 6 + col], expected, rtol=1e-4, atol=1e-4)
-    (refined, _), _ = learned._fine_maps(x, taken)
-    (copied, _), _ = plain._fine_maps(x, taken)
+    refined, _ = learned._fine_maps(x, taken)
+    copied, _ = plain._fine_maps(x, taken)
     for level in range(4):
         torch.testing.assert_close(refined[level] - copied[level], maps[level] - bilinear[level], rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="coarse_resize must be bilinear or learned, got 'nearest'"):
         scope(coarse_resize="nearest")
 
 
-@pytest.mark.parametrize("coarse_resize", ["bilinear", "learned"])
+def test_detail_is_of_the_image_that_was_read():
+    torch.manual_seed(0)
+    model = scope(detail=True, coarse_resize="learned").eval()
+    x = torch.randn(2, 3, 64, 96)
+    coarse = model.encoder.forward_coarse(x, take=model.out_indices)
+    torch.testing.assert_close(model._fine_maps(x, coarse)[0][-1], model.detail(x))
+    half = torch.nn.functional.avg_pool2d(x, 2)
+    torch.testing.assert_close(model._coarse_maps(x, coarse)[-1], model.detail_up(model.detail(half)))
+    patch = model.encoder.config.patch_size
+    changed = x.clone()
+    changed[0, :, :patch, patch : 2 * patch] += 1.0  # one patch of one image changes one place of one map
+    moved = (model.detail(changed) - model.detail(x)).detach().abs().amax(1)
+    assert moved[0, 0, 1] > 1e-3
+    moved[0, 0, 1] = 0
+    assert float(moved.max()) == 0
+    # every map gets it, after its own norm
+    levels = model.pyramid([torch.zeros(2, model.encoder.embed_dim, 8, 12)] * 4, None, model.detail(x))
+    torch.testing.assert_close(levels[2], model.pyramid.scales[2](model.detail(x)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"coarse_resize": "bilinear"}, {"coarse_resize": "learned"}, {"coarse_resize": "learned", "detail": True}],
+)
 @pytest.mark.parametrize("exit_prob", [0.0, 0.5, 1.0])
-def test_every_parameter_learns_in_every_step(exit_prob, coarse_resize):
-    model = scope(exit_prob=exit_prob, coarse_resize=coarse_resize).train()
+def test_every_parameter_learns_in_every_step(exit_prob, options):
+    model = scope(exit_prob=exit_prob, **options).train()
     torch.manual_seed(3)
     features = model.forward_scope(torch.randn(4, 3, 64, 64))
     assert float(features.exited.float().mean()) == exit_prob
@@ -211,10 +238,10 @@ def test_frozen_stages_and_norm_eval():
 def test_cost_equals_the_counted_operations():
     size = (64, 96)
     x = torch.zeros(1, 3, *size)
-    plain = vim(out_channels=24, readout=True).eval()
+    plain = vim(out_channels=24, readout=True, detail=True).eval()
     assert count_macs(plain, x) == round(plain.cost(*size)[0] * 1e9)
     assert plain.cost(*size)[0] == plain.cost(*size)[1]
-    learned = scope(out_channels=24, coarse_resize="learned", threshold=0.0).eval()
+    learned = scope(out_channels=24, coarse_resize="learned", detail=True, threshold=0.0).eval()
     assert count_macs(learned, x) == round(learned.cost(*size)[0] * 1e9) + learned.encoder.embed_dim * 5
     learned.threshold = 1.0
     rest = learned.encoder.embed_dim * 5 - skipped_macs(learned.encoder.config, size)
