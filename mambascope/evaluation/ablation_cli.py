@@ -11,6 +11,7 @@ from mambascope.evaluation.ablation import (
     Results,
     Row,
     Setting,
+    Table,
     digits_loader,
     evaluate,
     fingerprint,
@@ -49,6 +50,7 @@ def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", help=f"{CHECKPOINT_HELP}; a MambaScope trained on ScopeDigits")
     parser.add_argument("--tables", nargs="+", choices=names, help="default: all that need no training")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help='the first row, and these, e.g. "coarse CE 1"')
     parser.add_argument("--train", action="store_true", help="also the tables that need trainings")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     parser.add_argument("--images", type=int, default=2000, help="per seed (default 2000)")
@@ -98,11 +100,27 @@ def _source(trained: bool, weights: str, args: argparse.Namespace) -> str:
     return "-".join([args.config, str(args.epochs or "all"), *args.train_args])
 
 
+def _chosen_rows(chosen: dict[str, Table], rows: Sequence[str] | None) -> dict[str, tuple[Setting, ...]]:
+    """The settings of each table that are wanted: all, or its first, which others are compared with, and those named.
+
+    Raises:
+        ValueError: If no table has a row of that name.
+    """
+    labels = [setting.label for table in chosen.values() for setting in table.settings]
+    if unknown := [row for row in rows or () if row not in labels]:
+        raise ValueError(f"rows must be of {', '.join(dict.fromkeys(labels))}; got {', '.join(unknown)}")
+    return {
+        name: tuple(s for i, s in enumerate(table.settings) if rows is None or i == 0 or s.label in rows)
+        for name, table in chosen.items()
+    }
+
+
 def _run(args: argparse.Namespace, model: MambaScope, checkpoint: Path) -> int:
     known = tables(model.config)
     wanted = args.tables or [name for name, table in known.items() if args.train or not table.trained]
     if args.images < 1:
         raise ValueError(f"images must be at least 1, got {args.images}")
+    rows = _chosen_rows({name: known[name] for name in wanted}, args.rows)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     results = Results(out / "ablations.csv")
@@ -113,7 +131,7 @@ def _run(args: argparse.Namespace, model: MambaScope, checkpoint: Path) -> int:
         table = known[name]
         source = _source(table.trained, weights, args)
         for seed in args.seeds:
-            for setting in table.settings:
+            for setting in rows[name]:
                 if results.find(name, setting.label, seed, source, args.images):
                     continue
                 if table.trained:
