@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mambascope.evaluation.eval_data import RUN_CONFIG, open_data
 from mambascope.evaluation.flop_count import costs_of
 from mambascope.evaluation.reduced import scan_share
 from mambascope.evaluation.sweep import StageRecord
-from mambascope.evaluation.trainings import finish_training, finished
+from mambascope.evaluation.trainings import Group, finish_training, finished
 from mambascope.frontier.lists import Entry, FrontierList, Setting, digest, merged
 from mambascope.models.checkpoint import atomic_path, load_model, read_state_dict
 from mambascope.models.configs import with_overrides
@@ -145,8 +146,56 @@ class Work:
         """Whether the training has ended."""
         return finished(self.run_dir(name, seed)) is not None
 
-    def train(self, name: str, seed: int) -> Path:
+    def train_all(self, jobs: int, threads: int | None = None) -> None:
+        """Trains what is not trained yet, several at a time, each after the one it starts from.
+
+        Ctrl-C lets all of them save their state first; so does the failure of one.
+
+        Args:
+            jobs: How many at a time.
+            threads: CPU threads of each; by default this process's.
+
+        Raises:
+            CommandError: If one fails.
+        """
+        numbered = list(enumerate(self.trainings(), 1))
+        left = [(number, name, seed) for number, (name, seed) in numbered if not self.is_trained(name, seed)]
+        if jobs == 1:
+            for number, name, seed in left:
+                print(f"[{number}/{len(numbered)}] training {name}, seed {seed}", flush=True)
+                self.train(name, seed)
+            return
+        group = Group(threads)
+        running: set[Future[Path]] = set()
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                while left or running:
+                    ready = [job for job in left if self._can_start(*job[1:])][: jobs - len(running)]
+                    for job in ready:
+                        number, name, seed = job
+                        left.remove(job)
+                        print(f"[{number}/{len(numbered)}] training {name}, seed {seed}", flush=True)
+                        running.add(pool.submit(self.train, name, seed, group, f"{name}, seed {seed}"))
+                    ended, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in ended:
+                        future.result()
+            except BaseException:
+                group.interrupt()
+                raise
+
+    def _can_start(self, name: str, seed: int) -> bool:
+        start = self.plan.entries[name].start
+        links = [] if start is None else self.plan.chain(start)
+        return all(self.is_trained(link, seed) for link in links if self.plan.entries[link].trained)
+
+    def train(self, name: str, seed: int, group: Group | None = None, label: str = "") -> Path:
         """Weights of a training, begun, resumed or finished long ago.
+
+        Args:
+            name: Entry.
+            seed: Of the training.
+            group: Trainings that run at the same time.
+            label: Put before what it prints.
 
         Raises:
             CommandError: If it fails.
@@ -158,7 +207,7 @@ class Work:
         options = ["--config", str(path), f"--seed_everything={seed}"]
         if entry.start is not None:
             options += ["--model.net.checkpoint", str(self.weights(entry.start, seed))]
-        return finish_training(run, options)
+        return finish_training(run, options, group, label)
 
     # ---- models and data -----------------------------------------------------------------------------------------
 

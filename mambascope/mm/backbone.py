@@ -393,7 +393,7 @@ class ScopeBackbone(_EncoderBackbone):
         at = cls_index(coarse.tokens.shape[1], self.encoder.config.cls_position)
         found = [*self._with_places([_double(g) for g in grids], grids), *(t[:, at] for t in coarse.taken)]
         if self.detail is not None:
-            detail = self.detail(self.encoder.half(x))
+            detail = self.detail(self.encoder.half_image(x))
             found.append(_double(detail) if self.detail_up is None else self.detail_up(detail))
         return found
 

@@ -187,7 +187,7 @@ class MambaScope(VisionMamba):
             raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(x.shape)}")
         return pad_to(x, 2 * self.config.patch_size)
 
-    def half(self, x: Tensor) -> Tensor:
+    def half_image(self, x: Tensor) -> Tensor:
         """The half-size image."""
         mode = self.config.coarse_interpolation
         if mode == "bilinear":  # at one half that is the mean of four pixels
@@ -205,7 +205,7 @@ class MambaScope(VisionMamba):
             x: Images [B, C, H, W] at full size.
             take: Blocks whose outputs are wanted.
         """
-        patches, grid = self._embed(self.half(self._prepare(x)))
+        patches, grid = self._embed(self.half_image(self._prepare(x)))
         position = self.config.cls_position
         if self.pos_embed_coarse is None:
             table = resample_pos_embed(self.pos_embed, self.grid, grid, position)

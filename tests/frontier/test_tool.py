@@ -204,10 +204,36 @@ def test_a_training_that_fails_ends_with_one_line(here, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_trainings_go_on(signum, tmp_path):
+def test_several_trainings_at_a_time_give_the_same(here, tmp_path):
+    ended = run(here / "tiny.yaml", "--jobs", "3", "--out", "out", "--device", "cpu", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("] training ") == 4
+    assert "vim, seed 0: vim_nano_patch8_64" in ended.stderr
+    figures = [[(r["entry"], r["setting"], r["top1_mean"]) for r in table(folder)] for folder in (here, tmp_path)]
+    assert figures[0] == figures[1]
+
+
+def test_a_failing_training_stops_the_others_and_is_named(here, tmp_path):
+    entries = read_list(str(here / "tiny.yaml")).entries
+    config = entries["vim"].config
+    wrong = {"label": "a", "config": config, "options": {"model": {"net": {"args": {"width": 3}}}}}
+    long = {"label": "b", "config": config, "options": {"trainer": {"max_epochs": 100000}}}
+    path = comparison(tmp_path, entries={"long": long, "vim": wrong}, baseline="long", curve=None)
+    ended = run(path, "--jobs", "2", cwd=tmp_path)
+    assert ended.returncode == 1
+    assert "unknown model argument width" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+
+
+def test_jobs_must_be_positive(here, capsys):
+    assert main([str(here / "tiny.yaml"), "--jobs", "0"]) == 2
+    assert capsys.readouterr().err == "error: jobs must be at least 1, got 0\n"
+
+
+@pytest.mark.parametrize(("signum", "jobs"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGKILL, 1)])
+def test_interrupted_trainings_go_on(signum, jobs, tmp_path):
     path = comparison(tmp_path, options={"trainer": {"max_epochs": 40}}, curve=None)
-    command = [sys.executable, str(TOOL), str(path), "--entries", "vim"]
+    command = [sys.executable, str(TOOL), str(path), "--entries", "vim", "--jobs", str(jobs)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), **pipes)
     end = time.monotonic() + 200
