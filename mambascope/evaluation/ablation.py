@@ -445,8 +445,10 @@ def _verdict(table: Table, mine: dict[str, list[Row]]) -> str:
     here = {s.label: _mean(mine[s.label], "top1_fine") for s in compared}
     errors = {s.label: _error(mine[s.label], table.trained) for s in compared}
     best, worst = max(here, key=here.__getitem__), min(here, key=here.__getitem__)
-    top = max(s.published or 0.0 for s in compared)
+    top = max(s.published or 0.0 for s in table.settings)
     tied = [s.label for s in compared if s.published == top]
+    if not tied:
+        return "Too few rows to compare."
     spread = 100 * (here[best] - here[worst])
     noise = 200 * math.hypot(errors[best], errors[worst])
     if spread < noise:

@@ -50,7 +50,9 @@ def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", help=f"{CHECKPOINT_HELP}; a MambaScope trained on ScopeDigits")
     parser.add_argument("--tables", nargs="+", choices=names, help="default: all that need no training")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help='the first row, and these, e.g. "coarse CE 1"')
+    parser.add_argument(
+        "--rows", nargs="+", metavar="ROW", help='these and the first one of their tables, e.g. "score clip"'
+    )
     parser.add_argument("--train", action="store_true", help="also the tables that need trainings")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     parser.add_argument("--images", type=int, default=2000, help="per seed (default 2000)")
@@ -100,38 +102,44 @@ def _source(trained: bool, weights: str, args: argparse.Namespace) -> str:
     return "-".join([args.config, str(args.epochs or "all"), *args.train_args])
 
 
-def _chosen_rows(chosen: dict[str, Table], rows: Sequence[str] | None) -> dict[str, tuple[Setting, ...]]:
-    """The settings of each table that are wanted: all, or its first, which others are compared with, and those named.
+def _chosen_rows(known: dict[str, Table], args: argparse.Namespace) -> dict[str, tuple[Setting, ...]]:
+    """The settings of every table that is wanted: all; or the first, which others are compared with, and those named.
 
     Raises:
-        ValueError: If no table has a row of that name.
+        ValueError: If no table that is wanted has a row of that name.
     """
-    labels = [setting.label for table in chosen.values() for setting in table.settings]
-    if unknown := [row for row in rows or () if row not in labels]:
-        raise ValueError(f"rows must be of {', '.join(dict.fromkeys(labels))}; got {', '.join(unknown)}")
+    wanted = args.tables or [name for name, table in known.items() if args.train or not table.trained]
+    if args.rows is None:
+        return {name: known[name].settings for name in wanted}
+    labels = {name: [setting.label for setting in known[name].settings] for name in wanted}
+    if unknown := [row for row in args.rows if not any(row in own for own in labels.values())]:
+        accepted = ", ".join(dict.fromkeys(label for own in labels.values() for label in own))
+        elsewhere = [name for name, table in known.items() if unknown[0] in [s.label for s in table.settings]]
+        hint = f"; {unknown[0]} is a row of --tables {elsewhere[0]}" if elsewhere else ""
+        raise ValueError(f"rows must be of {accepted}; got {', '.join(unknown)}{hint}")
     return {
-        name: tuple(s for i, s in enumerate(table.settings) if rows is None or i == 0 or s.label in rows)
-        for name, table in chosen.items()
+        name: tuple(s for i, s in enumerate(known[name].settings) if i == 0 or s.label in args.rows)
+        for name in wanted
+        if any(row in labels[name] for row in args.rows)
     }
 
 
 def _run(args: argparse.Namespace, model: MambaScope, checkpoint: Path) -> int:
     known = tables(model.config)
-    wanted = args.tables or [name for name, table in known.items() if args.train or not table.trained]
     if args.images < 1:
         raise ValueError(f"images must be at least 1, got {args.images}")
-    rows = _chosen_rows({name: known[name] for name in wanted}, args.rows)
+    chosen = _chosen_rows(known, args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     results = Results(out / "ablations.csv")
     weights = fingerprint(checkpoint)
     reference = stage_macs(model.config, alpha=model.alpha, convention="both_directions")
     loaders: dict[int, list[Any]] = {}
-    for name in wanted:
+    for name, settings in chosen.items():
         table = known[name]
         source = _source(table.trained, weights, args)
         for seed in args.seeds:
-            for setting in rows[name]:
+            for setting in settings:
                 if results.find(name, setting.label, seed, source, args.images):
                     continue
                 if table.trained:
@@ -154,7 +162,7 @@ def _run(args: argparse.Namespace, model: MambaScope, checkpoint: Path) -> int:
     text = INTRODUCTION + summarise(results.rows, known)
     with atomic_path(out / "ablations.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    print(f"\n{summarise(results.rows, {k: v for k, v in known.items() if k in wanted})}")
+    print(f"\n{summarise(results.rows, {k: v for k, v in known.items() if k in chosen})}")
     print(f"written: {out / 'ablations.csv'}, {out / 'ablations.md'}")
     return 0
 

@@ -73,7 +73,7 @@ def finish_training(folder: Path, options: Sequence[str], group: Group | None = 
         folder: The run directory.
         options: Of ``tools/train_cls.py`` for a new run, without the run's name and root.
         group: What it runs together with.
-        name: Put before every line that it prints.
+        name: Put before every line that it prints, which then all go to the standard error.
 
     Raises:
         CommandError: If the training failed; with its message.

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--jobs",
         type=int,
-        help=f"trainings at a time (default: on a CPU one per thread, at most {MAX_JOBS}; else 1)",
+        help=f"trainings at a time (default: 1 where there is a GPU, else one per thread, at most {MAX_JOBS})",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what there is to do, and stop")
     return parser
@@ -50,7 +50,10 @@ def _parser() -> argparse.ArgumentParser:
 def _train(work: Work, jobs: int | None) -> None:
     threads = torch.get_num_threads()
     if jobs is None:
-        jobs = 1 if work.device.type != "cpu" else min(MAX_JOBS, threads)
+        # trainings choose their device themselves, and take a GPU where there is one
+        jobs = 1 if torch.cuda.is_available() else min(MAX_JOBS, threads)
+    left = sum(not work.is_trained(name, seed) for name, seed in work.trainings())
+    jobs = max(1, min(jobs, left))
     work.train_all(jobs, max(1, threads // jobs))
 
 

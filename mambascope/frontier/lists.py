@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from mambascope.evaluation.published import IMAGENET_ROWS
+from mambascope.models.configs import flat
 from mambascope.models.exit import as_number
 from mambascope.training.runs import CONFIG_DIR, find_config
 
@@ -26,15 +27,6 @@ def _check(condition: bool, name: str, accepted: str, value: Any) -> None:
 
 def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
-    result: dict[str, Any] = {}
-    for key, value in mapping.items():
-        inner = isinstance(value, Mapping) and bool(value)
-        result |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return result
 
 
 def merged(base: Mapping[str, Any], *changes: Mapping[str, Any]) -> dict[str, Any]:

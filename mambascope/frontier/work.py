@@ -160,12 +160,12 @@ class Work:
         """
         numbered = list(enumerate(self.trainings(), 1))
         left = [(number, name, seed) for number, (name, seed) in numbered if not self.is_trained(name, seed)]
+        group = Group(threads)
         if jobs == 1:
             for number, name, seed in left:
                 print(f"[{number}/{len(numbered)}] training {name}, seed {seed}", flush=True)
-                self.train(name, seed)
+                self.train(name, seed, group)
             return
-        group = Group(threads)
         running: set[Future[Path]] = set()
         with ThreadPoolExecutor(jobs) as pool:
             try:
@@ -180,8 +180,19 @@ class Work:
                     for future in ended:
                         future.result()
             except BaseException:
-                group.interrupt()
+                self._stop(group, running)
                 raise
+
+    @staticmethod
+    def _stop(group: Group, running: set[Future[Path]]) -> None:
+        """Waits until all have saved and stopped; every further Ctrl-C is passed on to them."""
+        while True:
+            try:
+                group.interrupt()
+                wait(running)
+                return
+            except KeyboardInterrupt:
+                continue
 
     def _can_start(self, name: str, seed: int) -> bool:
         start = self.plan.entries[name].start

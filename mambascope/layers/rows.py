@@ -12,7 +12,7 @@ from torch import Tensor
 
 def flat_rows(index_BK: Tensor, length: int) -> Tensor:
     """Row numbers [B * K] in a batch of sequences of `length` tokens that is read as one long sequence."""
-    first = torch.arange(0, len(index_BK) * length, length, device=index_BK.device)
+    first = torch.arange(index_BK.shape[0], device=index_BK.device) * length
     return (index_BK + first.unsqueeze(1)).flatten()
 
 

@@ -96,6 +96,8 @@ class _EncoderBackbone(BaseModule):
         if img_size is not None:
             options["img_size"] = img_size if isinstance(img_size, int) else tuple(img_size)
         config = with_overrides(self.archs[arch], options)
+        if config.stride not in (None, config.patch_size):
+            raise ValueError(f"stride must equal patch_size, {config.patch_size}, in a backbone, got {config.stride}")
         self.arch = arch
         self.encoder = self.encoder_class(config)
         indices = default_indices(config.depth) if out_indices is None else tuple(out_indices)
@@ -274,6 +276,9 @@ class VimBackbone(_EncoderBackbone):
 class ScopeBackbone(_EncoderBackbone):
     """MambaScope: coarse features for images of which the gate is confident, refined ones for the others.
 
+    With ``detail``, images that exit get that of the half-size image, resized; refined images that of the whole
+    full-size image, which costs as little as its patch embedding.
+
     In training every image exits with probability ``exit_prob``, so that the heads learn from both kinds of features.
     The gate learns in models that ask for its loss (``ScopeEncoderDecoder``, ``ScopeCascadeRCNN``); inside others it
     stays untrained and ``threshold`` should be 0 or 1.
@@ -287,7 +292,8 @@ class ScopeBackbone(_EncoderBackbone):
         coarse_resize: How coarse tokens come to the fine grid: ``bilinear`` (copied in cells that are not re-read), or
             ``learned``: to that, and to the fine tokens, a linear map of the coarse token for each of its four places
             is added, zero at the start. Blends and copies cannot say where in its cell an edge runs; with the map a
-            token can.
+            token can. With ``detail`` the same is done to the detail of images that exit, by a map that starts at
+            random.
         **kwargs: As for :class:`VimBackbone`; ``arch_options`` takes fields of
             :class:`~mambascope.models.configs.ScopeConfig`, e.g. ``alpha``.
 
@@ -394,7 +400,8 @@ class ScopeBackbone(_EncoderBackbone):
         found = [*self._with_places([_double(g) for g in grids], grids), *(t[:, at] for t in coarse.taken)]
         if self.detail is not None:
             detail = self.detail(self.encoder.half_image(x))
-            found.append(_double(detail) if self.detail_up is None else self.detail_up(detail))
+            # norms are in fp32 under autocast, convolutions are not: the other images' detail ends in a norm
+            found.append(_double(detail) if self.detail_up is None else self.detail_up(detail).to(detail.dtype))
         return found
 
     def _fine_maps(self, x: Tensor, coarse: CoarseState) -> tuple[list[Tensor], Tensor]:
@@ -415,7 +422,7 @@ class ScopeBackbone(_EncoderBackbone):
         return [self.encoder.pos_embed, *(self.encoder.reuse.parameters() if self.encoder.reuse is not None else ())]
 
     def cost(self, height: int, width: int, convention: str = "both_directions") -> tuple[float, float]:
-        """As for :class:`VimBackbone`, with the learned resize."""
+        """As for :class:`VimBackbone`, with the learned resize, and the detail of the image that was read last."""
         exits, refined = super().cost(height, width, convention)
         cell = 2 * self.encoder.config.patch_size
         rows, cols = -(-height // cell), -(-width // cell)

@@ -12,6 +12,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from timm.models import group_parameters
 from torch import nn
 
+from mambascope.models.configs import flat
 from mambascope.models.vim import VisionMamba
 
 
@@ -22,11 +23,11 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     Biases, gains and what the encoder names in ``no_weight_decay`` (CLS, positions, A_log, D) are not decayed. With
     ``paramwise_cfg=dict(layer_decay_rate=r)`` the encoder's block i of 0..n-1 learns with ``lr * r ** (n - 1 - i)``,
     embeddings with ``lr * r ** n``, everything after the last block with ``lr``. ``lr_mult=dict(name=factor)`` in
-    the same dict scales the parameters whose name starts with ``name``, e.g. ``{'backbone.encoder': 0.5}``; nested as
+    the same dict scales the parameters of the part ``name``, e.g. ``{'backbone.encoder': 0.5}``; nested as
     ``--cfg-options optim_wrapper.paramwise_cfg.lr_mult.backbone.encoder=0.5`` makes it, it means the same.
 
     Raises:
-        ValueError: If an option is unknown or out of range.
+        ValueError: If an option is unknown or out of range, or a name fits no parameter.
     """
 
     paramwise_cfg: dict[str, Any]
@@ -41,7 +42,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         if self.base_lr is None:
             raise ValueError("optimizer must give lr: layer-wise rates are multiples of it")
         given = self.paramwise_cfg.get("lr_mult", {})
-        factors = dict(_flat(given)) if isinstance(given, Mapping) else None
+        factors = flat(given) if isinstance(given, Mapping) else None
         if factors is None or not all(isinstance(v, (int, float)) and v >= 0 for v in factors.values()):
             raise ValueError(f"lr_mult must be a dict of names and factors >= 0, got {given!r}")
         self.paramwise_cfg = {"layer_decay_rate": rate, "lr_mult": factors}
@@ -59,13 +60,16 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
                 layers = group_parameters(encoder, encoder.group_matcher(), reverse=True)
                 # the last group is the last block with norm and feature reuse, which learn at the full rate
                 scales |= {start + name: rate ** (max(layers.values()) - layer) for name, layer in layers.items()}
+        names = [name for name, _ in module.named_parameters(prefix=prefix)]
+        if unknown := [p for p in self.paramwise_cfg["lr_mult"] if not any(_within(name, p) for name in names)]:
+            raise ValueError(f"lr_mult must name parts of the model; it has no {', '.join(unknown)}")
         groups: dict[tuple[float, bool], dict] = {}
         for name, param in module.named_parameters(prefix=prefix):
             if not param.requires_grad:
                 continue
             scale = scales.get(name, 1.0)
-            for start, factor in self.paramwise_cfg["lr_mult"].items():
-                scale *= factor if name.startswith(start) else 1.0
+            for part, factor in self.paramwise_cfg["lr_mult"].items():
+                scale *= factor if _within(name, part) else 1.0
             decayed = param.ndim > 1 and name not in undecayed
             group = groups.setdefault(
                 (scale, decayed), {"params": [], "param_names": [], "lr": self.base_lr * scale, "lr_scale": scale}
@@ -77,13 +81,8 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         params.extend(groups[key] for key in sorted(groups))
 
 
-def _flat(factors: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and factors of dicts in dicts."""
-    for name, value in factors.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{start}{name}.")
-        else:
-            yield start + name, value
+def _within(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
 
 
 @OPTIM_WRAPPERS.register_module()

@@ -82,8 +82,8 @@ class SimplePyramid(nn.Module):
 class PatchDetail(nn.Sequential):
     """The pixels of every patch as a map of their own beside the encoder's: what an edge needs and a class does not.
 
-    A trained classifier's patch embedding and blocks keep what tells its classes apart; heads learn masks and boxes
-    from them more slowly than from a projection of the pixels that was never trained.
+    A trained classifier's patch embedding and blocks keep what tells its classes apart; masks and boxes
+    need the rest too.
 
     Args:
         in_chans: Channels of the image.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -346,6 +347,15 @@ SCOPE_CONFIGS: dict[str, ScopeConfig] = {
 }
 
 ConfigT = TypeVar("ConfigT", bound=VimConfig)
+
+
+def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    result: dict[str, Any] = {}
+    for key, value in mapping.items():
+        inner = isinstance(value, Mapping) and bool(value)
+        result |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return result
 
 
 def with_overrides(config: ConfigT, overrides: dict[str, Any]) -> ConfigT:

@@ -6,6 +6,7 @@ holds open: when that program ends, however it does, the training saves its stat
 
 import os
 import signal
+import stat
 import sys
 import threading
 
@@ -15,7 +16,10 @@ from mambascope.training.cli import main
 def _stop_with_parent() -> None:
     while os.read(sys.stdin.fileno(), 1):  # empty once nobody holds the other end any more
         pass
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # a pipe to the program that is gone
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
+            os.dup2(nowhere, stream.fileno())  # a pipe to the program that is gone
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -108,7 +108,9 @@ def test_finished_rows_are_kept_and_the_rest_is_done(run_folder, tmp_path, capsy
     assert again[0]["top1_fine"] == "0.125"
 
     few = [run_folder, "--seeds", 0, "--out", tmp_path / "few", "--images", 20, "--tables", "beta"]
-    assert ablate(*few, "--rows", "0.99", "0.5") == 0
+    assert ablate(*few, "--rows", "0.5") == 0
+    assert "Too few rows to compare." in capsys.readouterr().out  # without the best one of the paper
+    assert ablate(*few[:-2], "--rows", "0.99") == 0  # the table follows from it
     with (tmp_path / "few" / "ablations.csv").open() as file:
         assert [row["setting"] for row in csv.DictReader(file)] == ["0.0", "0.5", "0.99"]
 
@@ -147,6 +149,7 @@ def test_mistakes_end_with_one_line(run_folder, tmp_path, capsys):
         ([lonely, "--out", tmp_path / "o"], "does not lie in a run"),
         ([run_folder, "--images", 0], "images must be at least 1"),
         ([run_folder, "--tables", "beta", "--rows", "0.7"], "rows must be of 0.0, 0.5, 0.9, 0.99, 0.999; got 0.7"),
+        ([run_folder, "--rows", "coarse CE 1"], "got coarse CE 1; coarse CE 1 is a row of --tables coarse_loss"),
         ([run_folder, "--out", tmp_path / "bad"], "is no table of ablations"),
         ([run_folder, "--out", "/proc/nowhere"], "/proc/nowhere"),
         ([tmp_path / "none.safetensors"], "does not exist"),

@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from mambascope.frontier.cli import main
-from mambascope.frontier.lists import FrontierList, Setting, flat, merged, read_list, shipped_lists
+from mambascope.frontier.lists import FrontierList, Setting, merged, read_list, shipped_lists
+from mambascope.models.configs import flat
 from tests.frontier.common import comparison
 
 

@@ -197,7 +197,7 @@ def test_a_training_that_fails_ends_with_one_line(here, capsys):
     entries = read_list(str(here / "tiny.yaml")).entries
     wrong = {"label": "a", "config": entries["vim"].config, "options": {"model": {"net": {"args": {"width": 3}}}}}
     path = comparison(here / "wrong", entries={"vim": wrong}, curve=None)
-    assert main([str(path), "--runs", "wrong/runs"]) == 1
+    assert main([str(path), "--runs", "wrong/runs", "--jobs", "1"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: training in wrong/runs/trainings/vim-")
     assert "unknown model argument width" in error
@@ -216,13 +216,17 @@ def test_several_trainings_at_a_time_give_the_same(here, tmp_path):
 def test_a_failing_training_stops_the_others_and_is_named(here, tmp_path):
     entries = read_list(str(here / "tiny.yaml")).entries
     config = entries["vim"].config
-    wrong = {"label": "a", "config": config, "options": {"model": {"net": {"args": {"width": 3}}}}}
+    wrong = {"label": "a", "config": config, "start": "short", "options": {"model": {"net": {"args": {"width": 3}}}}}
     long = {"label": "b", "config": config, "options": {"trainer": {"max_epochs": 100000}}}
-    path = comparison(tmp_path, entries={"long": long, "vim": wrong}, baseline="long", curve=None)
+    short = {"label": "c", "config": config, "options": {"trainer": {"max_epochs": 20}}}
+    path = comparison(tmp_path, entries={"long": long, "short": short, "wrong": wrong}, baseline="long", curve=None)
     ended = run(path, "--jobs", "2", cwd=tmp_path)
     assert ended.returncode == 1
-    assert "unknown model argument width" in ended.stderr.splitlines()[-1]
+    last = ended.stderr.splitlines()[-1]
+    assert "trainings/wrong-" in last
+    assert "unknown model argument width" in last
     assert "Traceback" not in ended.stderr
+    assert list(tmp_path.glob("runs/frontier/tiny/trainings/long-*/checkpoints/last.ckpt"))  # it had saved its state
 
 
 def test_jobs_must_be_positive(here, capsys):
@@ -230,27 +234,31 @@ def test_jobs_must_be_positive(here, capsys):
     assert capsys.readouterr().err == "error: jobs must be at least 1, got 0\n"
 
 
-@pytest.mark.parametrize(("signum", "jobs"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGKILL, 1)])
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_trainings_go_on(signum, jobs, tmp_path):
-    path = comparison(tmp_path, options={"trainer": {"max_epochs": 40}}, curve=None)
+    path = comparison(tmp_path, options={"trainer": {"max_epochs": 40}}, curve=None, seeds=list(range(jobs)))
     command = [sys.executable, str(TOOL), str(path), "--entries", "vim", "--jobs", str(jobs)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), **pipes)
     end = time.monotonic() + 200
-    while not list(tmp_path.glob("runs/frontier/tiny/trainings/*/checkpoints/last.ckpt")):
+    while len(list(tmp_path.glob("runs/frontier/tiny/trainings/*/checkpoints/last.ckpt"))) < jobs:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.05)
     os.kill(process.pid, signum)
-    _, err = process.communicate(timeout=200)  # returns when the training has ended too: it holds the same pipe
-    run_dir = next(tmp_path.glob("runs/frontier/tiny/trainings/*"))
-    assert not (run_dir / "model.safetensors").exists()
+    _, err = process.communicate(timeout=200)  # returns when the trainings have ended too: they hold the same pipe
+    runs = sorted(tmp_path.glob("runs/frontier/tiny/trainings/*"))
+    assert len(runs) == jobs
+    assert not any((run_dir / "model.safetensors").exists() for run_dir in runs)
     if signum == signal.SIGINT:
         assert process.returncode == 130
         assert "Traceback" not in err
         assert err.endswith("interrupted\n")
-    saved = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    ended = run(path, "--entries", "vim", cwd=tmp_path)
+    checkpoints = [run_dir / "checkpoints" / "last.ckpt" for run_dir in runs]
+    saved = [torch.load(path, weights_only=True)["global_step"] for path in checkpoints]
+    ended = run(path, "--entries", "vim", "--jobs", "1", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert "resumed from" in ended.stdout
-    assert 0 < saved < mambascope.load(run_dir / "model.safetensors").description["steps"] == 160
+    assert ended.stdout.count("resumed from") == jobs
+    for steps, run_dir in zip(saved, runs, strict=True):
+        assert 0 < steps < mambascope.load(run_dir / "model.safetensors").description["steps"] == 160

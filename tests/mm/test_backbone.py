@@ -32,6 +32,9 @@ def vim(**options):
 def test_maps_cover_any_image(make, size):
     model = make(out_channels=24).eval()
     maps = model(torch.randn(2, 3, *size))
+    assert [m.shape for m in make(out_channels=24, detail=True).eval()(torch.zeros(2, 3, *size))] == [
+        m.shape for m in maps
+    ]
     assert model.strides == (2, 4, 8, 16)
     expected = [(2, 24, -(-size[0] // s), -(-size[1] // s)) for s in (2, 4, 8, 16)]
     assert [tuple(m.shape) for m in maps] == expected
@@ -48,7 +51,7 @@ def test_patch16_strides_and_default_blocks():
 )
 def test_mixed_batch_equals_single_images_and_fine_pass_reads_refined_rows_only(options):
     model = scope(**options).double().eval()
-    x = torch.randn(7, 3, 80, 48, dtype=torch.float64)
+    x = torch.randn(7, 3, 70, 45, dtype=torch.float64)
     model.threshold = 0.0
     confidence = model.forward_scope(x).confidence
     assert model.encoder.fine_calls == 0
@@ -221,13 +224,18 @@ def test_checkpointing_gives_the_same_gradients():
     torch.testing.assert_close(grads[0], grads[1])
 
 
+def test_overlapping_patches_are_refused():
+    with pytest.raises(ValueError, match="stride must equal patch_size, 8, in a backbone, got 4"):
+        vim(arch_options={"stride": 4})
+
+
 def test_frozen_stages_and_norm_eval():
-    model = scope(frozen_stages=2, norm_eval=True, norm_cfg={"type": "BN"})
+    model = scope(frozen_stages=2, norm_eval=True, norm_cfg={"type": "BN"}, detail=True)
     model.train()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert not any(n.startswith(("encoder.patch_embed", "encoder.layers.0.", "encoder.layers.1.")) for n in trained)
     assert "encoder.pos_embed" not in trained
-    assert "encoder.layers.2.norm.weight" in trained
+    assert {"encoder.layers.2.norm.weight", "detail.0.weight"} <= trained
     assert not model.encoder.layers[1].training
     assert model.encoder.layers[2].training
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]

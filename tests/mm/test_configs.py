@@ -129,6 +129,8 @@ def test_frozen_parameters_are_left_out_and_options_checked():
         LayerDecayConstructor(optimizer, {"num_layers": 12})
     with pytest.raises(ValueError, match="layer_decay_rate must lie in"):
         LayerDecayConstructor(optimizer, {"layer_decay_rate": 2.0})
+    with pytest.raises(ValueError, match=r"lr_mult must name parts of the model; it has no backbone\.gat"):
+        LayerDecayConstructor(optimizer, {"lr_mult": {"backbone.gat": 3.0}})(build(cfg))
     nested = LayerDecayConstructor(optimizer, {"lr_mult": {"backbone": {"gate": 3.0}}})  # as --cfg-options makes it
     assert nested.paramwise_cfg["lr_mult"] == {"backbone.gate": 3.0}
     with pytest.raises(ValueError, match="lr_mult must be a dict of names and factors"):
