@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard mambascope/ops/nati
 demo: $(STAMP)  ## train the coarse-to-fine classifier on the built-in data and write its report
 	$(BIN)/python tools/train_cls.py
 
-frontier: $(STAMP)  ## train, evaluate and time all methods on the built-in data and draw them (under an hour on two cores)
+frontier: $(STAMP)  ## train, evaluate and time all methods on the built-in data and draw them (about an hour on two cores)
 	$(BIN)/python tools/frontier.py scopedigits --out benchmarks/results/frontier
 
 test: $(MM_STAMP)  ## run the tests (installs the OpenMMLab stack too)

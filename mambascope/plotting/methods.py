@@ -13,8 +13,22 @@ from matplotlib.axes import Axes
 from mambascope.evaluation.published import NOTE, PublishedRow
 from mambascope.plotting import style
 
-_COLOURS = (style.COARSE, style.FINE, "#8a6bbf", "#b58900", "#c4304b", "#4a9aa8", "#7f5a3c", "#d1719f", "#5b6b2f")
-_MARKERS = ("s", "D", "^", "v", "P", "X", "o", "<", ">")
+_COLOURS = (
+    style.COARSE,
+    style.FINE,
+    "#8a6bbf",
+    "#b58900",
+    "#c4304b",
+    "#4a9aa8",
+    "#7f5a3c",
+    "#d1719f",
+    "#5b6b2f",
+    "#46327e",
+    "#ff9f1c",
+    "#222f5b",
+)
+# as many colours as markers and one, so that a method beyond them repeats no pair
+_MARKERS = ("s", "D", "^", "v", "P", "X", "o", "<", ">", "p", "h")
 
 
 @dataclass(frozen=True)
