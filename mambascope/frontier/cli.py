@@ -52,9 +52,7 @@ def _train(work: Work, jobs: int | None) -> None:
     if jobs is None:
         # trainings choose their device themselves, and take a GPU where there is one
         jobs = 1 if torch.cuda.is_available() else min(MAX_JOBS, threads)
-    left = sum(not work.is_trained(name, seed) for name, seed in work.trainings())
-    jobs = max(1, min(jobs, left))
-    work.train_all(jobs, max(1, threads // jobs))
+    work.train_all(jobs, threads)
 
 
 def _evaluate(work: Work) -> dict[Point, Result]:

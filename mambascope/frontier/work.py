@@ -99,6 +99,7 @@ class Work:
         self.plan, self.folder, self.device, self.progress = plan, folder, device, progress
         self._modules: dict[str, ResumableDataModule] = {}
         self._fingerprints: dict[Path, str] = {}
+        self._recipes: dict[str, str] = {}
 
     # ---- what there is to do -------------------------------------------------------------------------------------
 
@@ -134,9 +135,11 @@ class Work:
 
     def _recipe(self, name: str) -> str:
         """Names the config of a training and of those that it starts from."""
-        entry = self.plan.entries[name]
-        own = self.config(name) if entry.trained else entry.net
-        return digest(own, None if entry.start is None else self._recipe(entry.start))
+        if name not in self._recipes:
+            entry = self.plan.entries[name]
+            own = self.config(name) if entry.trained else entry.net
+            self._recipes[name] = digest(own, None if entry.start is None else self._recipe(entry.start))
+        return self._recipes[name]
 
     def run_dir(self, name: str, seed: int) -> Path:
         """Run directory of a training; another config means another directory."""
@@ -146,26 +149,22 @@ class Work:
         """Whether the training has ended."""
         return finished(self.run_dir(name, seed)) is not None
 
-    def train_all(self, jobs: int, threads: int | None = None) -> None:
+    def train_all(self, jobs: int, threads: int) -> None:
         """Trains what is not trained yet, several at a time, each after the one it starts from.
 
         Ctrl-C lets all of them save their state first; so does the failure of one.
 
         Args:
-            jobs: How many at a time.
-            threads: CPU threads of each; by default this process's.
+            jobs: How many at a time, at most.
+            threads: CPU threads of all of them.
 
         Raises:
             CommandError: If one fails.
         """
         numbered = list(enumerate(self.trainings(), 1))
         left = [(number, name, seed) for number, (name, seed) in numbered if not self.is_trained(name, seed)]
-        group = Group(threads)
-        if jobs == 1:
-            for number, name, seed in left:
-                print(f"[{number}/{len(numbered)}] training {name}, seed {seed}", flush=True)
-                self.train(name, seed, group)
-            return
+        jobs = max(1, min(jobs, len(left)))
+        group = Group(max(1, threads // jobs))
         running: set[Future[Path]] = set()
         with ThreadPoolExecutor(jobs) as pool:
             try:
@@ -175,7 +174,8 @@ class Work:
                         number, name, seed = job
                         left.remove(job)
                         print(f"[{number}/{len(numbered)}] training {name}, seed {seed}", flush=True)
-                        running.add(pool.submit(self.train, name, seed, group, f"{name}, seed {seed}"))
+                        label = f"{name}, seed {seed}" if jobs > 1 else ""
+                        running.add(pool.submit(self.train, name, seed, group, label))
                     ended, running = wait(running, return_when=FIRST_COMPLETED)
                     for future in ended:
                         future.result()

@@ -27,7 +27,7 @@ _COLOURS = (
     "#ff9f1c",
     "#222f5b",
 )
-# as many colours as markers and one, so that a method beyond them repeats no pair
+# one fewer than colours, so that a method beyond them repeats no pair of both
 _MARKERS = ("s", "D", "^", "v", "P", "X", "o", "<", ">", "p", "h")
 
 
