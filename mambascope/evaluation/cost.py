@@ -193,6 +193,12 @@ def count_parameters(config: VimConfig) -> int:
     return total + d + (fine_patches + 1) * d  # CLS, position table, registers
 
 
+def head_macs(config: VimConfig, tokens: int) -> int:
+    """Multiply-adds of the classifier head on a sequence of `tokens`, registers included; the tables leave it out."""
+    rows = tokens - config.registers if config.global_pool == "lse" else 1
+    return rows * config.embed_dim * config.num_classes
+
+
 def stage_macs(
     config: VimConfig,
     img_size: int | Sequence[int] | None = None,
@@ -324,12 +330,12 @@ def _counted_rows(name: str, config: VimConfig) -> list[dict]:
     from mambascope.evaluation.flop_count import count_macs, expected_count
 
     model: Any = timm.create_model(name, **asdict(config))
-    counted, expected = count_macs(model), expected_count(model)
-    head = config.embed_dim * config.num_classes
+    counted, expected, cost = count_macs(model), expected_count(model), stage_macs(config)
     skipped = skipped_macs(config) if isinstance(config, ScopeConfig) else 0
     less = f" less {format_gflops(skipped)} for the cells left out" if skipped else ""
-    rows = [("counted, coarse", counted.coarse, expected.coarse, "")] if counted.coarse else []
-    rows += [(f"counted, {'reuse + fine' if rows else 'all'}", counted.fine, expected.fine, less)]
+    first, last = head_macs(config, cost.tokens_coarse), head_macs(config, cost.tokens_fine)
+    rows = [("counted, coarse", counted.coarse, expected.coarse, first, "")] if counted.coarse else []
+    rows += [(f"counted, {'reuse + fine' if rows else 'all'}", counted.fine, expected.fine, last, less)]
     return [
         {
             "stage": stage,
@@ -338,7 +344,7 @@ def _counted_rows(name: str, config: VimConfig) -> list[dict]:
             CONVENTIONS[1]: macs - head,
             "note": ("equal to the closed form" if macs == wanted else f"closed form {wanted - head}") + note,
         }
-        for stage, macs, wanted, note in rows
+        for stage, macs, wanted, head, note in rows
     ]
 
 

@@ -19,7 +19,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mambascope.evaluation.collect import evaluating, model_device
-from mambascope.evaluation.cost import CONVENTIONS, StageCost, skipped_macs, stage_macs
+from mambascope.evaluation.cost import CONVENTIONS, StageCost, head_macs, skipped_macs, stage_macs
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
 from mambascope.ops import flops
@@ -52,14 +52,15 @@ def count_macs(model: Any, img_size: Sequence[int] | None = None) -> CountedCost
 
 def expected_count(model: VisionMamba, img_size: Sequence[int] | None = None) -> CountedCost:
     """What :func:`count_macs` must give by the closed form: both directions, with the head, without what is skipped."""
-    head = model.embed_dim * model.num_classes
     if not isinstance(model, MambaScope):
-        return CountedCost(0, stage_macs(model.config, img_size, convention="both_directions").fine + head)
+        cost = stage_macs(model.config, img_size, convention="both_directions")
+        return CountedCost(0, cost.fine + head_macs(model.config, cost.tokens_fine))
     cost = stage_macs(model.config, img_size, model.alpha, "both_directions")
     # skip term and gate are 2 E per token and direction; a cell has four tokens
     pooled = 2 * 2 * model.config.inner_dim * 3 * cost.cells * len(model.config.pooled_layers)
     skipped = skipped_macs(model.config, img_size, model.alpha) + pooled
-    return CountedCost(cost.coarse + head, cost.reuse + cost.fine - skipped + head)
+    first, last = (head_macs(model.config, tokens) for tokens in (cost.tokens_coarse, cost.tokens_fine))
+    return CountedCost(cost.coarse + first, cost.reuse + cost.fine - skipped + last)
 
 
 def costs_of(

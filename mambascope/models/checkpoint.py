@@ -233,7 +233,7 @@ def load_checkpoint(
 
     Args:
         model: A :class:`VisionMamba`, :class:`MambaScope` or :class:`MambaEye`.
-        path: See :func:`read_state_dict`.
+        path: See :func:`read_state_dict`; also a folder that holds ``model.safetensors``, or a shipped model's name.
         strict: Whether tensors that are missing, left over or of another shape are an error.
         verbose: Whether to print the report.
         ignore: Starts of names that may be left over, e.g. ``("head.",)`` for a model without a classifier.
@@ -241,6 +241,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: If the file cannot be read, or does not fit and ``strict`` is set. The model is then unchanged.
     """
+    path = find_weights(path)
     source, description = read_state_dict(path)
     config = description.get("config", {})
     target = model.state_dict()

@@ -14,7 +14,7 @@ from mambascope.models.exit import CONFIDENCES, as_number, check_temperature, ch
 from mambascope.ops import check_backend
 from mambascope.reduction import EncoderSizes, ReductionConfig, reduction_config
 
-GLOBAL_POOLS = ("token", "avg", "")
+GLOBAL_POOLS = ("token", "avg", "lse", "")
 CELL_ORDERS = ("cell", "raster")
 FINE_ORDERS = ("important_first", "important_last")
 COARSE_POSITIONS = ("own", "resampled")
@@ -62,7 +62,9 @@ class VimConfig:
         drop_path_rate: Stochastic depth of the last block; earlier blocks rise to it linearly.
         norm_eps: Epsilon of the RMSNorms.
         cls_position: Place of the CLS token among the patches: ``first``, ``middle`` or ``last``.
-        global_pool: What the head reads: the CLS ``token``, the ``avg`` of all tokens, or ``""`` for no pooling.
+        global_pool: What the head reads: the CLS ``token``, the ``avg`` of all tokens, ``lse`` for CLS and every patch,
+            whose logits are pooled by log-mean-exp and added (weakly supervised localisation, arXiv 1411.6228): the
+            patches then learn to name what they show, as dense models want it; or ``""`` for no pooling.
         scan_backend: Scan backend by name; ``None`` for the automatic choice.
         registers: Learned tokens that are spread evenly through the sequence in every pass (Mamba-Reg, arXiv
             2405.14858); their outputs are dropped.
@@ -127,9 +129,10 @@ class VimConfig:
         object.__setattr__(self, "reduction", reduction_config(self.reduction))
         if self.reduction is not None:
             self.reduction.patch_counts(math.prod(self.patch_grid), self.depth)
-            if self.global_pool == "avg":
+            if self.global_pool in ("avg", "lse"):
                 raise ValueError(
-                    "global_pool must be 'token' or '' with reduction, which leaves other tokens, got 'avg'"
+                    "global_pool must be 'token' or '' with reduction, which leaves other tokens, "
+                    f"got {self.global_pool!r}"
                 )
             if self.registers or self.shuffle_rate:
                 name = "registers" if self.registers else "shuffle_rate"

@@ -223,7 +223,7 @@ class MambaScope(VisionMamba):
         with torch.no_grad():
             importance = average_importance((remove_cls(s.detach(), position) for s in scores), self.config.beta)
         return CoarseState(
-            logits=self.classify(self.pool(out, position)),
+            logits=self.answer(out, position),
             cls=out[:, cls_index(patches.shape[1], position)],
             features=remove_cls(out, position),
             tokens=remove_cls(tokens, position),
@@ -324,7 +324,7 @@ class MambaScope(VisionMamba):
             self.fine_calls += x.shape[0]
         tokens, taken = self._encode_fine(fine, rest, cls, take)
         cls_out = tokens[:, cls_index(tokens.shape[1] - 1, self.config.fine_cls)]
-        return FineState(self.classify(self.pool(tokens)), cls_out, tokens, selected, others, taken)
+        return FineState(self.answer(tokens), cls_out, tokens, selected, others, taken)
 
     def max_cells(self, num_cells: int, alpha: float | None = None) -> int:
         """The most cells of ``num_cells`` that the fine stage re-reads in any image; 0: it is not used."""

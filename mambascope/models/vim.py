@@ -6,6 +6,7 @@ Loads the official checkpoints: state-dict names and shapes are theirs. Shape le
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -232,7 +233,7 @@ class VisionMamba(nn.Module, HubMixin):
 
     def pool(self, tokens: Tensor, position: str | None = None) -> Tensor:
         """Reads the CLS row (or the mean) of tokens [B, L, d] as [B, d]; all tokens if ``global_pool`` is empty."""
-        if self.global_pool == "token":
+        if self.global_pool in ("token", "lse"):
             return tokens[:, cls_index(tokens.shape[1] - 1, position or self._cls_position())]
         return tokens.mean(1) if self.global_pool == "avg" else tokens
 
@@ -240,10 +241,20 @@ class VisionMamba(nn.Module, HubMixin):
         """Logits [B, C] of a pooled feature [B, d]."""
         return self.head(self.head_drop(feature))
 
+    def answer(self, tokens: Tensor, position: str | None = None) -> Tensor:
+        """Logits [B, C] of normalised tokens [B, L, d] with CLS at ``position``; features where there is no head."""
+        if self.global_pool != "lse" or self.num_classes == 0:
+            return self.classify(self.pool(tokens, position))
+        logits = self.classify(tokens)
+        position = position or self._cls_position()
+        own = logits[:, cls_index(tokens.shape[1] - 1, position)]
+        patches = remove_cls(logits, position)
+        pooled = patches.to(torch.promote_types(patches.dtype, torch.float32)).logsumexp(1)
+        return own + (pooled - math.log(patches.shape[1])).to(own.dtype)
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits [B, C] (or the pooled feature [B, d]) from ``forward_features``' output."""
-        pooled = self.pool(x)
-        return pooled if pre_logits else self.classify(pooled)
+        return self.pool(x) if pre_logits else self.answer(x)
 
     def forward(self, x: Tensor) -> Any:
         """Logits [B, C] of images [B, C, H, W] of any size."""

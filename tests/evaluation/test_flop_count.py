@@ -23,6 +23,8 @@ CASES = [
     ("mambascope_nano_patch8_64", {"fine_depth": 5, "rest_tokens": "state", "rest_join": 3, "registers": 2}),
     ("mambascope_nano_patch8_64", {"fine_pool": "alternate", "alpha": 0.6, "fine_cls": "middle"}),
     ("mambascope_nano_patch8_64", {"fine_pool": "all", "fine_depth": 3, "rest_tokens": "none"}),
+    ("vim_nano_patch8_64", {"registers": 5, "global_pool": "lse"}),
+    ("mambascope_nano_patch8_64", {"registers": 3, "alpha": 0.5, "global_pool": "lse"}),
     ("vim_tiny_patch16_224", {"depth": 3}),
     ("mambascope_tiny_patch16_224", {"depth": 3}),
 ]

@@ -160,6 +160,7 @@ def test_any_size(size):
         {"coarse_interpolation": "nearest"},
         {"cls_position": "first"},
         {"global_pool": "avg"},
+        {"global_pool": "lse"},
     ],
 )
 def test_every_option_changes_the_fine_logits(options):

@@ -180,8 +180,9 @@ def test_mistakes_are_named(reduction, message):
 def test_what_does_not_go_together():
     with pytest.raises(ValueError, match="reduction is for a plain Vim"):
         timm.create_model("mambascope_nano_patch8_64", reduction={"name": "r_meeto"})
-    with pytest.raises(ValueError, match="global_pool must be 'token' or ''"):
-        small(METHODS["tome"], global_pool="avg")
+    for pool in ("avg", "lse"):
+        with pytest.raises(ValueError, match=f"global_pool must be 'token' or '' .*, got '{pool}'"):
+            small(METHODS["tome"], global_pool=pool)
     for option in ({"registers": 2}, {"shuffle_rate": 0.5}):
         with pytest.raises(ValueError, match=f"{next(iter(option))} must be 0 with reduction"):
             small(METHODS["tome"], **option)

@@ -1,0 +1,82 @@
+"""What the head reads: CLS, the mean, or CLS and the patches pooled by log-mean-exp."""
+
+import pytest
+import timm
+import torch
+
+from mambascope import MambaScope, VisionMamba
+from mambascope.models import load_checkpoint
+
+SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_classes": 5}
+
+
+def pooled_by_hand(model, tokens, at):
+    """``z_cls + log mean_i exp z_i``, image by image and class by class."""
+    rows = []
+    for image in tokens:
+        own, others = [], []
+        for i, token in enumerate(image):
+            logits = model.head.weight @ token + model.head.bias
+            (own if i == at else others).append(logits)
+        rows.append(own[0] + torch.stack(others).exp().mean(0).log())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("position", ["first", "middle", "last"])
+@torch.no_grad()
+def test_vim_pools_the_logits_of_cls_and_patches(position):
+    torch.manual_seed(0)
+    model = VisionMamba(**SMALL, cls_position=position, global_pool="lse").double().eval()
+    model.head.weight.mul_(40)
+    x = torch.randn(3, 3, 40, 56, dtype=torch.float64)
+    features = model.forward_features(x)
+    at = {"first": 0, "middle": 17, "last": 35}[position]
+    assert features.shape[1] == 36
+    expected = pooled_by_hand(model, features, at)
+    torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(model.forward_head(features, pre_logits=True), features[:, at])
+    assert not torch.allclose(expected, model.classify(features[:, at]))
+    model.reset_classifier(0)
+    assert torch.equal(model(x), features[:, at])
+
+
+@torch.no_grad()
+def test_both_stages_of_a_scope_pool_their_own_sequences():
+    torch.manual_seed(0)
+    model = MambaScope(**SMALL, global_pool="lse", fine_cls="last", alpha=0.4).double().eval()
+    model.head.weight.mul_(40)
+    x = torch.randn(4, 3, 48, 48, dtype=torch.float64)
+    coarse = model.forward_coarse(x)
+    tokens = torch.cat([coarse.cls.unsqueeze(1), coarse.features], 1)
+    torch.testing.assert_close(coarse.logits, pooled_by_hand(model, tokens, 0), rtol=1e-9, atol=1e-9)
+    fine = model.forward_fine(x, coarse)
+    expected = pooled_by_hand(model, fine.tokens, fine.length - 1)
+    torch.testing.assert_close(fine.logits, expected, rtol=1e-9, atol=1e-9)
+    conf = coarse.logits.softmax(1).amax(1).sort().values
+    out = model.forward_scope(x, threshold=float(conf[1:3].mean()))
+    assert 0 < int(out.exited.sum()) < 4
+    torch.testing.assert_close(out.logits, torch.where(out.exited.unsqueeze(1), coarse.logits, fine.logits))
+
+
+def test_every_patch_learns_and_bfloat16_stays_close():
+    torch.manual_seed(0)
+    model = VisionMamba(**SMALL, global_pool="lse")
+    tokens = torch.randn(2, 37, 32, requires_grad=True)
+    model.answer(tokens)[:, 1].sum().backward()
+    assert bool((tokens.grad.abs().amax(2) > 0).all())
+    exact, short = model.answer(tokens), model.bfloat16().answer(tokens.bfloat16())
+    assert short.dtype == torch.bfloat16
+    torch.testing.assert_close(short.float(), exact, rtol=0.03, atol=0.03)
+    large = VisionMamba(**SMALL, global_pool="lse")
+    assert bool(large.answer(1e4 * torch.ones(1, 37, 32)).isfinite().all())
+
+
+def test_a_classifier_that_reads_cls_starts_one_that_reads_patches(capsys):
+    source = timm.create_model("mambascope_nano_patch8_64", pretrained=True)
+    model = timm.create_model("mambascope_nano_patch8_64", num_classes=10, fine_cls="middle", global_pool="lse")
+    report = load_checkpoint(model, "scopedigits")  # by the name of a shipped model, as elsewhere
+    assert "matched" in capsys.readouterr().out
+    assert not report.new
+    assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match="global_pool must be one of"):
+        VisionMamba(**SMALL, global_pool="max")
