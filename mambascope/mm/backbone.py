@@ -10,7 +10,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mambascope.evaluation.cost import stage_macs
 from mambascope.layers import cls_index, pad_to, remove_cls
 from mambascope.mm.gate import GateHead
-from mambascope.mm.pyramid import STEPS, PatchDetail, SimplePyramid
+from mambascope.mm.pyramid import STEPS, ImageDetail, SimplePyramid
 from mambascope.models.checkpoint import CheckpointError, load_checkpoint, read_state_dict
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, VimConfig, with_overrides
 from mambascope.models.exit import check_threshold, exit_mask
@@ -64,6 +64,29 @@ def default_indices(depth: int) -> tuple[int, ...]:
     if depth < len(STEPS):
         raise ValueError(f"depth must be at least {len(STEPS)} for {len(STEPS)} feature maps, got {depth}")
     return tuple(-(-depth * (i + 1) // len(STEPS)) - 1 for i in range(len(STEPS)))
+
+
+class Look(NamedTuple):
+    """What a pass over images left for the pyramid.
+
+    Attributes:
+        maps: Four maps [B, d, h, w] on the fine grid.
+        cls: The CLS outputs [B, d] of the same blocks.
+        detail: Maps of the image's detail, none or four.
+    """
+
+    maps: list[Tensor]
+    cls: list[Tensor]
+    detail: list[Tensor]
+
+    def joined(self, other: Look, order: Tensor) -> Look:
+        """Both looks' images, those of ``self`` first, in ``order`` [B] int64."""
+
+        def join(own: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+            pairs = zip(own, others, strict=True)
+            return [torch.cat([a, b.to(a.dtype)]).index_select(0, order) for a, b in pairs]
+
+        return Look(*(join(own, others) for own, others in zip(self, other, strict=True)))
 
 
 class _EncoderBackbone(BaseModule):
@@ -116,7 +139,8 @@ class _EncoderBackbone(BaseModule):
         self.norm_eval = norm_eval
         self.encoder.set_grad_checkpointing(with_cp)
         self.pyramid = SimplePyramid(config.embed_dim, out_channels, norm_cfg, readout)
-        self.detail = PatchDetail(config.in_chans, config.patch_size, config.embed_dim) if detail else None
+        channels = self.pyramid.out_channels
+        self.detail = ImageDetail(config.in_chans, config.patch_size, channels) if detail else None
         self.strides = tuple(config.patch_size / step for step in STEPS)
         self._freeze()
 
@@ -206,12 +230,10 @@ class _EncoderBackbone(BaseModule):
     def _pad(self, x: Tensor) -> Tensor:
         return pad_to(x, 2 * self.encoder.config.patch_size)
 
-    def _levels(
-        self, maps: Sequence[Tensor], cls: Sequence[Tensor], detail: Tensor | None, height: int, width: int
-    ) -> tuple[Tensor, ...]:
+    def _levels(self, look: Look, height: int, width: int) -> tuple[Tensor, ...]:
         """The pyramid without what only covers padding."""
         sizes = [(-(-height // s), -(-width // s)) for s in self.strides]
-        levels = self.pyramid(maps, cls, detail)
+        levels = self.pyramid(*look)
         return tuple(m[..., : int(r), : int(c)].contiguous() for m, (r, c) in zip(levels, sizes, strict=True))
 
     def cost(self, height: int, width: int, convention: str = "both_directions") -> tuple[float, float]:
@@ -231,9 +253,11 @@ class _EncoderBackbone(BaseModule):
         cost = stage_macs(config, size, convention=convention, **alpha)
         rows, cols = size[0] // config.patch_size, size[1] // config.patch_size
         pyramid = self.pyramid.macs(rows, cols)
-        detail = 0 if self.detail is None else self.detail.macs(rows, cols)
-        first = cost.coarse if alpha else cost.fine + detail
-        return (first + pyramid) / 1e9, (cost.refined + pyramid + detail) / 1e9
+        detail = half = 0
+        if self.detail is not None:
+            detail, half = self.detail.macs(*size), self.detail.macs(*size, half=True)
+        exits = cost.coarse + half if alpha else cost.fine + detail
+        return (exits + pyramid) / 1e9, (cost.refined + pyramid + detail) / 1e9
 
 
 @MODELS.register_module()
@@ -253,8 +277,8 @@ class VimBackbone(_EncoderBackbone):
         norm_eval: Keep batch norms of the pyramid in evaluation mode while training.
         norm_cfg: Normalisation inside the pyramid; ``None`` for LayerNorm.
         readout: Add the projected CLS outputs to the maps: a classifier keeps what it knows there, not in the patches.
-        detail: Add a projection of the patches' pixels to the maps, see :class:`~mambascope.mm.pyramid.PatchDetail`: of
-            the pixels a classifier keeps what tells its classes apart, not where an edge runs.
+        detail: Add convolutions of the image to the maps, see :class:`~mambascope.mm.pyramid.ImageDetail`: of an image
+            a classifier keeps what tells its classes apart, not where an edge runs.
         init_cfg: See :meth:`init_weights`.
 
     Raises:
@@ -268,16 +292,15 @@ class VimBackbone(_EncoderBackbone):
         """Maps [B, channels, H/s, W/s] of images [B, 3, H, W], s = 4, 8, 16, 32 for 16-pixel patches."""
         padded = self._pad(x)
         _, maps, cls = self.encoder._intermediates(padded, list(self.out_indices), None, False)
-        detail = None if self.detail is None else self.detail(padded)
-        return self._levels(maps, [c.squeeze(1) for c in cls], detail, *x.shape[-2:])
+        detail = [] if self.detail is None else self.detail(padded)
+        return self._levels(Look(maps, [c.squeeze(1) for c in cls], detail), *x.shape[-2:])
 
 
 @MODELS.register_module()
 class ScopeBackbone(_EncoderBackbone):
     """MambaScope: coarse features for images of which the gate is confident, refined ones for the others.
 
-    With ``detail``, images that exit get that of the half-size image, resized; refined images that of the whole
-    full-size image, which costs as little as its patch embedding.
+    With ``detail``, images that exit get that of the half-size image, refined ones that of the whole full-size image.
 
     In training every image exits with probability ``exit_prob``, so that the heads learn from both kinds of features.
     The gate learns in models that ask for its loss (``ScopeEncoderDecoder``, ``ScopeCascadeRCNN``); inside others it
@@ -292,8 +315,7 @@ class ScopeBackbone(_EncoderBackbone):
         coarse_resize: How coarse tokens come to the fine grid: ``bilinear`` (copied in cells that are not re-read), or
             ``learned``: to that, and to the fine tokens, a linear map of the coarse token for each of its four places
             is added, zero at the start. Blends and copies cannot say where in its cell an edge runs; with the map a
-            token can. With ``detail`` the same is done to the detail of images that exit, by a map that starts at
-            random.
+            token can.
         **kwargs: As for :class:`VimBackbone`; ``arch_options`` takes fields of
             :class:`~mambascope.models.configs.ScopeConfig`, e.g. ``alpha``.
 
@@ -318,10 +340,8 @@ class ScopeBackbone(_EncoderBackbone):
         if coarse_resize not in ("bilinear", "learned"):
             raise ValueError(f"coarse_resize must be bilinear or learned, got {coarse_resize!r}")
         dim = self.encoder.embed_dim
-        self.coarse_up = self.detail_up = None
+        self.coarse_up = None
         if coarse_resize == "learned":
-            if self.detail is not None:
-                self.detail_up = nn.ConvTranspose2d(dim, dim, 2, 2)
             maps = [nn.ConvTranspose2d(dim, dim, 2, 2, bias=False) for _ in STEPS]
             for own in maps:
                 nn.init.zeros_(own.weight)
@@ -364,22 +384,18 @@ class ScopeBackbone(_EncoderBackbone):
         selected = torch.full((batch, num_selected(self.encoder.alpha, cells)), -1, dtype=torch.long, device=x.device)
         refined = exited.logical_not().nonzero().squeeze(1)
         if refined.numel() == batch:
-            found, selected = self._fine_maps(x, coarse)
-            if self.training and self.detail_up is not None:
-                found[0] = found[0] + _zero(self.detail_up.parameters(), found[0])
+            look, selected = self._fine_look(x, coarse)
         elif refined.numel() == 0:
-            found = self._coarse_maps(x, coarse)
+            look = self._coarse_look(x, coarse)
             if self.training:
-                found[0] = found[0] + _zero(self._fine_parameters(), found[0])
+                look.maps[0] = look.maps[0] + _zero(self._fine_parameters(), look.maps[0])
         else:
             stayed = exited.nonzero().squeeze(1)
-            fine, cells_read = self._fine_maps(x.index_select(0, refined), coarse.index_select(refined))
+            fine, cells_read = self._fine_look(x.index_select(0, refined), coarse.index_select(refined))
             selected = selected.index_copy(0, refined, cells_read)
-            back = torch.cat([stayed, refined]).argsort()
-            kept = self._coarse_maps(x.index_select(0, stayed), coarse.index_select(stayed))
-            found = [torch.cat([a, b.to(a.dtype)]).index_select(0, back) for a, b in zip(kept, fine, strict=True)]
-        maps, cls, detail = found[: len(STEPS)], found[len(STEPS) : 2 * len(STEPS)], found[2 * len(STEPS) :]
-        levels = self._levels(maps, cls, detail[0] if detail else None, height, width)
+            kept = self._coarse_look(x.index_select(0, stayed), coarse.index_select(stayed))
+            look = kept.joined(fine, torch.cat([stayed, refined]).argsort())
+        levels = self._levels(look, height, width)
         return ScopeFeatures(levels, logits, confidence, exited, coarse.importance, selected, coarse.grid)
 
     def _coarse_grids(self, coarse: CoarseState) -> list[Tensor]:
@@ -393,45 +409,36 @@ class ScopeBackbone(_EncoderBackbone):
             return maps
         return [m + up(grid) for m, up, grid in zip(maps, self.coarse_up, grids, strict=True)]
 
-    def _coarse_maps(self, x: Tensor, coarse: CoarseState) -> list[Tensor]:
-        """Coarse tokens resized to the fine grid [B, d, h, w], CLS outputs [B, d], detail of the half-size image."""
+    def _coarse_look(self, x: Tensor, coarse: CoarseState) -> Look:
+        """Coarse tokens resized to the fine grid, with the detail of the half-size image."""
         grids = self._coarse_grids(coarse)
         at = cls_index(coarse.tokens.shape[1], self.encoder.config.cls_position)
-        found = [*self._with_places([_double(g) for g in grids], grids), *(t[:, at] for t in coarse.taken)]
-        if self.detail is not None:
-            detail = self.detail(self.encoder.half_image(x))
-            # norms are in fp32 under autocast, convolutions are not: the other images' detail ends in a norm
-            found.append(_double(detail) if self.detail_up is None else self.detail_up(detail).to(detail.dtype))
-        return found
+        maps = self._with_places([_double(g) for g in grids], grids)
+        detail = [] if self.detail is None else self.detail.forward_half(self.encoder.half_image(x))
+        return Look(maps, [t[:, at] for t in coarse.taken], detail)
 
-    def _fine_maps(self, x: Tensor, coarse: CoarseState) -> tuple[list[Tensor], Tensor]:
-        """Fine tokens on the fine grid [B, d, h, w], CLS outputs [B, d], detail; and the cells re-read [B, k].
-
-        The detail is the whole image's: it costs as little as the patch embedding.
-        """
+    def _fine_look(self, x: Tensor, coarse: CoarseState) -> tuple[Look, Tensor]:
+        """Fine tokens on the fine grid, with the detail of the whole image; and the cells re-read [B, k]."""
         fine = self.encoder.forward_fine(x, coarse, take=self.out_indices)
         at = cls_index(fine.length - 1, self.encoder.config.fine_cls)
         maps = [self.encoder.fine_map(t, fine, coarse.grid) for t in fine.taken]
-        found = [*self._with_places(maps, self._coarse_grids(coarse)), *(t[:, at] for t in fine.taken)]
-        if self.detail is not None:
-            found.append(self.detail(x))
-        return found, fine.selected
+        maps = self._with_places(maps, self._coarse_grids(coarse))
+        detail = [] if self.detail is None else self.detail(x)
+        return Look(maps, [t[:, at] for t in fine.taken], detail), fine.selected
 
     def _fine_parameters(self) -> list[Tensor]:
         """What only the fine pass uses."""
-        return [self.encoder.pos_embed, *(self.encoder.reuse.parameters() if self.encoder.reuse is not None else ())]
+        reuse = [] if self.encoder.reuse is None else self.encoder.reuse.parameters()
+        return [self.encoder.pos_embed, *reuse, *([] if self.detail is None else self.detail.full_parameters())]
 
     def cost(self, height: int, width: int, convention: str = "both_directions") -> tuple[float, float]:
-        """As for :class:`VimBackbone`, with the learned resize, and the detail of the image that was read last."""
+        """As for :class:`VimBackbone`, with the learned resize."""
         exits, refined = super().cost(height, width, convention)
+        if self.coarse_up is None:
+            return exits, refined
         cell = 2 * self.encoder.config.patch_size
-        rows, cols = -(-height // cell), -(-width // cell)
-        places = 4 * rows * cols * self.encoder.embed_dim**2 / 1e9  # of one learned map
-        if self.detail is not None:
-            exits += self.detail.macs(rows, cols) / 1e9 + (0 if self.detail_up is None else places)
-        if self.coarse_up is not None:
-            exits, refined = exits + len(STEPS) * places, refined + len(STEPS) * places
-        return exits, refined
+        places = 4 * -(-height // cell) * -(-width // cell) * self.encoder.embed_dim**2 / 1e9  # of one learned map
+        return exits + len(STEPS) * places, refined + len(STEPS) * places
 
     def image_gflops(self, features: ScopeFeatures, height: int, width: int) -> dict[str, list[float]]:
         """Backbone GFLOPs of every image of a batch, per convention of :meth:`cost`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
@@ -49,22 +50,21 @@ class SimplePyramid(nn.Module):
         self.out_channels = out_channels or dim
 
     def forward(
-        self, maps: Sequence[Tensor], cls: Sequence[Tensor] | None = None, detail: Tensor | None = None
+        self, maps: Sequence[Tensor], cls: Sequence[Tensor] | None = None, detail: Sequence[Tensor] = ()
     ) -> list[Tensor]:
         """Brings four maps [B, d, h, w] to [B, out, 4h, 4w], [B, out, 2h, 2w], [B, out, h, w], [B, out, h/2, w/2].
 
         Args:
             maps: One for each level.
             cls: The CLS outputs [B, d] of the same blocks; needed with ``readout``.
-            detail: A map [B, d, h, w] that is added to every one of them.
+            detail: Maps of the outputs' shapes that are added to them; none or four.
         """
         levels = [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
         if self.readout is not None:
             assert cls is not None
             levels = [m + read(c)[..., None, None] for m, read, c in zip(levels, self.readout, cls, strict=True)]
-        if detail is not None:
-            levels = [m + detail for m in levels]
-        return [scale(m) for scale, m in zip(self.scales, levels, strict=True)]
+        levels = [scale(m) for scale, m in zip(self.scales, levels, strict=True)]
+        return [m + d for m, d in zip(levels, detail, strict=True)] if detail else levels
 
     def macs(self, rows: int, cols: int) -> int:
         """Multiply-adds of one image with a grid of ``rows`` x ``cols`` patches."""
@@ -79,22 +79,67 @@ class SimplePyramid(nn.Module):
         return total
 
 
-class PatchDetail(nn.Sequential):
-    """The pixels of every patch as a map of their own beside the encoder's: what an edge needs and a class does not.
+class ImageDetail(nn.Module):
+    """Convolutions beside the encoder that see what patches lose: where an edge runs and how a small thing looks.
 
-    A trained classifier's patch embedding and blocks keep what tells its classes apart; masks and boxes
-    need the rest too.
+    A classifier's patch embedding keeps what tells its classes apart, and its tokens come one for a whole patch; masks
+    and boxes need more. Four maps at the pyramid's strides are added to its levels, as the spatial prior module of the
+    ViT-Adapter does it (arXiv 2205.08534).
 
     Args:
         in_chans: Channels of the image.
-        patch_size: Side of a patch in pixels.
-        dim: Channels d of the map.
+        patch_size: Side P of a patch in pixels, a power of two and at least 8.
+        out_channels: Channels of the maps.
+        width: Channels at the finest stride; the others have twice as many.
+
+    Raises:
+        ValueError: If the patch size is another.
     """
 
-    def __init__(self, in_chans: int, patch_size: int, dim: int) -> None:
-        super().__init__(nn.Conv2d(in_chans, dim, patch_size, patch_size), LayerNorm2d(dim))
-        self.patch_macs = in_chans * patch_size**2 * dim
+    def __init__(self, in_chans: int, patch_size: int, out_channels: int, width: int = 32) -> None:
+        super().__init__()
+        if patch_size < 8 or patch_size & (patch_size - 1):
+            raise ValueError(f"detail needs a patch_size of 8, 16, 32, ..., got {patch_size}")
+        halvings = (patch_size // STEPS[0]).bit_length() - 1
+        stem = [self._half(in_chans if i == 0 else width, width) for i in range(halvings)]
+        wide = 2 * width
+        self.levels = nn.ModuleList(
+            [nn.Sequential(*stem), self._half(width, wide), self._half(wide, wide), self._half(wide, wide)]
+        )
+        self.outs = nn.ModuleList(nn.Conv2d(width if i == 0 else wide, out_channels, 1) for i in range(len(STEPS)))
 
-    def macs(self, rows: int, cols: int) -> int:
-        """Multiply-adds of one image with a grid of ``rows`` x ``cols`` patches."""
-        return rows * cols * self.patch_macs
+    @staticmethod
+    def _half(channels: int, out: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(channels, out, 3, 2, 1), LayerNorm2d(out), nn.GELU())
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Maps [B, out, H/s, W/s] of images [B, C, H, W], s = P/4, P/2, P and 2P; sides are multiples of 2P."""
+        return [out(level) for out, level in zip(self.outs, self._run(x, len(STEPS)), strict=True)]
+
+    def forward_half(self, half: Tensor) -> list[Tensor]:
+        """The same maps from the half-size image [B, C, H/2, W/2]: each is one level finer there, the first resized."""
+        found = [out(level) for out, level in zip(self.outs, self._run(half, len(STEPS) - 1), strict=False)]
+        return [F.interpolate(found[0], scale_factor=2, mode="bilinear", align_corners=False), *found]
+
+    def _run(self, x: Tensor, count: int) -> list[Tensor]:
+        found = []
+        for i in range(count):
+            x = self.levels[i](x)
+            found.append(x)
+        return found
+
+    def full_parameters(self) -> list[Tensor]:
+        """What only full-size images use."""
+        return [*self.levels[-1].parameters(), *self.outs[-1].parameters()]
+
+    def macs(self, height: int, width: int, half: bool = False) -> int:
+        """Multiply-adds of one image of ``height`` x ``width`` pixels; with ``half`` of its half-size image's maps."""
+        if half:
+            height, width = height // 2, width // 2
+        total = 0
+        for i in range(len(STEPS) - half):
+            for conv in (m for m in self.levels[i].modules() if isinstance(m, nn.Conv2d)):
+                height, width = height // 2, width // 2
+                total += height * width * conv.weight.numel()
+            total += height * width * sum(w.numel() for w in self.outs[i].parameters() if w.ndim > 1)
+        return total

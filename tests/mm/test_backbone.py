@@ -129,12 +129,12 @@ def test_unrefined_cells_get_their_coarse_token_four_times():
     model = scope(threshold=1.0, arch_options={"alpha": 0.5}).eval()
     x = torch.randn(1, 3, 64, 64)
     coarse = model.encoder.forward_coarse(x, take=model.out_indices)
-    maps, selected = model._fine_maps(x, coarse)
+    look, selected = model._fine_look(x, coarse)
     others = sorted(set(range(16)) - set(selected[0].tolist()))
     assert len(others) == 8
     for cell in range(16):
         r, c = divmod(cell, 4)
-        block = maps[0][0, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].flatten(1)
+        block = look.maps[0][0, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].flatten(1)
         same = bool((block == block[:, :1]).all())
         assert same == (cell in others)
 
@@ -153,7 +153,7 @@ def test_learned_resize_starts_as_bilinear_and_gives_every_place_its_own_map():
     for up in learned.coarse_up:
         torch.nn.init.normal_(up.weight)
     taken = learned.encoder.forward_coarse(x, take=learned.out_indices)
-    maps, bilinear = learned._coarse_maps(x, taken)[:4], plain._coarse_maps(x, taken)[:4]
+    maps, bilinear = learned._coarse_look(x, taken).maps, plain._coarse_look(x, taken).maps
     for level, tokens in enumerate(taken.taken):
         token = remove_cls(tokens, "middle").unflatten(1, taken.grid)[1, 2, 3]  # second image, third row, fourth column
         for row in (0, 1):
@@ -161,8 +161,7 @@ def test_learned_resize_starts_as_bilinear_and_gives_every_place_its_own_map():
                 own = token @ learned.coarse_up[level].weight[:, :, row, col]
                 expected = bilinear[level][1, :, 4 + row, 6 + col] + own
                 torch.testing.assert_close(maps[level][1, :, 4 + row, 6 + col], expected, rtol=1e-4, atol=1e-4)
-    refined, _ = learned._fine_maps(x, taken)
-    copied, _ = plain._fine_maps(x, taken)
+    refined, copied = learned._fine_look(x, taken)[0].maps, plain._fine_look(x, taken)[0].maps
     for level in range(4):
         torch.testing.assert_close(refined[level] - copied[level], maps[level] - bilinear[level], rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="coarse_resize must be bilinear or learned, got 'nearest'"):
@@ -171,22 +170,36 @@ def test_learned_resize_starts_as_bilinear_and_gives_every_place_its_own_map():
 
 def test_detail_is_of_the_image_that_was_read():
     torch.manual_seed(0)
-    model = scope(detail=True, coarse_resize="learned").eval()
+    model = scope(detail=True, out_channels=24).eval()
     x = torch.randn(2, 3, 64, 96)
     coarse = model.encoder.forward_coarse(x, take=model.out_indices)
-    torch.testing.assert_close(model._fine_maps(x, coarse)[0][-1], model.detail(x))
+    fine, _ = model._fine_look(x, coarse)
     half = torch.nn.functional.avg_pool2d(x, 2)
-    torch.testing.assert_close(model._coarse_maps(x, coarse)[-1], model.detail_up(model.detail(half)))
-    patch = model.encoder.config.patch_size
-    changed = x.clone()
-    changed[0, :, :patch, patch : 2 * patch] += 1.0  # one patch of one image changes one place of one map
-    moved = (model.detail(changed) - model.detail(x)).detach().abs().amax(1)
-    assert moved[0, 0, 1] > 1e-3
-    moved[0, 0, 1] = 0
-    assert float(moved.max()) == 0
-    # every map gets it, after its own norm
-    levels = model.pyramid([torch.zeros(2, model.encoder.embed_dim, 8, 12)] * 4, None, model.detail(x))
-    torch.testing.assert_close(levels[2], model.pyramid.scales[2](model.detail(x)))
+    exits = model._coarse_look(x, coarse)
+    # each map of the half-size image is one level finer there, the finest is resized
+    finer = model.detail(half)
+    for level in (1, 2, 3):
+        torch.testing.assert_close(exits.detail[level], finer[level - 1])
+    resized = torch.nn.functional.interpolate(finer[0], scale_factor=2, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(exits.detail[0], resized)
+    # level by level, written out: strides 2, 4, 8 and 16 for patches of 8 pixels
+    seen = x
+    for level, out, found in zip(model.detail.levels, model.detail.outs, fine.detail, strict=True):
+        conv, norm, _ = level if len(level) == 3 else level[0]
+        seen = F.gelu(norm(F.conv2d(seen, conv.weight, conv.bias, stride=2, padding=1)))
+        torch.testing.assert_close(found, out(seen))
+    # it is added to the encoder's levels
+    for look in (fine, exits):
+        levels = zip(model.pyramid(*look), model.pyramid(look.maps, look.cls), look.detail, strict=True)
+        for both, own, detail in levels:
+            torch.testing.assert_close(both, own + detail)
+
+
+def test_detail_of_other_patch_sizes():
+    model = VimBackbone("vim_tiny_patch16_224", arch_options={"depth": 4, "embed_dim": 32}, detail=True)
+    assert [m.shape[-2:] for m in model(torch.zeros(1, 3, 70, 40))] == [(18, 10), (9, 5), (5, 3), (3, 2)]
+    with pytest.raises(ValueError, match=r"detail needs a patch_size of 8, 16, 32.*, got 12"):
+        vim(arch_options={"patch_size": 12}, detail=True)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +248,7 @@ def test_frozen_stages_and_norm_eval():
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert not any(n.startswith(("encoder.patch_embed", "encoder.layers.0.", "encoder.layers.1.")) for n in trained)
     assert "encoder.pos_embed" not in trained
-    assert {"encoder.layers.2.norm.weight", "detail.0.weight"} <= trained
+    assert {"encoder.layers.2.norm.weight", "detail.outs.0.weight"} <= trained
     assert not model.encoder.layers[1].training
     assert model.encoder.layers[2].training
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
