@@ -13,12 +13,13 @@ model = dict(
         arch_options=dict(fine_cls="middle", alpha=0.7),  # CLS in the middle as in the demo's classifier
         img_size=64,
         out_channels=64,
-        readout=True,  # the classifier it starts from keeps the class in CLS
+        readout=True,  # what the classifier that it starts from knows of the whole image
+        detail=True,  # small digits' edges lie inside patches
         gate=dict(num_classes=10, confidence="entropy"),
         threshold=0.5,
         coarse_resize="learned",
         exit_prob=0.5,  # both kinds of features learn equally fast in the few minutes
-        init_cfg=dict(type="Pretrained", checkpoint="scopedigits"),
+        init_cfg=dict(type="Pretrained", checkpoint="scopedigits_dense"),
     ),
 )
 val_evaluator = [

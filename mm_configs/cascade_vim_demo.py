@@ -12,8 +12,9 @@ model = dict(
         arch="vim_nano_patch8_64",
         img_size=64,
         out_channels=64,
-        readout=True,  # the classifier it starts from keeps the class in CLS
-        init_cfg=dict(type="Pretrained", checkpoint="scopedigits"),
+        readout=True,  # what the classifier that it starts from knows of the whole image
+        detail=True,  # small digits' edges lie inside patches
+        init_cfg=dict(type="Pretrained", checkpoint="scopedigits_dense"),
     ),
 )
 val_evaluator = [

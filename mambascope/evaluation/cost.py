@@ -9,7 +9,8 @@ Multiply-adds per token and layer::
 plus ``in_chans·patch²·d`` for every patch that is embedded. The published fine stage embeds every patch of the
 full-size image and projects every coarse output, also those of cells it then leaves out; so does this count. The model
 in this package skips them: :func:`skipped_macs` says how much that saves (about 1 %). Left out, as in the published
-tables: classifier head, norms, activations, residual additions, position tables, resizing and ranking the cells.
+tables: classifier head (also where it reads every patch, ``global_pool="lse"``: :func:`head_macs`), norms, activations,
+residual additions, position tables, resizing and ranking the cells.
 Registers are tokens like any other. A block that scans the means of cells (``fine_pool``) spends x_proj, dt_proj and
 the scan once per cell, the rest on every token; the means themselves are left out.
 
@@ -195,7 +196,7 @@ def count_parameters(config: VimConfig) -> int:
 
 def head_macs(config: VimConfig, tokens: int) -> int:
     """Multiply-adds of the classifier head on a sequence of `tokens`, registers included; the tables leave it out."""
-    rows = tokens - config.registers if config.global_pool == "lse" else 1
+    rows = tokens - config.registers if config.global_pool in ("lse", "") else 1
     return rows * config.embed_dim * config.num_classes
 
 

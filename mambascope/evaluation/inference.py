@@ -16,9 +16,11 @@ from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS
 from mambascope.models.exit import check_threshold
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
-from mambascope.models.weights import find_weights
+from mambascope.models.weights import SHIPPED, find_weights
 
-CHECKPOINT_HELP = "weights of ours (.safetensors, .ckpt), a folder with model.safetensors, or scopedigits (shipped)"
+CHECKPOINT_HELP = (
+    f"weights of ours (.safetensors, .ckpt), a folder with model.safetensors, or shipped: {', '.join(SHIPPED)}"
+)
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -86,6 +88,12 @@ def _named(name: str, path: Path) -> VisionMamba:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(known)}")
     state, description = read_state_dict(path)
     options: dict[str, Any] = {"num_classes": len(state["head.weight"])} if "head.weight" in state else {}
+    described = description.get("config", {})
+    base = {**VIM_CONFIGS, **SCOPE_CONFIGS}[name]
+    if ("alpha" in described) == (name in SCOPE_CONFIGS) and all(
+        described.get(size) == getattr(base, size) for size in ("embed_dim", "depth", "patch_size")
+    ):  # the place of CLS, what the head reads and so on are those that the weights were trained with
+        options = {**described, **options}
     model: Any = timm.create_model(name, **options)
     load_checkpoint(model, path, verbose=False)
     model.description = description

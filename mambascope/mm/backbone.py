@@ -152,7 +152,7 @@ class _EncoderBackbone(BaseModule):
         An empty checkpoint means random weights, with a warning: so that configs can leave the place to be filled in.
 
         Reads our ``.safetensors``, Lightning ``.ckpt`` and official Vim ``.pth`` files, and the weights that come with
-        the package by name (``scopedigits``); position tables are resampled.
+        the package by name (``scopedigits``, ``scopedigits_dense``); position tables are resampled.
         All modules initialise themselves when they are made, so without ``init_cfg`` there is nothing to do.
 
         Raises:

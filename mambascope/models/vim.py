@@ -35,7 +35,7 @@ from mambascope.reduction import ReducedOutput, cls_to_place, patch_rows
 
 
 class VisionMamba(nn.Module, HubMixin):
-    """Vim encoder with a linear classifier on the CLS token.
+    """Vim encoder with a linear classifier on the CLS token, or on what ``global_pool`` names.
 
     Args:
         config: Sizes and options; defaults to Vim-T.
@@ -232,7 +232,10 @@ class VisionMamba(nn.Module, HubMixin):
         return self.config.cls_position
 
     def pool(self, tokens: Tensor, position: str | None = None) -> Tensor:
-        """Reads the CLS row (or the mean) of tokens [B, L, d] as [B, d]; all tokens if ``global_pool`` is empty."""
+        """Reads the CLS row (or the mean) of tokens [B, L, d] as [B, d]; all tokens if ``global_pool`` is empty.
+
+        With ``lse`` that is the CLS row too; the logits need the patches as well, see :meth:`answer`.
+        """
         if self.global_pool in ("token", "lse"):
             return tokens[:, cls_index(tokens.shape[1] - 1, position or self._cls_position())]
         return tokens.mean(1) if self.global_pool == "avg" else tokens
@@ -249,11 +252,13 @@ class VisionMamba(nn.Module, HubMixin):
         position = position or self._cls_position()
         own = logits[:, cls_index(tokens.shape[1] - 1, position)]
         patches = remove_cls(logits, position)
+        if patches.shape[1] == 0:  # a fine sequence of nothing but CLS
+            return own
         pooled = patches.to(torch.promote_types(patches.dtype, torch.float32)).logsumexp(1)
         return own + (pooled - math.log(patches.shape[1])).to(own.dtype)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits [B, C] (or the pooled feature [B, d]) from ``forward_features``' output."""
+        """Logits [B, C] (or the pooled feature [B, d], see :meth:`pool`) from ``forward_features``' output."""
         return self.pool(x) if pre_logits else self.answer(x)
 
     def forward(self, x: Tensor) -> Any:
@@ -339,9 +344,9 @@ class VisionMamba(nn.Module, HubMixin):
         """Replaces the classifier by a new one (0 classes: none)."""
         if global_pool is not None and global_pool not in GLOBAL_POOLS:
             raise ValueError(f"global_pool must be one of {GLOBAL_POOLS}, got {global_pool!r}")
-        if global_pool is not None:
-            self.global_pool = global_pool
-        self.config = with_overrides(self.config, {"num_classes": num_classes, "global_pool": self.global_pool})
+        pool = self.global_pool if global_pool is None else global_pool
+        self.config = with_overrides(self.config, {"num_classes": num_classes, "global_pool": pool})
+        self.global_pool = pool
         self.num_classes = num_classes
         self.head = self._make_head(num_classes).to(self.cls_token)
 

@@ -8,8 +8,12 @@ from pathlib import Path
 WEIGHTS = "model.safetensors"
 """Name of the weights in a run's or a saved model's folder."""
 
-SHIPPED = {"scopedigits": Path(__file__).parent.parent / "weights" / "scopedigits_nano.safetensors"}
-"""File of each model that is shipped, by the name that stands for it."""
+_FOLDER = Path(__file__).parent.parent / "weights"
+SHIPPED = {
+    "scopedigits": _FOLDER / "scopedigits_nano.safetensors",
+    "scopedigits_dense": _FOLDER / "scopedigits_dense_nano.safetensors",
+}
+"""File of each model that is shipped, by the name that stands for it, which is also its training configuration's."""
 
 PRETRAINED = {"mambascope_nano_patch8_64": SHIPPED["scopedigits"]}
 """What ``timm.create_model(name, pretrained=True)`` loads."""

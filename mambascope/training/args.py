@@ -15,8 +15,9 @@ class ModelArgs:
             of timm's own, e.g. ``deit_tiny_patch16_224`` or ``resnet50``.
         args: Fields of the model's config to change: ``alpha``, ``threshold``, ``drop_path_rate``, ``img_size``, ...;
             of timm's own, any argument that ``timm.create_model`` takes.
-        checkpoint: Weights to finetune from: official Vim ``.pth``, our ``.ckpt`` or ``.safetensors``. Position tables
-            are resampled to the model's resolution.
+        checkpoint: Weights to finetune from: official Vim ``.pth``, our ``.ckpt`` or ``.safetensors``, a folder with
+            ``model.safetensors``, or shipped weights by name (``scopedigits``). Position tables are resampled to the
+            model's resolution.
         strict: Whether tensors of the checkpoint that do not fit are an error. Set to false for another number of
             classes; the new head then starts fresh.
     """

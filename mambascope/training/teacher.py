@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mambascope.layers import cls_index
 from mambascope.models import VimConfig, VisionMamba, load_checkpoint
+from mambascope.models.checkpoint import read_state_dict
+from mambascope.models.weights import find_weights
 from mambascope.reduction import patch_rows
 
 
@@ -27,7 +29,9 @@ class Teacher:
     """
 
     def __init__(self, config: VimConfig, checkpoint: str) -> None:
-        self.model = VisionMamba(replace(config, reduction=None))
+        _, description = read_state_dict(find_weights(checkpoint))
+        pool = description.get("config", {}).get("global_pool", config.global_pool)  # what its own head reads
+        self.model = VisionMamba(replace(config, reduction=None, global_pool=pool))
         load_checkpoint(self.model, checkpoint, verbose=False)
         self.model.requires_grad_(False).eval()
 

@@ -68,6 +68,21 @@ def test_every_file_equals_the_model_at_any_batch_size(exported, images):
             assert difference(expected, run_program(exported / f"{name}.pt2", some)) < 1e-5, (name, size)
 
 
+def test_a_head_that_reads_every_patch_is_exported(images, tmp_path):
+    torch.manual_seed(0)
+    config = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depth": 1, "d_state": 4, "num_classes": 7}
+    model = MambaScope(**config, alpha=0.5, global_pool="lse").eval()
+    save_safetensors(model, tmp_path / "model.safetensors")
+    assert export_cli.main([str(tmp_path / "model.safetensors"), "--out", str(tmp_path / "out")]) == 0
+    with torch.no_grad():
+        logits = model.forward_scope(images, 1.0).logits
+        assert not torch.allclose(logits, model.classify(model.forward_fine(images, model.forward_coarse(images)).cls))
+    for name, (module, inputs) in stages(model, images).items():
+        with torch.no_grad():
+            expected = module(*inputs)
+        assert difference(expected, run_onnx(tmp_path / "out" / f"{name}.onnx", inputs)) < 1e-5, name
+
+
 def test_onnx_files_are_plain_and_say_what_they_are(exported):
     for name in ("coarse", "fine", "two_stage"):
         file = onnx.load(exported / f"{name}.onnx")

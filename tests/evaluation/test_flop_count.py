@@ -25,6 +25,7 @@ CASES = [
     ("mambascope_nano_patch8_64", {"fine_pool": "all", "fine_depth": 3, "rest_tokens": "none"}),
     ("vim_nano_patch8_64", {"registers": 5, "global_pool": "lse"}),
     ("mambascope_nano_patch8_64", {"registers": 3, "alpha": 0.5, "global_pool": "lse"}),
+    ("vim_nano_patch8_64", {"registers": 5, "global_pool": ""}),
     ("vim_tiny_patch16_224", {"depth": 3}),
     ("mambascope_tiny_patch16_224", {"depth": 3}),
 ]

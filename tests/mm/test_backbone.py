@@ -47,7 +47,14 @@ def test_patch16_strides_and_default_blocks():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"readout": True}, {"detail": True}, {"detail": True, "coarse_resize": "learned"}]
+    "options",
+    [
+        {},
+        {"readout": True},
+        {"detail": True},
+        {"detail": True, "coarse_resize": "learned"},
+        {"detail": True, "out_channels": 24, "arch_options": {"patch_size": 16}},
+    ],
 )
 def test_mixed_batch_equals_single_images_and_fine_pass_reads_refined_rows_only(options):
     model = scope(**options).double().eval()

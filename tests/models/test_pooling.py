@@ -1,11 +1,16 @@
 """What the head reads: CLS, the mean, or CLS and the patches pooled by log-mean-exp."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
 
+import mambascope
 from mambascope import MambaScope, VisionMamba
-from mambascope.models import load_checkpoint
+from mambascope.evaluation.inference import ready_model
+from mambascope.models import load_checkpoint, save_safetensors
+from mambascope.training.teacher import Teacher
 
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_classes": 5}
 
@@ -64,9 +69,12 @@ def test_every_patch_learns_and_bfloat16_stays_close():
     tokens = torch.randn(2, 37, 32, requires_grad=True)
     model.answer(tokens)[:, 1].sum().backward()
     assert bool((tokens.grad.abs().amax(2) > 0).all())
-    exact, short = model.answer(tokens), model.bfloat16().answer(tokens.bfloat16())
+    tokens, model = tokens.detach().bfloat16().float(), model.bfloat16().float()  # the same numbers in both
+    exact, cls = model.answer(tokens), model.classify(model.pool(tokens))
+    short = model.bfloat16().answer(tokens.bfloat16())
     assert short.dtype == torch.bfloat16
-    torch.testing.assert_close(short.float(), exact, rtol=0.03, atol=0.03)
+    torch.testing.assert_close(short.float(), exact, rtol=0, atol=3e-3)
+    assert float((exact - cls).detach().abs().max()) > 1e-2
     large = VisionMamba(**SMALL, global_pool="lse")
     assert bool(large.answer(1e4 * torch.ones(1, 37, 32)).isfinite().all())
 
@@ -80,3 +88,32 @@ def test_a_classifier_that_reads_cls_starts_one_that_reads_patches(capsys):
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())
     with pytest.raises(ValueError, match="global_pool must be one of"):
         VisionMamba(**SMALL, global_pool="max")
+
+
+@torch.no_grad()
+def test_a_fine_sequence_of_cls_alone_and_a_refused_head():
+    model = MambaScope(**SMALL, global_pool="lse", rest_tokens="none", alpha=0.0).eval()
+    x = torch.randn(2, 3, 48, 48)
+    features = model.forward_features(x)
+    assert features.shape[1] == 1
+    assert torch.equal(model.forward_head(features), model.classify(features[:, 0]))
+    reduced = VisionMamba(**SMALL, reduction={"name": "tome", "r": 1}).eval()
+    with pytest.raises(ValueError, match="global_pool must be 'token'"):
+        reduced.reset_classifier(3, "lse")
+    assert (reduced.global_pool, reduced.num_classes) == ("token", 5)
+
+
+@torch.no_grad()
+def test_a_teacher_and_a_named_model_read_what_their_weights_were_trained_with(tmp_path):
+    torch.manual_seed(0)
+    own = VisionMamba(**SMALL, global_pool="lse").eval()
+    own.head.weight.mul_(40)
+    save_safetensors(own, tmp_path / "vim.safetensors")
+    x = torch.randn(2, 3, 48, 48)
+    logits, _ = Teacher(replace(own.config, global_pool="token"), str(tmp_path / "vim.safetensors"))(x)
+    torch.testing.assert_close(logits, own(x))
+    shipped = mambascope.load("scopedigits_dense")
+    named = ready_model("scopedigits_dense", name="mambascope_nano_patch8_64")
+    assert (named.config.global_pool, named.config.fine_cls) == ("lse", "middle")
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(named.forward_both(images).fine, shipped.forward_both(images).fine)

@@ -21,12 +21,12 @@ from mambascope.models.weights import PRETRAINED, SHIPPED
 
 ROOT = Path(__file__).parents[2]
 NANO = "mambascope_nano_patch8_64"
-CONFIG = ROOT / "mambascope" / "configs" / "scopedigits.yaml"  # what the shipped model was trained with
+CONFIGS = ROOT / "mambascope" / "configs"  # what the shipped models were trained with
 
 
-def digits(length):
+def digits(length, name="scopedigits"):
     """Validation images that look like those it was trained on, as pictures, and their labels."""
-    options = yaml.safe_load(CONFIG.read_text())["data"]["init_args"]["digits"]
+    options = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["data"]["init_args"]["digits"]
     config = ScopeDigitsConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
     pairs = list(itertools.islice(ScopeDigits(split="val", length=length, config=config), length))
     return [Image.fromarray(pixels) for pixels, _ in pairs], torch.tensor([int(label) for _, label in pairs])
@@ -40,18 +40,21 @@ def test_shipped_files_are_small_and_in_the_package_data():
     assert set(timm.list_models("mambascope*", pretrained=True)) == set(PRETRAINED) == {NANO}
 
 
+@pytest.mark.parametrize(("name", "least"), [("scopedigits", 0.65), ("scopedigits_dense", 0.8)])
 @torch.no_grad()
-def test_the_shipped_model_is_ready_and_knows_digits():
-    model = mambascope.load("scopedigits")
+def test_the_shipped_models_are_ready_and_know_digits(name, least):
+    model = mambascope.load(name)
     assert not model.training
     assert model.labels == list("0123456789")
-    assert 0 < model.threshold < 1
-    pictures, labels = digits(200)
+    assert 0 < model.threshold == model.description["report"]["threshold"] < 1
+    recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"]["net"]
+    assert all(getattr(model.config, field) == value for field, value in recipe["args"].items())
+    pictures, labels = digits(200, name)
     transform = model.transform()
     out = model.forward_scope(torch.stack([transform(picture) for picture in pictures]))
     right = (out.logits.argmax(1) == labels).double().mean()
     coarse = (out.coarse_logits.argmax(1) == labels).double().mean()
-    assert right > 0.65  # 77 % of 2,000 images
+    assert right > least
     assert right > coarse
     assert 0.1 < out.exited.double().mean() < 0.9
 

@@ -46,7 +46,7 @@ def cli(*args):
 def test_all_configs_ship():
     expected = {f"{kind}_{size}_imagenet" for kind in ("vim", "mambascope") for size in ("tiny", "small", "base")}
     expected |= {f"{peer}_small_imagenet" for peer in ("hidden_align", "r_meeto", "dyvm")}
-    expected |= {f"scopedigits{peer}" for peer in ("", "_vim64", "_hidden_align", "_r_meeto", "_dyvm")}
+    expected |= {f"scopedigits{peer}" for peer in ("", "_dense", "_vim64", "_hidden_align", "_r_meeto", "_dyvm")}
     assert CONFIGS.keys() >= expected
 
 
@@ -58,6 +58,8 @@ def test_config_parses_and_builds(name, here, folder):
         classes = {"num_classes": 10 if name.startswith("scopedigits") else 2}
         mambascope.models.save_safetensors(timm.create_model(net["name"], depth=4, **classes), here / "vim.safetensors")
         root += ["--model.net.checkpoint", str(here / "vim.safetensors")]
+    elif net.get("checkpoint"):  # of all blocks
+        root += ["--model.net.checkpoint", "null"]
     # four of the blocks are enough to build, and the whole model's size is checked in closed form
     built = cli("--config", name, *root, "--model.net.args.depth=4")
     model = built.model.model
