@@ -1,11 +1,16 @@
 """Shared test settings: one thread keeps small tests fast, and random draws repeat."""
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# a shell that starts the tests in the background leaves SIGINT ignored, also in the commands that tests interrupt
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
