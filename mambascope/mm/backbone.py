@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from mambascope.evaluation.cost import stage_macs
 from mambascope.layers import cls_index, pad_to, remove_cls
 from mambascope.mm.gate import GateHead
-from mambascope.mm.pyramid import STEPS, ImageDetail, SimplePyramid
+from mambascope.mm.pyramid import STEPS, ImageDetail, SimplePyramid, double
 from mambascope.models.checkpoint import CheckpointError, load_checkpoint, read_state_dict
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, VimConfig, with_overrides
 from mambascope.models.exit import check_threshold, exit_mask
@@ -413,7 +412,7 @@ class ScopeBackbone(_EncoderBackbone):
         """Coarse tokens resized to the fine grid, with the detail of the half-size image."""
         grids = self._coarse_grids(coarse)
         at = cls_index(coarse.tokens.shape[1], self.encoder.config.cls_position)
-        maps = self._with_places([_double(g) for g in grids], grids)
+        maps = self._with_places([double(g) for g in grids], grids)
         detail = [] if self.detail is None else self.detail.forward_half(self.encoder.half_image(x))
         return Look(maps, [t[:, at] for t in coarse.taken], detail)
 
@@ -445,10 +444,6 @@ class ScopeBackbone(_EncoderBackbone):
         left = features.exited.tolist()
         both = {c: self.cost(height, width, c) for c in ("one_direction", "both_directions")}
         return {c: [cost[0] if out else cost[1] for out in left] for c, cost in both.items()}
-
-
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def _zero(parameters: Iterable[Tensor], like: Tensor) -> Tensor:

@@ -13,6 +13,11 @@ from torch import Tensor, nn
 STEPS = (4, 2, 1, 0.5)
 
 
+def double(x: Tensor) -> Tensor:
+    """A map [B, d, h, w] resized to [B, d, 2h, 2w]."""
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
 def _norm(dim: int, norm_cfg: dict | None) -> nn.Module:
     return LayerNorm2d(dim) if norm_cfg is None else build_norm_layer(norm_cfg, dim)[1]
 
@@ -114,18 +119,19 @@ class ImageDetail(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps [B, out, H/s, W/s] of images [B, C, H, W], s = P/4, P/2, P and 2P; sides are multiples of 2P."""
-        return [out(level) for out, level in zip(self.outs, self._run(x, len(STEPS)), strict=True)]
+        return self._maps(x, len(STEPS))
 
     def forward_half(self, half: Tensor) -> list[Tensor]:
         """The same maps from the half-size image [B, C, H/2, W/2]: each is one level finer there, the first resized."""
-        found = [out(level) for out, level in zip(self.outs, self._run(half, len(STEPS) - 1), strict=False)]
-        return [F.interpolate(found[0], scale_factor=2, mode="bilinear", align_corners=False), *found]
+        found = self._maps(half, len(STEPS) - 1)
+        return [double(found[0]), *found]
 
-    def _run(self, x: Tensor, count: int) -> list[Tensor]:
+    def _maps(self, x: Tensor, count: int) -> list[Tensor]:
+        """The first ``count`` maps of an image."""
         found = []
         for i in range(count):
             x = self.levels[i](x)
-            found.append(x)
+            found.append(self.outs[i](x))
         return found
 
     def full_parameters(self) -> list[Tensor]:

@@ -249,9 +249,7 @@ class VisionMamba(nn.Module, HubMixin):
         if self.global_pool != "lse" or self.num_classes == 0:
             return self.classify(self.pool(tokens, position))
         logits = self.classify(tokens)
-        position = position or self._cls_position()
-        own = logits[:, cls_index(tokens.shape[1] - 1, position)]
-        patches = remove_cls(logits, position)
+        own, patches = self.pool(logits, position), remove_cls(logits, position or self._cls_position())
         if patches.shape[1] == 0:  # a fine sequence of nothing but CLS
             return own
         pooled = patches.to(torch.promote_types(patches.dtype, torch.float32)).logsumexp(1)

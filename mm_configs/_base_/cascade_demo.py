@@ -1,5 +1,4 @@
-# Cascade Mask R-CNN small enough for minutes on a CPU: lean heads, so that the backbone is what reads, few proposals,
-# patches of 8 pixels
+# Cascade Mask R-CNN small enough for minutes on a CPU: lean heads, few proposals, patches of 8 pixels
 _base_ = ["cascade.py"]
 _strides = [2, 4, 8, 16]
 _head = dict(
