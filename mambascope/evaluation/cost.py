@@ -6,11 +6,12 @@ Multiply-adds per token and layer::
     d·2E + E·d                                 in_proj and out_proj
     K·E + E·(R+2N) + R·E + 9·E·N + 2·E         per scan direction: conv, x_proj, dt_proj, scan, D term and gate
 
-plus ``in_chans·patch²·d`` for every patch that is embedded. The published fine stage embeds every patch of the
-full-size image and projects every coarse output, also those of cells it then leaves out; so does this count. The model
-in this package skips them: :func:`skipped_macs` says how much that saves (about 1 %). Left out, as in the published
-tables: classifier head (also where it reads every patch, ``global_pool="lse"``: :func:`head_macs`), norms, activations,
-residual additions, position tables, resizing and ranking the cells.
+plus ``in_chans·patch²·d`` for every patch that is embedded, and the convolutions of a stem over the whole image. The
+published fine stage embeds every patch of the full-size image and projects every coarse output, also those of cells it
+then leaves out; so does this count. The model in this package skips them, but for the stem's convolutions:
+:func:`skipped_macs` says how much that saves (about 1 %). Left out, as in the published tables: classifier head (also
+where it reads every patch, ``global_pool="lse"``: :func:`head_macs`), norms, activations, residual additions, position
+tables, resizing and ranking the cells.
 Registers are tokens like any other. A block that scans the means of cells (``fine_pool``) spends x_proj, dt_proj and
 the scan once per cell, the rest on every token; the means themselves are left out.
 
@@ -36,6 +37,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from mambascope.layers import stem_convs, stem_macs
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, ScopeConfig, VimConfig, with_overrides
 from mambascope.models.selection import num_selected
 
@@ -112,8 +114,16 @@ def scope_grid(config: ScopeConfig, img_size: int | Sequence[int] | None = None)
 def encoder_macs(config: VimConfig, tokens: int, patches: int, convention: str = "one_direction") -> int:
     """Multiply-adds of embedding `patches` patches and running `tokens` tokens (CLS included) through the encoder."""
     projections, scans = token_macs(config, convention)
-    embedding = config.in_chans * config.patch_size**2 * config.embed_dim
-    return tokens * config.depth * (projections + scans) + patches * embedding
+    return tokens * config.depth * (projections + scans) + patches * embedding_macs(config)
+
+
+def embedding_macs(config: VimConfig) -> int:
+    """Multiply-adds of embedding one patch, with its share of the stem."""
+    linear = config.in_chans * config.patch_size**2 * config.embed_dim
+    if not config.stem_width:
+        return linear
+    stem = stem_macs(config.in_chans, config.patch_size, config.stem_width)
+    return linear + stem + 2 * config.stem_width * config.embed_dim
 
 
 def token_macs(config: VimConfig, convention: str = "one_direction") -> tuple[int, int]:
@@ -146,10 +156,9 @@ def reduced_macs(
     projections, scans = token_macs(config, convention)
     counts = config.reduction.patch_counts(patches, config.depth)
     blocks = sum((count + 1) * (projections + share * scans) for count, share in zip(counts, shares, strict=True))
-    embedding = patches * config.in_chans * config.patch_size**2 * config.embed_dim
     return (
         round(blocks)
-        + embedding
+        + patches * embedding_macs(config)
         + config.reduction.extra_macs(config.sizes, patches, 1 + CONVENTIONS.index(convention))
     )
 
@@ -182,6 +191,10 @@ def count_parameters(config: VimConfig) -> int:
     fine_patches = math.prod(vim_grid(config)) + config.registers
     total = config.depth * (mixer + d) + d  # blocks with their norm gains, final norm
     total += config.in_chans * config.patch_size**2 * d + d  # patch embedding
+    if config.stem_width:
+        convs = stem_convs(config.in_chans, config.patch_size, config.stem_width)
+        # with bias, and gain and bias of the norm
+        total += sum((9 * chans + 3) * out for _, chans, out in convs) + 2 * config.stem_width * d
     total += d * config.num_classes + config.num_classes if config.num_classes else 0
     if config.reduction is not None:
         total += config.reduction.num_parameters(config.sizes)
@@ -257,7 +270,8 @@ def skipped_macs(config: ScopeConfig, img_size: int | Sequence[int] | None = Non
     """Multiply-adds in :func:`stage_macs` that the model here does not spend on the cells it leaves out."""
     cells = math.prod(scope_grid(config, img_size))
     others = cells - num_selected(config.alpha if alpha is None else alpha, cells)
-    embedding = 4 * others * config.in_chans * config.patch_size**2 * config.embed_dim
+    patch = config.in_chans * config.patch_size**2 + 2 * config.stem_width  # the stem itself reads the whole image
+    embedding = 4 * others * patch * config.embed_dim
     return embedding + reuse_macs(config, cells) - reuse_macs(config, cells - others)
 
 

@@ -1,4 +1,4 @@
-"""Building blocks of the encoders: norm, bidirectional mixer, block, patch and position embedding, reuse, rows."""
+"""Building blocks of the encoders: norm, mixer, block, patch and position embedding, stem, feature reuse, rows."""
 
 from mambascope.layers.block import VimBlock
 from mambascope.layers.cell_pool import CellPool
@@ -9,16 +9,19 @@ from mambascope.layers.pos_embed import cls_index, insert_cls, remove_cls, resam
 from mambascope.layers.registers import insert_registers, remove_registers
 from mambascope.layers.reuse import FeatureReuse
 from mambascope.layers.rows import flat_rows, gather_rows
+from mambascope.layers.stem import ConvStem, conv_half, stem_convs, stem_macs
 
 __all__ = [
     "BidirectionalMamba",
     "CellPool",
+    "ConvStem",
     "FeatureReuse",
     "PatchEmbed",
     "RMSNorm",
     "ScoreOptions",
     "VimBlock",
     "cls_index",
+    "conv_half",
     "flat_rows",
     "gather_rows",
     "insert_cls",
@@ -27,4 +30,6 @@ __all__ = [
     "remove_cls",
     "remove_registers",
     "resample_pos_embed",
+    "stem_convs",
+    "stem_macs",
 ]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambascope.layers.stem import ConvStem
 from mambascope.ops import linear
 
 
@@ -29,20 +30,30 @@ def pad_to(x: Tensor, multiple: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of square patches, with the official Vim's optional overlap.
+    """Linear embedding of square patches, with the official Vim's optional overlap or with a convolutional stem.
 
     Args:
         patch_size: Side of a patch in pixels.
         stride: Distance between patches; smaller than ``patch_size`` makes them overlap.
         in_chans: Image channels.
         embed_dim: Model width d.
+        stem_width: Channels of a stem's finest map, whose coarsest is projected and added to the tokens; 0 for no stem.
+
+    Raises:
+        ValueError: If a stem is asked for and the patches are of another size than it can have, or overlap.
     """
 
-    def __init__(self, patch_size: int, stride: int, in_chans: int, embed_dim: int) -> None:
+    def __init__(self, patch_size: int, stride: int, in_chans: int, embed_dim: int, stem_width: int = 0) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.stride = stride
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride)
+        self.stem = self.stem_proj = None
+        if stem_width:
+            if stride != patch_size:
+                raise ValueError(f"stride must equal patch_size, {patch_size}, with a stem, got {stride}")
+            self.stem = ConvStem(in_chans, patch_size, stem_width)
+            self.stem_proj = nn.Conv2d(self.stem.channels[-1], embed_dim, 1, bias=False)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches for an image of this size, after padding."""
@@ -56,25 +67,46 @@ class PatchEmbed(nn.Module):
         pad_w = (cols - 1) * self.stride + self.patch_size - x.shape[-1]
         return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Embeds images [B, C, H, W] as tokens [B, rows * cols, d] in raster order."""
-        return self.proj(self.pad(x)).flatten(2).transpose(1, 2)
+    def levels(self, x: Tensor) -> list[Tensor]:
+        """The maps that :class:`~mambascope.layers.stem.ConvStem` makes of images [B, C, H, W]; none without a stem."""
+        return [] if self.stem is None else self.stem(self.pad(x))
 
-    def embed_cells(self, x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        """Embeds the four patches of the named 2x2-patch cells only; other pixels are not read.
+    def forward(self, x: Tensor, levels: list[Tensor] | None = None) -> Tensor:
+        """Embeds images [B, C, H, W] as tokens [B, rows * cols, d] in raster order.
+
+        Args:
+            x: The images.
+            levels: What :meth:`levels` makes of them, where that is known already.
+        """
+        tokens = self.proj(self.pad(x))
+        if self.stem_proj is not None:
+            tokens = tokens + self.stem_proj((self.levels(x) if levels is None else levels)[-1])
+        return tokens.flatten(2).transpose(1, 2)
+
+    def embed_cells(self, x: Tensor, rows: Tensor, cols: Tensor, levels: list[Tensor] | None = None) -> Tensor:
+        """Embeds the four patches of the named 2x2-patch cells only; other pixels are read by a stem alone.
 
         Args:
             x: Images [B, C, H, W], H and W multiples of two patches.
             rows: Cell rows [B, k].
             cols: Cell columns [B, k].
+            levels: What :meth:`levels` makes of the images, where that is known already.
 
         Returns:
             Tokens [B, k, 4, d], children in the order (0,0), (0,1), (1,0), (1,1).
         """
-        batch, chans, height, width = x.shape
-        p = self.patch_size
-        # [B, cell rows, cell cols, child row, child col, C, p, p] as a view: indexing copies the selected pixels alone
-        view = x.view(batch, chans, height // (2 * p), 2, p, width // (2 * p), 2, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
-        index = torch.arange(batch, device=rows.device).unsqueeze(1)
-        pixels = view[index, rows, cols].flatten(5).flatten(2, 3).flatten(3)
-        return linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
+        tokens = linear(_cells(x, self.patch_size, rows, cols), self.proj.weight.flatten(1), self.proj.bias)
+        if self.stem_proj is None:
+            return tokens
+        found = (self.levels(x) if levels is None else levels)[-1]
+        return tokens + linear(_cells(found, 1, rows, cols), self.stem_proj.weight.flatten(1), None)
+
+
+def _cells(x: Tensor, side: int, rows: Tensor, cols: Tensor) -> Tensor:
+    """What lies in the named 2x2-patch cells of maps [B, C, h, w] with patches of ``side``: [B, k, 4, C * side**2]."""
+    batch, chans, height, width = x.shape
+    p = side
+    # [B, cell rows, cell cols, child row, child col, C, p, p] as a view: indexing copies the selected pixels alone
+    view = x.view(batch, chans, height // (2 * p), 2, p, width // (2 * p), 2, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    index = torch.arange(batch, device=rows.device).unsqueeze(1)
+    return view[index, rows, cols].flatten(5).flatten(2, 3).flatten(3)

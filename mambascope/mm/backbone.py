@@ -31,7 +31,7 @@ from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import find_weights
 
 # fields that a checkpoint and the backbone must agree on: without them the weights mean something else
-_SAME = ("patch_size", "embed_dim", "depth", "d_state", "d_conv", "expand", "cls_position")
+_SAME = ("patch_size", "embed_dim", "depth", "d_state", "d_conv", "expand", "cls_position", "stem_width")
 _SAME_SCOPE = ("fine_cls", "fine_order", "cell_order", "reuse", "reuse_cls")
 
 
@@ -139,7 +139,10 @@ class _EncoderBackbone(BaseModule):
         self.encoder.set_grad_checkpointing(with_cp)
         self.pyramid = SimplePyramid(config.embed_dim, out_channels, norm_cfg, readout)
         channels = self.pyramid.out_channels
-        self.detail = ImageDetail(config.in_chans, config.patch_size, channels) if detail else None
+        stem = config.stem_width
+        self.detail = None
+        if detail:
+            self.detail = ImageDetail(config.in_chans, config.patch_size, channels, stem or 32, own_stem=not stem)
         self.strides = tuple(config.patch_size / step for step in STEPS)
         self._freeze()
 
@@ -254,7 +257,7 @@ class _EncoderBackbone(BaseModule):
         pyramid = self.pyramid.macs(rows, cols)
         detail = half = 0
         if self.detail is not None:
-            detail, half = self.detail.macs(*size), self.detail.macs(*size, half=True)
+            detail, half = self.detail.macs(rows, cols), self.detail.macs(rows, cols, half=True)
         exits = cost.coarse + half if alpha else cost.fine + detail
         return (exits + pyramid) / 1e9, (cost.refined + pyramid + detail) / 1e9
 
@@ -276,8 +279,8 @@ class VimBackbone(_EncoderBackbone):
         norm_eval: Keep batch norms of the pyramid in evaluation mode while training.
         norm_cfg: Normalisation inside the pyramid; ``None`` for LayerNorm.
         readout: Add the projected CLS outputs to the maps: a classifier keeps what it knows there, not in the patches.
-        detail: Add convolutions of the image to the maps, see :class:`~mambascope.mm.pyramid.ImageDetail`: of an image
-            a classifier keeps what tells its classes apart, not where an edge runs.
+        detail: Add convolutions of the image to the maps, see :class:`~mambascope.mm.pyramid.ImageDetail`: those of the
+            encoder's stem (``arch_options=dict(stem_width=32)``) start from the classifier's weights, too.
         init_cfg: See :meth:`init_weights`.
 
     Raises:
@@ -290,8 +293,9 @@ class VimBackbone(_EncoderBackbone):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps [B, channels, H/s, W/s] of images [B, 3, H, W], s = 4, 8, 16, 32 for 16-pixel patches."""
         padded = self._pad(x)
-        _, maps, cls = self.encoder._intermediates(padded, list(self.out_indices), None, False)
-        detail = [] if self.detail is None else self.detail(padded)
+        levels = self.encoder.patch_embed.levels(padded)
+        _, maps, cls = self.encoder._intermediates(padded, list(self.out_indices), None, False, levels)
+        detail = [] if self.detail is None else self.detail(padded, levels)
         return self._levels(Look(maps, [c.squeeze(1) for c in cls], detail), *x.shape[-2:])
 
 
@@ -373,7 +377,9 @@ class ScopeBackbone(_EncoderBackbone):
         """Features of images [B, 3, H, W] with what was decided on the way; the fine pass reads refined images only."""
         height, width = x.shape[-2:]
         x = self._pad(x)
-        coarse = self.encoder.forward_coarse(x, take=self.out_indices)
+        half = self.encoder.half_image(x)
+        levels = self.encoder.patch_embed.levels(half)
+        coarse = self.encoder.forward_coarse(x, take=self.out_indices, levels=levels)
         logits = confidence = None
         if self.gate is not None:
             logits = self.gate(coarse.cls)
@@ -385,17 +391,18 @@ class ScopeBackbone(_EncoderBackbone):
         if refined.numel() == batch:
             look, selected = self._fine_look(x, coarse)
         elif refined.numel() == 0:
-            look = self._coarse_look(x, coarse)
+            look = self._coarse_look(coarse, half, levels)
             if self.training:
                 look.maps[0] = look.maps[0] + _zero(self._fine_parameters(), look.maps[0])
         else:
             stayed = exited.nonzero().squeeze(1)
             fine, cells_read = self._fine_look(x.index_select(0, refined), coarse.index_select(refined))
             selected = selected.index_copy(0, refined, cells_read)
-            kept = self._coarse_look(x.index_select(0, stayed), coarse.index_select(stayed))
+            own = [level.index_select(0, stayed) for level in levels]
+            kept = self._coarse_look(coarse.index_select(stayed), half.index_select(0, stayed), own)
             look = kept.joined(fine, torch.cat([stayed, refined]).argsort())
-        levels = self._levels(look, height, width)
-        return ScopeFeatures(levels, logits, confidence, exited, coarse.importance, selected, coarse.grid)
+        maps = self._levels(look, height, width)
+        return ScopeFeatures(maps, logits, confidence, exited, coarse.importance, selected, coarse.grid)
 
     def _coarse_grids(self, coarse: CoarseState) -> list[Tensor]:
         """Coarse tokens as maps [B, d, h/2, w/2]."""
@@ -408,21 +415,22 @@ class ScopeBackbone(_EncoderBackbone):
             return maps
         return [m + up(grid) for m, up, grid in zip(maps, self.coarse_up, grids, strict=True)]
 
-    def _coarse_look(self, x: Tensor, coarse: CoarseState) -> Look:
-        """Coarse tokens resized to the fine grid, with the detail of the half-size image."""
+    def _coarse_look(self, coarse: CoarseState, half: Tensor, levels: Sequence[Tensor]) -> Look:
+        """Coarse tokens resized to the fine grid, with the detail of the half-size image and its stem's maps."""
         grids = self._coarse_grids(coarse)
         at = cls_index(coarse.tokens.shape[1], self.encoder.config.cls_position)
         maps = self._with_places([double(g) for g in grids], grids)
-        detail = [] if self.detail is None else self.detail.forward_half(self.encoder.half_image(x))
+        detail = [] if self.detail is None else self.detail.forward_half(half, levels)
         return Look(maps, [t[:, at] for t in coarse.taken], detail)
 
     def _fine_look(self, x: Tensor, coarse: CoarseState) -> tuple[Look, Tensor]:
         """Fine tokens on the fine grid, with the detail of the whole image; and the cells re-read [B, k]."""
-        fine = self.encoder.forward_fine(x, coarse, take=self.out_indices)
+        levels = self.encoder.patch_embed.levels(x)
+        fine = self.encoder.forward_fine(x, coarse, take=self.out_indices, levels=levels)
         at = cls_index(fine.length - 1, self.encoder.config.fine_cls)
         maps = [self.encoder.fine_map(t, fine, coarse.grid) for t in fine.taken]
         maps = self._with_places(maps, self._coarse_grids(coarse))
-        detail = [] if self.detail is None else self.detail(x)
+        detail = [] if self.detail is None else self.detail(x, levels)
         return Look(maps, [t[:, at] for t in fine.taken], detail), fine.selected
 
     def _fine_parameters(self) -> list[Tensor]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+
+from mambascope.layers import ConvStem, conv_half, stem_convs, stem_macs
 
 # finest level first: how the patch grid is brought to 1/4, 1/2, 1 and 2 times the patch side
 STEPS = (4, 2, 1, 0.5)
@@ -85,67 +88,69 @@ class SimplePyramid(nn.Module):
 
 
 class ImageDetail(nn.Module):
-    """Convolutions beside the encoder that see what patches lose: where an edge runs and how a small thing looks.
+    """Convolutions of the image at the pyramid's strides, which are added to its levels.
 
-    A classifier's patch embedding keeps what tells its classes apart, and its tokens come one for a whole patch; masks
-    and boxes need more. Four maps at the pyramid's strides are added to its levels, as the spatial prior module of the
-    ViT-Adapter does it (arXiv 2205.08534).
+    A classifier's linear patch embedding keeps what tells its classes apart, and its tokens come one for a whole patch;
+    masks and boxes need more. The maps are those of a :class:`~mambascope.layers.stem.ConvStem` and one level more: of
+    the encoder's stem, which has learned from a classifier's images, or, where it has none, of an own one.
 
     Args:
         in_chans: Channels of the image.
         patch_size: Side P of a patch in pixels, a power of two and at least 8.
         out_channels: Channels of the maps.
         width: Channels at the finest stride; the others have twice as many.
+        own_stem: Whether the convolutions are made here; if not, their maps have to be given.
 
     Raises:
         ValueError: If the patch size is another.
     """
 
-    def __init__(self, in_chans: int, patch_size: int, out_channels: int, width: int = 32) -> None:
+    def __init__(
+        self, in_chans: int, patch_size: int, out_channels: int, width: int = 32, own_stem: bool = True
+    ) -> None:
         super().__init__()
-        if patch_size < 8 or patch_size & (patch_size - 1):
-            raise ValueError(f"detail needs a patch_size of 8, 16, 32, ..., got {patch_size}")
-        halvings = (patch_size // STEPS[0]).bit_length() - 1
-        stem = [self._half(in_chans if i == 0 else width, width) for i in range(halvings)]
-        wide = 2 * width
-        self.levels = nn.ModuleList(
-            [nn.Sequential(*stem), self._half(width, wide), self._half(wide, wide), self._half(wide, wide)]
-        )
-        self.outs = nn.ModuleList(nn.Conv2d(width if i == 0 else wide, out_channels, 1) for i in range(len(STEPS)))
+        stem_convs(in_chans, patch_size, width)  # checks the patch size
+        self.width = width
+        self.stem_macs = stem_macs(in_chans, patch_size, width) if own_stem else 0
+        self.stem = ConvStem(in_chans, patch_size, width) if own_stem else None
+        self.last = conv_half(2 * width, 2 * width)
+        channels = (width, *[2 * width] * (len(STEPS) - 1))
+        self.outs: Any = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in channels)
 
-    @staticmethod
-    def _half(channels: int, out: int) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(channels, out, 3, 2, 1), LayerNorm2d(out), nn.GELU())
+    def forward(self, x: Tensor, levels: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Maps [B, out, H/s, W/s] of images [B, C, H, W], s = P/4, P/2, P and 2P; sides are multiples of 2P.
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Maps [B, out, H/s, W/s] of images [B, C, H, W], s = P/4, P/2, P and 2P; sides are multiples of 2P."""
-        return self._maps(x, len(STEPS))
+        Args:
+            x: The images.
+            levels: What the encoder's stem makes of them, where it has one.
+        """
+        found = self._levels(x, levels)
+        return self._project([*found, self.last(found[-1])])
 
-    def forward_half(self, half: Tensor) -> list[Tensor]:
+    def forward_half(self, half: Tensor, levels: Sequence[Tensor] = ()) -> list[Tensor]:
         """The same maps from the half-size image [B, C, H/2, W/2]: each is one level finer there, the first resized."""
-        found = self._maps(half, len(STEPS) - 1)
+        found = self._project(self._levels(half, levels))
         return [double(found[0]), *found]
 
-    def _maps(self, x: Tensor, count: int) -> list[Tensor]:
-        """The first ``count`` maps of an image."""
-        found = []
-        for i in range(count):
-            x = self.levels[i](x)
-            found.append(self.outs[i](x))
-        return found
+    def _levels(self, x: Tensor, levels: Sequence[Tensor]) -> Sequence[Tensor]:
+        return levels if self.stem is None else self.stem(x)
+
+    def _project(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        # the half-size image has no fourth level
+        return [out(level) for out, level in zip(self.outs, levels, strict=False)]
 
     def full_parameters(self) -> list[Tensor]:
         """What only full-size images use."""
-        return [*self.levels[-1].parameters(), *self.outs[-1].parameters()]
+        return [*self.last.parameters(), *self.outs[-1].parameters()]
 
-    def macs(self, height: int, width: int, half: bool = False) -> int:
-        """Multiply-adds of one image of ``height`` x ``width`` pixels; with ``half`` of its half-size image's maps."""
-        if half:
-            height, width = height // 2, width // 2
-        total = 0
-        for i in range(len(STEPS) - half):
-            for conv in (m for m in self.levels[i].modules() if isinstance(m, nn.Conv2d)):
-                height, width = height // 2, width // 2
-                total += height * width * conv.weight.numel()
-            total += height * width * sum(w.numel() for w in self.outs[i].parameters() if w.ndim > 1)
+    def macs(self, rows: int, cols: int, half: bool = False) -> int:
+        """Multiply-adds of one image of ``rows`` x ``cols`` patches; with ``half`` of its half-size image's maps.
+
+        Without those of the encoder's stem.
+        """
+        patches = rows * cols // 4 if half else rows * cols
+        fine, wide = (out.weight.numel() for out in (self.outs[0], self.outs[-1]))
+        total = patches * (self.stem_macs + 16 * fine + (4 + 1) * wide)
+        if not half:
+            total += patches // 4 * (wide + 9 * self.width**2 * 4)
         return total

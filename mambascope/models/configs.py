@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from mambascope.layers.mixer import ScoreOptions
 from mambascope.layers.pos_embed import CLS_POSITIONS
 from mambascope.layers.reuse import REUSE_KINDS
+from mambascope.layers.stem import stem_convs
 from mambascope.models.exit import CONFIDENCES, as_number, check_temperature, check_threshold
 from mambascope.ops import check_backend
 from mambascope.reduction import EncoderSizes, ReductionConfig, reduction_config
@@ -66,6 +67,10 @@ class VimConfig:
             whose logits are pooled by log-mean-exp and added (weakly supervised localisation, arXiv 1411.6228): the
             patches then learn to name what they show, as dense models want it; or ``""`` for no pooling.
         scan_backend: Scan backend by name; ``None`` for the automatic choice.
+        stem_width: Channels w of a convolutional stem beside the linear patch embedding (after arXiv 2106.14881): maps
+            at a quarter, half and the whole of the patches' stride with w, 2 w and 2 w channels; the last is projected
+            and added to the patches. What is smaller than a patch is then not lost, and dense models read the finer
+            maps too. For patches of 8, 16, 32, ... pixels without overlap; 0 for none, as published.
         registers: Learned tokens that are spread evenly through the sequence in every pass (Mamba-Reg, arXiv
             2405.14858); their outputs are dropped.
         shuffle_rate: Probability with which the last block's mixer reads the tokens in a random order in training;
@@ -91,6 +96,7 @@ class VimConfig:
     cls_position: str = "middle"
     global_pool: str = "token"
     scan_backend: str | None = None
+    stem_width: int = 0
     registers: int = 0
     shuffle_rate: float = 0.0
     reduction: ReductionConfig | None = None
@@ -114,6 +120,7 @@ class VimConfig:
             # as plain floats: NumPy's are no JSON
             object.__setattr__(self, name, share(name, getattr(self, name), below_one=True))
         object.__setattr__(self, "shuffle_rate", share("shuffle_rate", self.shuffle_rate))
+        self._check_stem()
         if not isinstance(self.registers, int) or isinstance(self.registers, bool) or self.registers < 0:
             raise ValueError(f"registers must be an integer >= 0, got {self.registers!r}")
         eps = as_number(self.norm_eps)
@@ -137,6 +144,14 @@ class VimConfig:
             if self.registers or self.shuffle_rate:
                 name = "registers" if self.registers else "shuffle_rate"
                 raise ValueError(f"{name} must be 0 with reduction, which keeps the patches' order and nothing else")
+
+    def _check_stem(self) -> None:
+        if not isinstance(self.stem_width, int) or isinstance(self.stem_width, bool) or self.stem_width < 0:
+            raise ValueError(f"stem_width must be an integer >= 0, got {self.stem_width!r}")
+        if self.stem_width:
+            stem_convs(self.in_chans, self.patch_size, self.stem_width)  # checks the patch size
+            if self.patch_stride != self.patch_size:
+                raise ValueError(f"stride must equal patch_size, {self.patch_size}, with a stem, got {self.stride}")
 
     @property
     def image_hw(self) -> tuple[int, int]:

@@ -60,7 +60,7 @@ class VisionMamba(nn.Module, HubMixin):
         self.grad_checkpointing = False
         dim = config.embed_dim
 
-        self.patch_embed = PatchEmbed(config.patch_size, config.patch_stride, config.in_chans, dim)
+        self.patch_embed = PatchEmbed(config.patch_size, config.patch_stride, config.in_chans, dim, config.stem_width)
         self.grid = self._trained_grid(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1] + 1, dim))
@@ -119,15 +119,15 @@ class VisionMamba(nn.Module, HubMixin):
 
     # ---- encoder -------------------------------------------------------------------------------------------------
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Patch tokens without positions [B, M, d] and their grid."""
+    def _embed(self, x: Tensor, levels: list[Tensor] | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """Patch tokens without positions [B, M, d] and their grid; ``levels``: the stem's maps, if known already."""
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(x.shape)}")
-        return self.patch_embed(x), self.patch_embed.grid_size(*x.shape[-2:])
+        return self.patch_embed(x, levels), self.patch_embed.grid_size(*x.shape[-2:])
 
-    def _tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def _tokens(self, x: Tensor, levels: list[Tensor] | None = None) -> tuple[Tensor, tuple[int, int]]:
         """The encoder's input [B, M + 1, d]: patches, CLS and positions."""
-        patches, grid = self._embed(x)
+        patches, grid = self._embed(x, levels)
         position = self.config.cls_position
         table = resample_pos_embed(self.pos_embed, self.grid, grid, position)
         return insert_cls(patches, self.cls_token, position) + table, grid
@@ -302,12 +302,12 @@ class VisionMamba(nn.Module, HubMixin):
         return paired if intermediates_only else (final, paired)
 
     def _intermediates(
-        self, x: Tensor, take: list[int], stop: int | None, norm: bool
+        self, x: Tensor, take: list[int], stop: int | None, norm: bool, levels: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Final features, NCHW maps and CLS rows [B, 1, d] of the layers ``take``."""
+        """Final features, NCHW maps and CLS rows [B, 1, d] of the layers ``take``; ``levels``: see ``_embed``."""
         if self.reduction is not None:
             raise ValueError("intermediate maps need every token; this model was made with reduction")
-        tokens, grid = self._tokens(x)
+        tokens, grid = self._tokens(x, levels)
         final, _, taken = self.encode(tokens, take=take, stop_after=stop)
         if norm:
             taken = [self._normalised(t) for t in taken]
@@ -363,6 +363,8 @@ class VisionMamba(nn.Module, HubMixin):
             changes["patch_size"], changes["stride"] = patch_size, None
         # before anything changes: a wrong size must not leave half a model
         config = with_overrides(self.config, changes)
+        if "patch_size" in changes and config.stem_width:
+            raise ValueError(f"patch_size must stay {self.config.patch_size} with a stem, got {patch_size}")
         if "patch_size" in changes:
             assert patch_size is not None
             with torch.no_grad():

@@ -137,10 +137,13 @@ def test_early_exit_over_two_files(exported, images, tmp_path):
     [
         {"score_metric": "topk", "score_direction": "backward", "fine_cls": "last", "fine_order": "important_last"},
         {"reuse": "linear", "reuse_cls": True, "cell_order": "raster", "score_source": "post_gate"},
+        {"stem_width": 8, "patch_size": 8, "global_pool": "lse"},
     ],
 )
 def test_standalone_programs_of_every_option(options, tmp_path):
-    config = ScopeConfig(img_size=(24, 48), patch_size=4, embed_dim=16, depth=1, num_classes=5, **options)
+    config = ScopeConfig(
+        **{"img_size": (24, 48), "patch_size": 4, "embed_dim": 16, "depth": 1, "num_classes": 5, **options}
+    )
     model, x = MambaScope(config).eval(), torch.randn(4, 3, 24, 48)
     for name, (module, inputs) in stages(model, x, alpha=0.3, threshold=0.21).items():
         if name == "two_stage":

@@ -26,8 +26,11 @@ CASES = [
     ("vim_nano_patch8_64", {"registers": 5, "global_pool": "lse"}),
     ("mambascope_nano_patch8_64", {"registers": 3, "alpha": 0.5, "global_pool": "lse"}),
     ("vim_nano_patch8_64", {"registers": 5, "global_pool": ""}),
+    ("vim_nano_patch8_64", {"stem_width": 12, "img_size": (48, 80)}),
+    ("mambascope_nano_patch8_64", {"stem_width": 12, "alpha": 0.4}),
     ("vim_tiny_patch16_224", {"depth": 3}),
     ("mambascope_tiny_patch16_224", {"depth": 3}),
+    ("mambascope_tiny_patch16_224", {"depth": 3, "stem_width": 24}),
 ]
 
 

@@ -53,6 +53,7 @@ def test_patch16_strides_and_default_blocks():
         {"readout": True},
         {"detail": True},
         {"detail": True, "coarse_resize": "learned"},
+        {"detail": True, "out_channels": 24, "arch_options": {"stem_width": 12}},
         {"detail": True, "out_channels": 24, "arch_options": {"patch_size": 16}},
     ],
 )
@@ -99,11 +100,12 @@ def copy_encoder(source, target):
         target.detail.load_state_dict(source.detail.state_dict())
 
 
+@pytest.mark.parametrize("stem", [0, 12])
 @pytest.mark.parametrize("options", [{}, {"readout": True}, {"detail": True}])
-def test_everything_refined_equals_plain_vim(options):
-    exact = {"alpha": 1.0, "reuse": "off", "cell_order": "raster", "fine_cls": "middle"}
+def test_everything_refined_equals_plain_vim(options, stem):
+    exact = {"alpha": 1.0, "reuse": "off", "cell_order": "raster", "fine_cls": "middle", "stem_width": stem}
     ours = scope(arch_options=exact, threshold=1.0, **options).double().eval()
-    plain = vim(**options).double().eval()
+    plain = vim(arch_options={"stem_width": stem}, **options).double().eval()
     copy_encoder(ours, plain)
     x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     for a, b in zip(ours(x), plain(x), strict=True):
@@ -160,7 +162,7 @@ def test_learned_resize_starts_as_bilinear_and_gives_every_place_its_own_map():
     for up in learned.coarse_up:
         torch.nn.init.normal_(up.weight)
     taken = learned.encoder.forward_coarse(x, take=learned.out_indices)
-    maps, bilinear = learned._coarse_look(x, taken).maps, plain._coarse_look(x, taken).maps
+    maps, bilinear = (m._coarse_look(taken, x, []).maps for m in (learned, plain))  # no detail: no image is read
     for level, tokens in enumerate(taken.taken):
         token = remove_cls(tokens, "middle").unflatten(1, taken.grid)[1, 2, 3]  # second image, third row, fourth column
         for row in (0, 1):
@@ -175,23 +177,27 @@ def test_learned_resize_starts_as_bilinear_and_gives_every_place_its_own_map():
         scope(coarse_resize="nearest")
 
 
-def test_detail_is_of_the_image_that_was_read():
+@pytest.mark.parametrize("stem", [0, 12])
+def test_detail_is_of_the_image_that_was_read(stem):
     torch.manual_seed(0)
-    model = scope(detail=True, out_channels=24).eval()
+    model = scope(detail=True, out_channels=24, arch_options={"stem_width": stem}).eval()
     x = torch.randn(2, 3, 64, 96)
     coarse = model.encoder.forward_coarse(x, take=model.out_indices)
     fine, _ = model._fine_look(x, coarse)
     half = torch.nn.functional.avg_pool2d(x, 2)
-    exits = model._coarse_look(x, coarse)
+    levels = model.encoder.patch_embed.levels
+    exits = model._coarse_look(coarse, half, levels(half))
     # each map of the half-size image is one level finer there, the finest is resized
-    finer = model.detail(half)
+    finer = model.detail(half, levels(half))
     for level in (1, 2, 3):
         torch.testing.assert_close(exits.detail[level], finer[level - 1])
     resized = torch.nn.functional.interpolate(finer[0], scale_factor=2, mode="bilinear", align_corners=False)
     torch.testing.assert_close(exits.detail[0], resized)
-    # level by level, written out: strides 2, 4, 8 and 16 for patches of 8 pixels
+    # level by level, written out: strides 2, 4, 8 and 16 for patches of 8 pixels; the encoder's stem, if there is one
+    assert (model.detail.stem is None) == (stem > 0)
+    convs = (model.encoder.patch_embed if stem else model.detail).stem
     seen = x
-    for level, out, found in zip(model.detail.levels, model.detail.outs, fine.detail, strict=True):
+    for level, out, found in zip([*convs.levels, model.detail.last], model.detail.outs, fine.detail, strict=True):
         conv, norm, _ = level if len(level) == 3 else level[0]
         seen = F.gelu(norm(F.conv2d(seen, conv.weight, conv.bias, stride=2, padding=1)))
         torch.testing.assert_close(found, out(seen))
@@ -205,13 +211,18 @@ def test_detail_is_of_the_image_that_was_read():
 def test_detail_of_other_patch_sizes():
     model = VimBackbone("vim_tiny_patch16_224", arch_options={"depth": 4, "embed_dim": 32}, detail=True)
     assert [m.shape[-2:] for m in model(torch.zeros(1, 3, 70, 40))] == [(18, 10), (9, 5), (5, 3), (3, 2)]
-    with pytest.raises(ValueError, match=r"detail needs a patch_size of 8, 16, 32.*, got 12"):
+    with pytest.raises(ValueError, match=r"stem needs a patch_size of 8, 16, 32.*, got 12"):
         vim(arch_options={"patch_size": 12}, detail=True)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"coarse_resize": "bilinear"}, {"coarse_resize": "learned"}, {"coarse_resize": "learned", "detail": True}],
+    [
+        {"coarse_resize": "bilinear"},
+        {"coarse_resize": "learned"},
+        {"coarse_resize": "learned", "detail": True},
+        {"detail": True, "arch_options": {"stem_width": 12}},
+    ],
 )
 @pytest.mark.parametrize("exit_prob", [0.0, 0.5, 1.0])
 def test_every_parameter_learns_in_every_step(exit_prob, options):
@@ -263,13 +274,15 @@ def test_frozen_stages_and_norm_eval():
     assert not any(m.training for m in norms)
 
 
-def test_cost_equals_the_counted_operations():
+@pytest.mark.parametrize("stem", [0, 12])
+def test_cost_equals_the_counted_operations(stem):
     size = (64, 96)
     x = torch.zeros(1, 3, *size)
-    plain = vim(out_channels=24, readout=True, detail=True).eval()
+    arch = {"arch_options": {"stem_width": stem}}
+    plain = vim(out_channels=24, readout=True, detail=True, **arch).eval()
     assert count_macs(plain, x) == round(plain.cost(*size)[0] * 1e9)
     assert plain.cost(*size)[0] == plain.cost(*size)[1]
-    learned = scope(out_channels=24, coarse_resize="learned", detail=True, threshold=0.0).eval()
+    learned = scope(out_channels=24, coarse_resize="learned", detail=True, threshold=0.0, **arch).eval()
     assert count_macs(learned, x) == round(learned.cost(*size)[0] * 1e9) + learned.encoder.embed_dim * 5
     learned.threshold = 1.0
     rest = learned.encoder.embed_dim * 5 - skipped_macs(learned.encoder.config, size)
