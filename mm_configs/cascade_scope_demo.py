@@ -10,11 +10,12 @@ model = dict(
     backbone=dict(
         type="ScopeBackbone",
         arch="mambascope_nano_patch8_64",
-        arch_options=dict(fine_cls="middle", alpha=0.7),  # CLS in the middle as in the demo's classifier
+        # CLS in the middle as in the demo's classifier; the stem sees digits of one and a half patches
+        arch_options=dict(fine_cls="middle", alpha=0.7, stem_width=32),
         img_size=64,
         out_channels=64,
         readout=True,  # what the classifier that it starts from knows of the whole image
-        detail=True,  # small digits' edges lie inside patches
+        detail=True,  # the stem's finer maps: small digits' edges lie inside patches
         gate=dict(num_classes=10, confidence="entropy"),
         threshold=0.5,
         coarse_resize="learned",

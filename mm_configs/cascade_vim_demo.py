@@ -10,10 +10,11 @@ model = dict(
     backbone=dict(
         type="VimBackbone",
         arch="vim_nano_patch8_64",
+        arch_options=dict(stem_width=32),
         img_size=64,
         out_channels=64,
         readout=True,  # what the classifier that it starts from knows of the whole image
-        detail=True,  # small digits' edges lie inside patches
+        detail=True,
         init_cfg=dict(type="Pretrained", checkpoint="scopedigits_dense"),
     ),
 )
