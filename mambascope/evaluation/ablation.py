@@ -157,6 +157,7 @@ def improvements(config: ScopeConfig) -> dict[str, Table]:
         Setting("cell scans, all", {"fine_pool": "all"}),
     )
     recipe = (
+        Setting("stem 32", {"stem_width": 32}),
         Setting("registers 4", {"registers": 4}),
         Setting("shuffle 0.2", {"shuffle_rate": 0.2}),
         Setting("shuffle 0.5", {"shuffle_rate": 0.5}),

@@ -30,8 +30,9 @@ class Teacher:
 
     def __init__(self, config: VimConfig, checkpoint: str) -> None:
         _, description = read_state_dict(find_weights(checkpoint))
-        pool = description.get("config", {}).get("global_pool", config.global_pool)  # what its own head reads
-        self.model = VisionMamba(replace(config, reduction=None, global_pool=pool))
+        described = description.get("config", {})  # what it sees of an image and what its head reads are its own
+        own = {name: described.get(name, getattr(config, name)) for name in ("global_pool", "stem_width")}
+        self.model = VisionMamba(replace(config, reduction=None, **own))
         load_checkpoint(self.model, checkpoint, verbose=False)
         self.model.requires_grad_(False).eval()
 
