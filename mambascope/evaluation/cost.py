@@ -37,7 +37,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from mambascope.layers import stem_convs, stem_macs
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, ScopeConfig, VimConfig, with_overrides
 from mambascope.models.selection import num_selected
 
@@ -119,11 +118,13 @@ def encoder_macs(config: VimConfig, tokens: int, patches: int, convention: str =
 
 def embedding_macs(config: VimConfig) -> int:
     """Multiply-adds of embedding one patch, with its share of the stem."""
-    linear = config.in_chans * config.patch_size**2 * config.embed_dim
-    if not config.stem_width:
-        return linear
-    stem = stem_macs(config.in_chans, config.patch_size, config.stem_width)
-    return linear + stem + 2 * config.stem_width * config.embed_dim
+    values = config.in_chans * config.patch_size**2 + 2 * config.stem_width
+    return values * config.embed_dim + stem_macs(config.stem_convs, config.patch_size)
+
+
+def stem_macs(convs: Sequence[tuple[int, int, int]], patch_size: int) -> int:
+    """Multiply-adds of a stem for every patch, its convolutions as :attr:`VimConfig.stem_convs` names them."""
+    return sum((patch_size // stride) ** 2 * 9 * chans * out for stride, chans, out in convs)
 
 
 def token_macs(config: VimConfig, convention: str = "one_direction") -> tuple[int, int]:
@@ -191,10 +192,8 @@ def count_parameters(config: VimConfig) -> int:
     fine_patches = math.prod(vim_grid(config)) + config.registers
     total = config.depth * (mixer + d) + d  # blocks with their norm gains, final norm
     total += config.in_chans * config.patch_size**2 * d + d  # patch embedding
-    if config.stem_width:
-        convs = stem_convs(config.in_chans, config.patch_size, config.stem_width)
-        # with bias, and gain and bias of the norm
-        total += sum((9 * chans + 3) * out for _, chans, out in convs) + 2 * config.stem_width * d
+    # convolutions with bias, and gain and bias of their norms
+    total += sum((9 * chans + 3) * out for _, chans, out in config.stem_convs) + 2 * config.stem_width * d
     total += d * config.num_classes + config.num_classes if config.num_classes else 0
     if config.reduction is not None:
         total += config.reduction.num_parameters(config.sizes)

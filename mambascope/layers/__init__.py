@@ -9,7 +9,7 @@ from mambascope.layers.pos_embed import cls_index, insert_cls, remove_cls, resam
 from mambascope.layers.registers import insert_registers, remove_registers
 from mambascope.layers.reuse import FeatureReuse
 from mambascope.layers.rows import flat_rows, gather_rows
-from mambascope.layers.stem import ConvStem, conv_half, stem_convs, stem_macs
+from mambascope.layers.stem import ConvStem, conv_half, stem_convs
 
 __all__ = [
     "BidirectionalMamba",
@@ -31,5 +31,4 @@ __all__ = [
     "remove_registers",
     "resample_pos_embed",
     "stem_convs",
-    "stem_macs",
 ]

@@ -27,12 +27,6 @@ def stem_convs(in_chans: int, patch_size: int, width: int) -> list[tuple[int, in
     return [(2 ** (i + 1), outs[i - 1] if i else in_chans, out) for i, out in enumerate(outs)]
 
 
-def stem_macs(in_chans: int, patch_size: int, width: int) -> int:
-    """Multiply-adds of a stem for every patch."""
-    convs = stem_convs(in_chans, patch_size, width)
-    return sum((patch_size // stride) ** 2 * 9 * chans * out for stride, chans, out in convs)
-
-
 class ConvStem(nn.Module):
     """Convolutions that see what a linear embedding of patches loses: edges inside patches, and what small things are.
 

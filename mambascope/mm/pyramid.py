@@ -10,7 +10,8 @@ from mmcv.cnn import build_norm_layer
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from mambascope.layers import ConvStem, conv_half, stem_convs, stem_macs
+from mambascope.evaluation.cost import stem_macs
+from mambascope.layers import ConvStem, conv_half, stem_convs
 
 # finest level first: how the patch grid is brought to 1/4, 1/2, 1 and 2 times the patch side
 STEPS = (4, 2, 1, 0.5)
@@ -109,9 +110,9 @@ class ImageDetail(nn.Module):
         self, in_chans: int, patch_size: int, out_channels: int, width: int = 32, own_stem: bool = True
     ) -> None:
         super().__init__()
-        stem_convs(in_chans, patch_size, width)  # checks the patch size
+        convs = stem_convs(in_chans, patch_size, width)  # checks the patch size
         self.width = width
-        self.stem_macs = stem_macs(in_chans, patch_size, width) if own_stem else 0
+        self.stem_macs = stem_macs(convs, patch_size) if own_stem else 0
         self.stem = ConvStem(in_chans, patch_size, width) if own_stem else None
         self.last = conv_half(2 * width, 2 * width)
         channels = (width, *[2 * width] * (len(STEPS) - 1))

@@ -149,7 +149,7 @@ class VimConfig:
         if not isinstance(self.stem_width, int) or isinstance(self.stem_width, bool) or self.stem_width < 0:
             raise ValueError(f"stem_width must be an integer >= 0, got {self.stem_width!r}")
         if self.stem_width:
-            stem_convs(self.in_chans, self.patch_size, self.stem_width)  # checks the patch size
+            _ = self.stem_convs  # checks the patch size
             if self.patch_stride != self.patch_size:
                 raise ValueError(f"stride must equal patch_size, {self.patch_size}, with a stem, got {self.stride}")
 
@@ -168,6 +168,11 @@ class VimConfig:
         """Rows and columns of patches of an image of the configured size, padded at the right and bottom if need be."""
         rows, cols = (1 + max(0, math.ceil((side - self.patch_size) / self.patch_stride)) for side in self.image_hw)
         return rows, cols
+
+    @property
+    def stem_convs(self) -> list[tuple[int, int, int]]:
+        """Stride in the image, input and output channels of the stem's convolutions; none without a stem."""
+        return stem_convs(self.in_chans, self.patch_size, self.stem_width) if self.stem_width else []
 
     @property
     def inner_dim(self) -> int:
