@@ -6,12 +6,12 @@ Multiply-adds per token and layer::
     d·2E + E·d                                 in_proj and out_proj
     K·E + E·(R+2N) + R·E + 9·E·N + 2·E         per scan direction: conv, x_proj, dt_proj, scan, D term and gate
 
-plus ``in_chans·patch²·d`` for every patch that is embedded, and the convolutions of a stem over the whole image. The
-published fine stage embeds every patch of the full-size image and projects every coarse output, also those of cells it
-then leaves out; so does this count. The model in this package skips them, but for the stem's convolutions:
-:func:`skipped_macs` says how much that saves (about 1 %). Left out, as in the published tables: classifier head (also
-where it reads every patch, ``global_pool="lse"``: :func:`head_macs`), norms, activations, residual additions, position
-tables, resizing and ranking the cells.
+plus ``in_chans·patch²·d`` for every patch that is embedded, and with a stem its convolutions and ``2·w·d`` per patch.
+The published fine stage embeds every patch of the full-size image and projects every coarse output, also those of cells
+it then leaves out; so does this count. The model in this package skips them: :func:`skipped_macs` says how much that
+saves (about 1 %). A stem's convolutions read the whole image in both. Left out, as in the published tables: classifier
+head (also where it reads every patch, ``global_pool="lse"``: :func:`head_macs`), norms, activations, residual
+additions, position tables, resizing and ranking the cells.
 Registers are tokens like any other. A block that scans the means of cells (``fine_pool``) spends x_proj, dt_proj and
 the scan once per cell, the rest on every token; the means themselves are left out.
 

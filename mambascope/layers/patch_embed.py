@@ -37,10 +37,11 @@ class PatchEmbed(nn.Module):
         stride: Distance between patches; smaller than ``patch_size`` makes them overlap.
         in_chans: Image channels.
         embed_dim: Model width d.
-        stem_width: Channels of a stem's finest map, whose coarsest is projected and added to the tokens; 0 for no stem.
+        stem_width: Channels of a stem's finest map; its coarsest is projected and added to the tokens, which must not
+            overlap then. 0 for no stem.
 
     Raises:
-        ValueError: If a stem is asked for and the patches are of another size than it can have, or overlap.
+        ValueError: If a stem is asked for and the patches are of another size than it can have.
     """
 
     def __init__(self, patch_size: int, stride: int, in_chans: int, embed_dim: int, stem_width: int = 0) -> None:
@@ -50,8 +51,6 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride)
         self.stem = self.stem_proj = None
         if stem_width:
-            if stride != patch_size:
-                raise ValueError(f"stride must equal patch_size, {patch_size}, with a stem, got {stride}")
             self.stem = ConvStem(in_chans, patch_size, stem_width)
             self.stem_proj = nn.Conv2d(self.stem.channels[-1], embed_dim, 1, bias=False)
 
@@ -67,30 +66,30 @@ class PatchEmbed(nn.Module):
         pad_w = (cols - 1) * self.stride + self.patch_size - x.shape[-1]
         return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
 
-    def levels(self, x: Tensor) -> list[Tensor]:
+    def stem_maps(self, x: Tensor) -> list[Tensor]:
         """The maps that :class:`~mambascope.layers.stem.ConvStem` makes of images [B, C, H, W]; none without a stem."""
         return [] if self.stem is None else self.stem(self.pad(x))
 
-    def forward(self, x: Tensor, levels: list[Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, stem_maps: list[Tensor] | None = None) -> Tensor:
         """Embeds images [B, C, H, W] as tokens [B, rows * cols, d] in raster order.
 
         Args:
             x: The images.
-            levels: What :meth:`levels` makes of them, where that is known already.
+            stem_maps: What :meth:`stem_maps` makes of them, where that is known already.
         """
         tokens = self.proj(self.pad(x))
         if self.stem_proj is not None:
-            tokens = tokens + self.stem_proj((self.levels(x) if levels is None else levels)[-1])
+            tokens = tokens + self.stem_proj((self.stem_maps(x) if stem_maps is None else stem_maps)[-1])
         return tokens.flatten(2).transpose(1, 2)
 
-    def embed_cells(self, x: Tensor, rows: Tensor, cols: Tensor, levels: list[Tensor] | None = None) -> Tensor:
+    def embed_cells(self, x: Tensor, rows: Tensor, cols: Tensor, stem_maps: list[Tensor] | None = None) -> Tensor:
         """Embeds the four patches of the named 2x2-patch cells only; other pixels are read by a stem alone.
 
         Args:
             x: Images [B, C, H, W], H and W multiples of two patches.
             rows: Cell rows [B, k].
             cols: Cell columns [B, k].
-            levels: What :meth:`levels` makes of the images, where that is known already.
+            stem_maps: What :meth:`stem_maps` makes of the images, where that is known already.
 
         Returns:
             Tokens [B, k, 4, d], children in the order (0,0), (0,1), (1,0), (1,1).
@@ -98,7 +97,7 @@ class PatchEmbed(nn.Module):
         tokens = linear(_cells(x, self.patch_size, rows, cols), self.proj.weight.flatten(1), self.proj.bias)
         if self.stem_proj is None:
             return tokens
-        found = (self.levels(x) if levels is None else levels)[-1]
+        found = (self.stem_maps(x) if stem_maps is None else stem_maps)[-1]
         return tokens + linear(_cells(found, 1, rows, cols), self.stem_proj.weight.flatten(1), None)
 
 

@@ -21,7 +21,7 @@ def stem_convs(in_chans: int, patch_size: int, width: int) -> list[tuple[int, in
         ValueError: If the patch size is no power of two from 8 on.
     """
     if patch_size < 8 or patch_size & (patch_size - 1):
-        raise ValueError(f"a convolutional stem needs a patch_size of 8, 16, 32, ..., got {patch_size}")
+        raise ValueError(f"patch_size must be 8, 16, 32, ... with a stem or detail, got {patch_size}")
     count = patch_size.bit_length() - 1
     outs = [width] * (count - STEM_LEVELS + 1) + [2 * width] * (STEM_LEVELS - 1)
     return [(2 ** (i + 1), outs[i - 1] if i else in_chans, out) for i, out in enumerate(outs)]

@@ -31,7 +31,7 @@ from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import find_weights
 
 # fields that a checkpoint and the backbone must agree on: without them the weights mean something else
-_SAME = ("patch_size", "embed_dim", "depth", "d_state", "d_conv", "expand", "cls_position", "stem_width")
+_SAME = ("patch_size", "embed_dim", "depth", "d_state", "d_conv", "expand", "cls_position")
 _SAME_SCOPE = ("fine_cls", "fine_order", "cell_order", "reuse", "reuse_cls")
 
 
@@ -230,6 +230,7 @@ class _EncoderBackbone(BaseModule):
     # ---- features ------------------------------------------------------------------------------------------------
 
     def _pad(self, x: Tensor) -> Tensor:
+        self.encoder.check_images(x)
         return pad_to(x, 2 * self.encoder.config.patch_size)
 
     def _levels(self, look: Look, height: int, width: int) -> tuple[Tensor, ...]:
@@ -274,7 +275,7 @@ class VimBackbone(_EncoderBackbone):
         out_indices: Four blocks whose outputs become the maps; ``None`` for the last of every quarter.
         out_channels: Channels of the maps; ``None`` for the width d.
         drop_path_rate: Stochastic depth of the last block.
-        frozen_stages: -1 trains everything, 0 freezes the embeddings, n also the first n blocks.
+        frozen_stages: -1 trains everything, 0 freezes the embeddings with their stem, n also the first n blocks.
         with_cp: Recompute blocks in the backward pass to save memory.
         norm_eval: Keep batch norms of the pyramid in evaluation mode while training.
         norm_cfg: Normalisation inside the pyramid; ``None`` for LayerNorm.
@@ -288,14 +289,18 @@ class VimBackbone(_EncoderBackbone):
     """
 
     # a MambaScope file starts a plain Vim too: the encoder is the same
-    ignored = ("head.", "reuse.", "pos_embed_coarse")
+    ignored = ("head.", "reuse.", "pos_embed_coarse", "norm_f.")
+
+    def __init__(self, arch: str = "", **kwargs: Any) -> None:
+        super().__init__(arch, **kwargs)
+        self.encoder.norm_f = nn.Identity()  # the maps are read before it: in DDP it would wait for a gradient
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps [B, channels, H/s, W/s] of images [B, 3, H, W], s = 4, 8, 16, 32 for 16-pixel patches."""
         padded = self._pad(x)
-        levels = self.encoder.patch_embed.levels(padded)
-        _, maps, cls = self.encoder._intermediates(padded, list(self.out_indices), None, False, levels)
-        detail = [] if self.detail is None else self.detail(padded, levels)
+        stem_maps = self.encoder.patch_embed.stem_maps(padded)
+        _, maps, cls = self.encoder._intermediates(padded, list(self.out_indices), None, False, stem_maps)
+        detail = [] if self.detail is None else self.detail(padded, stem_maps)
         return self._levels(Look(maps, [c.squeeze(1) for c in cls], detail), *x.shape[-2:])
 
 
@@ -378,8 +383,8 @@ class ScopeBackbone(_EncoderBackbone):
         height, width = x.shape[-2:]
         x = self._pad(x)
         half = self.encoder.half_image(x)
-        levels = self.encoder.patch_embed.levels(half)
-        coarse = self.encoder.forward_coarse(x, take=self.out_indices, levels=levels)
+        stem_maps = self.encoder.patch_embed.stem_maps(half)
+        coarse = self.encoder.forward_half(half, self.out_indices, stem_maps)
         logits = confidence = None
         if self.gate is not None:
             logits = self.gate(coarse.cls)
@@ -391,18 +396,18 @@ class ScopeBackbone(_EncoderBackbone):
         if refined.numel() == batch:
             look, selected = self._fine_look(x, coarse)
         elif refined.numel() == 0:
-            look = self._coarse_look(coarse, half, levels)
+            look = self._coarse_look(coarse, half, stem_maps)
             if self.training:
                 look.maps[0] = look.maps[0] + _zero(self._fine_parameters(), look.maps[0])
         else:
             stayed = exited.nonzero().squeeze(1)
             fine, cells_read = self._fine_look(x.index_select(0, refined), coarse.index_select(refined))
             selected = selected.index_copy(0, refined, cells_read)
-            own = [level.index_select(0, stayed) for level in levels]
+            own = [] if self.detail is None else [m.index_select(0, stayed) for m in stem_maps]
             kept = self._coarse_look(coarse.index_select(stayed), half.index_select(0, stayed), own)
             look = kept.joined(fine, torch.cat([stayed, refined]).argsort())
-        maps = self._levels(look, height, width)
-        return ScopeFeatures(maps, logits, confidence, exited, coarse.importance, selected, coarse.grid)
+        levels = self._levels(look, height, width)
+        return ScopeFeatures(levels, logits, confidence, exited, coarse.importance, selected, coarse.grid)
 
     def _coarse_grids(self, coarse: CoarseState) -> list[Tensor]:
         """Coarse tokens as maps [B, d, h/2, w/2]."""
@@ -415,22 +420,22 @@ class ScopeBackbone(_EncoderBackbone):
             return maps
         return [m + up(grid) for m, up, grid in zip(maps, self.coarse_up, grids, strict=True)]
 
-    def _coarse_look(self, coarse: CoarseState, half: Tensor, levels: Sequence[Tensor]) -> Look:
-        """Coarse tokens resized to the fine grid, with the detail of the half-size image and its stem's maps."""
+    def _coarse_look(self, coarse: CoarseState, half: Tensor, stem_maps: Sequence[Tensor]) -> Look:
+        """Coarse tokens resized to the fine grid, with the detail of the half-size image."""
         grids = self._coarse_grids(coarse)
         at = cls_index(coarse.tokens.shape[1], self.encoder.config.cls_position)
         maps = self._with_places([double(g) for g in grids], grids)
-        detail = [] if self.detail is None else self.detail.forward_half(half, levels)
+        detail = [] if self.detail is None else self.detail.forward_half(half, stem_maps)
         return Look(maps, [t[:, at] for t in coarse.taken], detail)
 
     def _fine_look(self, x: Tensor, coarse: CoarseState) -> tuple[Look, Tensor]:
         """Fine tokens on the fine grid, with the detail of the whole image; and the cells re-read [B, k]."""
-        levels = self.encoder.patch_embed.levels(x)
-        fine = self.encoder.forward_fine(x, coarse, take=self.out_indices, levels=levels)
+        stem_maps = self.encoder.patch_embed.stem_maps(x)
+        fine = self.encoder.forward_fine(x, coarse, take=self.out_indices, stem_maps=stem_maps)
         at = cls_index(fine.length - 1, self.encoder.config.fine_cls)
         maps = [self.encoder.fine_map(t, fine, coarse.grid) for t in fine.taken]
         maps = self._with_places(maps, self._coarse_grids(coarse))
-        detail = [] if self.detail is None else self.detail(x, levels)
+        detail = [] if self.detail is None else self.detail(x, stem_maps)
         return Look(maps, [t[:, at] for t in fine.taken], detail), fine.selected
 
     def _fine_parameters(self) -> list[Tensor]:

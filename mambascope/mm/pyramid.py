@@ -103,42 +103,41 @@ class ImageDetail(nn.Module):
         own_stem: Whether the convolutions are made here; if not, their maps have to be given.
 
     Raises:
-        ValueError: If the patch size is another.
+        ValueError: If the patch size of an own stem is another.
     """
 
     def __init__(
         self, in_chans: int, patch_size: int, out_channels: int, width: int = 32, own_stem: bool = True
     ) -> None:
         super().__init__()
-        convs = stem_convs(in_chans, patch_size, width)  # checks the patch size
         self.width = width
-        self.stem_macs = stem_macs(convs, patch_size) if own_stem else 0
+        self.stem_macs = stem_macs(stem_convs(in_chans, patch_size, width), patch_size) if own_stem else 0
         self.stem = ConvStem(in_chans, patch_size, width) if own_stem else None
         self.last = conv_half(2 * width, 2 * width)
         channels = (width, *[2 * width] * (len(STEPS) - 1))
         self.outs: Any = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in channels)
 
-    def forward(self, x: Tensor, levels: Sequence[Tensor] = ()) -> list[Tensor]:
+    def forward(self, x: Tensor, stem_maps: Sequence[Tensor] = ()) -> list[Tensor]:
         """Maps [B, out, H/s, W/s] of images [B, C, H, W], s = P/4, P/2, P and 2P; sides are multiples of 2P.
 
         Args:
             x: The images.
-            levels: What the encoder's stem makes of them, where it has one.
+            stem_maps: What the encoder's stem makes of them, where it has one.
         """
-        found = self._levels(x, levels)
+        found = self._stem_maps(x, stem_maps)
         return self._project([*found, self.last(found[-1])])
 
-    def forward_half(self, half: Tensor, levels: Sequence[Tensor] = ()) -> list[Tensor]:
+    def forward_half(self, half: Tensor, stem_maps: Sequence[Tensor] = ()) -> list[Tensor]:
         """The same maps from the half-size image [B, C, H/2, W/2]: each is one level finer there, the first resized."""
-        found = self._project(self._levels(half, levels))
+        found = self._project(self._stem_maps(half, stem_maps))
         return [double(found[0]), *found]
 
-    def _levels(self, x: Tensor, levels: Sequence[Tensor]) -> Sequence[Tensor]:
-        return levels if self.stem is None else self.stem(x)
+    def _stem_maps(self, x: Tensor, given: Sequence[Tensor]) -> Sequence[Tensor]:
+        return given if self.stem is None else self.stem(x)
 
-    def _project(self, levels: Sequence[Tensor]) -> list[Tensor]:
+    def _project(self, maps: Sequence[Tensor]) -> list[Tensor]:
         # the half-size image has no fourth level
-        return [out(level) for out, level in zip(self.outs, levels, strict=False)]
+        return [out(m) for out, m in zip(self.outs, maps, strict=False)]
 
     def full_parameters(self) -> list[Tensor]:
         """What only full-size images use."""

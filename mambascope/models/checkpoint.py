@@ -229,7 +229,8 @@ def load_checkpoint(
     """Loads weights into a model; position tables are resampled to the model's grids.
 
     A plain Vim starts a MambaScope: its position table also gives the coarse one, and feature reuse stays new. It also
-    starts a Vim with token reduction, whose own parameters stay new.
+    starts a Vim with token reduction, whose own parameters stay new. With ``strict=False`` weights without a stem start
+    a model that has one, whose stem stays new, and the other way round.
 
     Args:
         model: A :class:`VisionMamba`, :class:`MambaScope` or :class:`MambaEye`.
@@ -254,6 +255,10 @@ def load_checkpoint(
     place = getattr(model.config, "cls_position", None)
     if config.get("cls_position", place) != place:
         problems.append(f"CLS stands {config['cls_position']} in the file and {place} in the model")
+    stems = stem_width(source), getattr(model.config, "stem_width", 0)
+    if stems[0] != stems[1]:
+        problems.append(f"stem_width is {stems[0]} in the file and {stems[1]} in the model")
+        fresh, ignore = (*fresh, "patch_embed.stem"), (*ignore, "patch_embed.stem")  # said in one line
     for name, wanted in target.items():
         found = source.get(name)
         coarse = name == "pos_embed_coarse"
@@ -282,10 +287,10 @@ def load_checkpoint(
             report.matched.append(name)
         else:
             report.new.append(name)
-            if found is not None:
-                problems.append(f"{name} is {list(found.shape)} in the file and {list(wanted.shape)} in the model")
-            elif not name.startswith(fresh):
+            if found is None and not name.startswith(fresh):
                 problems.append(f"{name} is missing")
+            elif found is not None and not name.startswith("patch_embed.stem"):
+                problems.append(f"{name} is {list(found.shape)} in the file and {list(wanted.shape)} in the model")
     report.unused = [k for k in source if k not in loaded]
     surplus = [k for k in report.unused if k not in target and not k.startswith(ignore)]
     problems += [f"{k} has no place in the model" for k in surplus]
@@ -303,6 +308,12 @@ def load_checkpoint(
     if verbose:
         print(f"{path}\n{report}")
     return report
+
+
+def stem_width(state: Mapping[str, Tensor]) -> int:
+    """Width of the stem that weights have; 0 without one. Files from elsewhere do not say it."""
+    projection = state.get("patch_embed.stem_proj.weight")
+    return 0 if projection is None else projection.shape[1] // 2
 
 
 _UMASK = os.umask(0)  # it can only be read by changing it, for all threads: once, here

@@ -34,6 +34,10 @@ __all__ = [
 ]
 
 
+_FIRST_CONVS = ("patch_embed.proj", "patch_embed.stem.levels.0.0.0")
+"""What reads the image; the second is the stem's."""
+
+
 def _default_cfg(config: VimConfig) -> dict[str, Any]:
     small = config.image_hw[0] < 128
     return {
@@ -46,7 +50,7 @@ def _default_cfg(config: VimConfig) -> dict[str, Any]:
         "interpolation": "bicubic",
         "mean": IMAGENET_INCEPTION_MEAN if small else IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_INCEPTION_STD if small else IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
+        "first_conv": _FIRST_CONVS[0],
         "classifier": "head",
         "license": "apache-2.0",
     }
@@ -87,7 +91,7 @@ def _fitted(
     """
     fitted = {**state, **fit_tables(state, model, description)}
     own = model.state_dict()
-    adapted = ("head.", "patch_embed.proj.weight")
+    adapted = ("head.", *(f"{name}.weight" for name in _FIRST_CONVS))
     wrong = [
         key
         for key in sorted(own.keys() | fitted.keys())
@@ -115,6 +119,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
         source = {"num_classes": base.num_classes, "input_size": (base.in_chans, *base.image_hw)}
         loading["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), **source}
         loading["pretrained_cfg_overlay"]["file"] = file
+        loading["pretrained_cfg_overlay"]["first_conv"] = _FIRST_CONVS if base.stem_width else _FIRST_CONVS[0]
         # timm's own reader would keep the names of compiled or wrapped models
         loading["pretrained_filter_fn"] = lambda _, model: _fitted(state, model, description, base)
     config = with_overrides(base, {k: v for k, v in kwargs.items() if k not in _TIMM_ONLY})

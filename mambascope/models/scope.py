@@ -183,8 +183,7 @@ class MambaScope(VisionMamba):
 
     def _prepare(self, x: Tensor) -> Tensor:
         """Pads images to whole cells."""
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(x.shape)}")
+        self.check_images(x)
         return pad_to(x, 2 * self.config.patch_size)
 
     def half_image(self, x: Tensor) -> Tensor:
@@ -198,17 +197,20 @@ class MambaScope(VisionMamba):
         corners = None if mode == "nearest" else False
         return F.interpolate(x, scale_factor=0.5, mode=mode, align_corners=corners)
 
-    def forward_coarse(
-        self, x: Tensor, take: tuple[int, ...] | list[int] = (), levels: list[Tensor] | None = None
-    ) -> CoarseState:
+    def forward_coarse(self, x: Tensor, take: tuple[int, ...] | list[int] = ()) -> CoarseState:
         """First look (section 3.2): the half-size image through the encoder.
 
         Args:
             x: Images [B, C, H, W] at full size.
             take: Blocks whose outputs are wanted.
-            levels: The stem's maps of the half-size image, where they are known already.
         """
-        patches, grid = self._embed(self.half_image(self._prepare(x)), levels)
+        return self.forward_half(self.half_image(self._prepare(x)), take)
+
+    def forward_half(
+        self, half: Tensor, take: tuple[int, ...] | list[int] = (), stem_maps: list[Tensor] | None = None
+    ) -> CoarseState:
+        """:meth:`forward_coarse` of half-size images [B, C, H/2, W/2]; ``stem_maps``: theirs, if known."""
+        patches, grid = self._embed(half, stem_maps)
         position = self.config.cls_position
         if self.pos_embed_coarse is None:
             table = resample_pos_embed(self.pos_embed, self.grid, grid, position)
@@ -236,12 +238,12 @@ class MambaScope(VisionMamba):
         )
 
     def _fine_tokens(
-        self, x: Tensor, coarse: CoarseState, selected: Tensor, levels: list[Tensor] | None = None
+        self, x: Tensor, coarse: CoarseState, selected: Tensor, stem_maps: list[Tensor] | None = None
     ) -> Tensor:
         """Embeddings [B, 4k, d] of the selected cells' patches with positions and reused features."""
         cols = coarse.grid[1]
         fine_grid = (2 * coarse.grid[0], 2 * cols)
-        tokens = self.patch_embed.embed_cells(x, selected // cols, selected % cols, levels)
+        tokens = self.patch_embed.embed_cells(x, selected // cols, selected % cols, stem_maps)
         position = self.config.cls_position
         table = remove_cls(resample_pos_embed(self.pos_embed, self.grid, fine_grid, position), position)
         patches = children(selected, coarse.grid)
@@ -259,7 +261,7 @@ class MambaScope(VisionMamba):
         coarse: CoarseState,
         alpha: float | None,
         count: int | None = None,
-        levels: list[Tensor] | None = None,
+        stem_maps: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What the fine stage reads (eq. 13-16).
 
@@ -268,7 +270,7 @@ class MambaScope(VisionMamba):
             selected cells [B, k] and the others [B, M - k].
         """
         selected, others = select_cells(coarse.importance, self.alpha if alpha is None else alpha, count)
-        fine = self._fine_tokens(self._prepare(x), coarse, selected, levels)
+        fine = self._fine_tokens(self._prepare(x), coarse, selected, stem_maps)
         rest = coarse.features if self.config.rest_tokens == "features" else coarse.tokens
         rest = gather_rows(rest, others[:, :0] if self.config.rest_tokens == "none" else others)
         row = cls_index(self.pos_embed.shape[1] - 1, self.config.cls_position)
@@ -310,7 +312,7 @@ class MambaScope(VisionMamba):
         alpha: float | None = None,
         take: tuple[int, ...] | list[int] = (),
         count: int | None = None,
-        levels: list[Tensor] | None = None,
+        stem_maps: list[Tensor] | None = None,
     ) -> FineState:
         """Second look (section 3.3): selected cells at full resolution, the others as coarse tokens.
 
@@ -320,7 +322,7 @@ class MambaScope(VisionMamba):
             alpha: Share of cells to re-read; ``None`` for ``self.alpha``.
             take: Blocks whose outputs are wanted.
             count: Cells to re-read in every image, instead of a share.
-            levels: The stem's maps of the images, where they are known already.
+            stem_maps: Those of ``x``, if known.
 
         Raises:
             ValueError: If ``count`` is missing where images may differ in it (``alpha_rule="mass"``), or ``take`` names
@@ -331,7 +333,7 @@ class MambaScope(VisionMamba):
                 f"alpha_rule must be 'constant' for a fine pass of one length, got {self.config.alpha_rule!r}; "
                 "forward_scope and forward_both group the images by their number of cells"
             )
-        fine, rest, cls, selected, others = self._fine_parts(x, coarse, alpha, count, levels)
+        fine, rest, cls, selected, others = self._fine_parts(x, coarse, alpha, count, stem_maps)
         if not torch.compiler.is_compiling():  # a counter that changes would recompile every call
             self.fine_calls += x.shape[0]
         tokens, taken = self._encode_fine(fine, rest, cls, take)
@@ -499,11 +501,11 @@ class MambaScope(VisionMamba):
         return out.transpose(1, 2).unflatten(2, (2 * grid[0], 2 * grid[1]))
 
     def _intermediates(
-        self, x: Tensor, take: list[int], stop: int | None, norm: bool, levels: list[Tensor] | None = None
+        self, x: Tensor, take: list[int], stop: int | None, norm: bool, stem_maps: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Fine maps of the layers ``take``; the coarse pass needs every block, so nothing stops early."""
         coarse = self.forward_coarse(x)
-        fine = self.forward_fine(x, coarse, take=take, levels=levels)
+        fine = self.forward_fine(x, coarse, take=take, stem_maps=stem_maps)
         taken = [self._normalised(t) for t in fine.taken] if norm else fine.taken
         maps = [self.fine_map(t, fine, coarse.grid).contiguous() for t in taken]
         at = cls_index(fine.length - 1, self.config.fine_cls)

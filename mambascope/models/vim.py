@@ -107,7 +107,7 @@ class VisionMamba(nn.Module, HubMixin):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Patch embedding LeCun normal, CLS and positions truncated normal 0.02; the mixers initialise themselves."""
+        """Patch embedding LeCun normal, CLS and positions truncated normal 0.02; mixers and stem as they are made."""
         weight = self.patch_embed.proj.weight
         # a truncated normal (at two deviations) has 0.8796 of the deviation it is drawn with
         trunc_normal_(weight, std=weight[0].numel() ** -0.5 / 0.87962566103423978)
@@ -119,15 +119,19 @@ class VisionMamba(nn.Module, HubMixin):
 
     # ---- encoder -------------------------------------------------------------------------------------------------
 
-    def _embed(self, x: Tensor, levels: list[Tensor] | None = None) -> tuple[Tensor, tuple[int, int]]:
-        """Patch tokens without positions [B, M, d] and their grid; ``levels``: the stem's maps, if known already."""
+    def check_images(self, x: Tensor) -> None:
+        """Raises ``ValueError`` unless ``x`` is [B, C, H, W] with the model's channels."""
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(x.shape)}")
-        return self.patch_embed(x, levels), self.patch_embed.grid_size(*x.shape[-2:])
 
-    def _tokens(self, x: Tensor, levels: list[Tensor] | None = None) -> tuple[Tensor, tuple[int, int]]:
+    def _embed(self, x: Tensor, stem_maps: list[Tensor] | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """Patch tokens without positions [B, M, d] and their grid; ``stem_maps``: those of ``x``, if known."""
+        self.check_images(x)
+        return self.patch_embed(x, stem_maps), self.patch_embed.grid_size(*x.shape[-2:])
+
+    def _tokens(self, x: Tensor, stem_maps: list[Tensor] | None = None) -> tuple[Tensor, tuple[int, int]]:
         """The encoder's input [B, M + 1, d]: patches, CLS and positions."""
-        patches, grid = self._embed(x, levels)
+        patches, grid = self._embed(x, stem_maps)
         position = self.config.cls_position
         table = resample_pos_embed(self.pos_embed, self.grid, grid, position)
         return insert_cls(patches, self.cls_token, position) + table, grid
@@ -302,12 +306,12 @@ class VisionMamba(nn.Module, HubMixin):
         return paired if intermediates_only else (final, paired)
 
     def _intermediates(
-        self, x: Tensor, take: list[int], stop: int | None, norm: bool, levels: list[Tensor] | None = None
+        self, x: Tensor, take: list[int], stop: int | None, norm: bool, stem_maps: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Final features, NCHW maps and CLS rows [B, 1, d] of the layers ``take``; ``levels``: see ``_embed``."""
+        """Final features, NCHW maps and CLS rows [B, 1, d] of ``take``; ``stem_maps``: those of ``x``, if known."""
         if self.reduction is not None:
             raise ValueError("intermediate maps need every token; this model was made with reduction")
-        tokens, grid = self._tokens(x, levels)
+        tokens, grid = self._tokens(x, stem_maps)
         final, _, taken = self.encode(tokens, take=take, stop_after=stop)
         if norm:
             taken = [self._normalised(t) for t in taken]
@@ -361,10 +365,10 @@ class VisionMamba(nn.Module, HubMixin):
             changes["img_size"] = img_size if isinstance(img_size, int) else tuple(img_size)
         if patch_size is not None and patch_size != self.config.patch_size:
             changes["patch_size"], changes["stride"] = patch_size, None
+        if "patch_size" in changes and self.config.stem_width:
+            raise ValueError(f"patch_size must stay {self.config.patch_size} with a stem, got {patch_size}")
         # before anything changes: a wrong size must not leave half a model
         config = with_overrides(self.config, changes)
-        if "patch_size" in changes and config.stem_width:
-            raise ValueError(f"patch_size must stay {self.config.patch_size} with a stem, got {patch_size}")
         if "patch_size" in changes:
             assert patch_size is not None
             with torch.no_grad():

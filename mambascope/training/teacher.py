@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mambascope.layers import cls_index
 from mambascope.models import VimConfig, VisionMamba, load_checkpoint
-from mambascope.models.checkpoint import read_state_dict
+from mambascope.models.checkpoint import read_state_dict, stem_width
 from mambascope.models.weights import find_weights
 from mambascope.reduction import patch_rows
 
@@ -29,10 +29,10 @@ class Teacher:
     """
 
     def __init__(self, config: VimConfig, checkpoint: str) -> None:
-        _, description = read_state_dict(find_weights(checkpoint))
-        described = description.get("config", {})  # what it sees of an image and what its head reads are its own
-        own = {name: described.get(name, getattr(config, name)) for name in ("global_pool", "stem_width")}
-        self.model = VisionMamba(replace(config, reduction=None, **own))
+        state, description = read_state_dict(find_weights(checkpoint))
+        pool = description.get("config", {}).get("global_pool", config.global_pool)  # what its own head reads
+        stem = stem_width(state)
+        self.model = VisionMamba(replace(config, reduction=None, global_pool=pool, stem_width=stem))
         load_checkpoint(self.model, checkpoint, verbose=False)
         self.model.requires_grad_(False).eval()
 

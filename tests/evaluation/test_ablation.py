@@ -235,7 +235,7 @@ def test_every_improvement_is_a_model_and_a_training(tmp_path):
     """The options exist under the names that the tables use."""
     from mambascope.losses import ScopeLoss
 
-    config = ScopeConfig(img_size=32, patch_size=4, embed_dim=16, depth=6, num_classes=10)
+    config = ScopeConfig(img_size=32, patch_size=8, embed_dim=16, depth=6, num_classes=10)
     defaults = {"kl_weight": 0.5, "coarse_ce_weight": 0.3}
     for table in improvements(config).values():
         assert table.settings[0].overrides == {}

@@ -1,6 +1,7 @@
 """The convolutional stem: what it computes, alone and in both encoders."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -47,7 +48,7 @@ def test_tokens_are_the_linear_ones_and_the_projected_map():
     embed = PatchEmbed(8, 8, 3, 16, stem_width=6).double()
     x = torch.randn(2, 3, 44, 61, dtype=torch.float64)  # is padded to 48 x 64
     padded = F.pad(x, (0, 3, 0, 4))
-    levels = embed.levels(x)
+    levels = embed.stem_maps(x)
     expected = embed.proj(padded) + torch.einsum("bchw,oc->bohw", levels[-1], embed.stem_proj.weight[:, :, 0, 0])
     torch.testing.assert_close(embed(x), expected.flatten(2).transpose(1, 2), rtol=1e-9, atol=1e-9)
     assert torch.equal(embed(x, levels), embed(x))
@@ -61,7 +62,7 @@ def test_tokens_are_the_linear_ones_and_the_projected_map():
                 row, col = 2 * rows[b, k] + child // 2, 2 * cols[b, k] + child % 2
                 torch.testing.assert_close(own[b, k, child], whole[b, row, col], rtol=1e-9, atol=1e-9)
     assert torch.equal(embed.embed_cells(padded, rows, cols, levels), own)
-    assert PatchEmbed(8, 8, 3, 16).levels(x) == []
+    assert PatchEmbed(8, 8, 3, 16).stem_maps(x) == []
 
 
 def test_both_stages_read_it_and_learn_it():
@@ -77,11 +78,11 @@ def test_both_stages_read_it_and_learn_it():
     model = model.double().eval()
     x = x.double()
     half = F.avg_pool2d(x, 2)
-    known = model.forward_coarse(x, levels=model.patch_embed.levels(half))
+    known = model.forward_half(half, stem_maps=model.patch_embed.stem_maps(half))
     coarse = model.forward_coarse(x)
     assert torch.equal(known.logits, coarse.logits)
     fine = model.forward_fine(x, coarse)
-    assert torch.equal(model.forward_fine(x, coarse, levels=model.patch_embed.levels(x)).logits, fine.logits)
+    assert torch.equal(model.forward_fine(x, coarse, stem_maps=model.patch_embed.stem_maps(x)).logits, fine.logits)
     model.patch_embed.stem_proj.weight.data.zero_()
     assert not torch.allclose(model.forward_coarse(x).logits, coarse.logits)
     assert not torch.allclose(model.forward_fine(x, coarse).logits, fine.logits)
@@ -118,6 +119,22 @@ def test_saved_and_loaded(tmp_path):
         assert torch.equal(loaded(x), model(x))
 
 
+@torch.no_grad()
+def test_timm_adapts_both_first_convolutions(tmp_path):
+    model = MambaScope(img_size=64, patch_size=8, stem_width=6, num_classes=10, embed_dim=128, depth=6)
+    save_safetensors(model, tmp_path / "m.safetensors")
+    file = {"file": str(tmp_path / "m.safetensors")}
+    name = "mambascope_nano_patch8_64"
+    grey = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=file, in_chans=1, num_classes=3)
+    assert grey.config.stem_width == 6
+    for own, theirs in (
+        (grey.patch_embed.proj, model.patch_embed.proj),
+        (grey.patch_embed.stem.levels[0][0][0], model.patch_embed.stem.levels[0][0][0]),
+    ):
+        torch.testing.assert_close(own.weight, theirs.weight.sum(1, keepdim=True))
+    assert grey.eval()(torch.randn(1, 1, 64, 64)).shape == (1, 3)
+
+
 def test_bfloat16_stays_close():
     torch.manual_seed(0)
     model = VisionMamba(**SMALL, stem_width=6).eval()
@@ -136,8 +153,8 @@ def test_bfloat16_stays_close():
         ({"stem_width": -1}, "stem_width must be an integer >= 0, got -1"),
         ({"stem_width": True}, "stem_width must be an integer >= 0, got True"),
         ({"stem_width": 4.0}, "stem_width must be an integer >= 0, got 4.0"),
-        ({"stem_width": 4, "patch_size": 12}, "stem needs a patch_size of 8, 16, 32, ..., got 12"),
-        ({"stem_width": 4, "patch_size": 4}, "stem needs a patch_size of 8, 16, 32, ..., got 4"),
+        ({"stem_width": 4, "patch_size": 12}, "patch_size must be 8, 16, 32, ... with a stem or detail, got 12"),
+        ({"stem_width": 4, "patch_size": 4}, "patch_size must be 8, 16, 32, ... with a stem or detail, got 4"),
         ({"stem_width": 4, "stride": 4}, "stride must equal patch_size, 8, with a stem, got 4"),
     ],
 )

@@ -8,7 +8,7 @@ from mambascope.evaluation.cost import skipped_macs
 from mambascope.layers import remove_cls
 from mambascope.mm import ScopeBackbone, VimBackbone
 from mambascope.mm.backbone import default_indices
-from mambascope.models import save_safetensors
+from mambascope.models import load_checkpoint, save_safetensors
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
 from mambascope.ops.flops import count_macs
@@ -185,7 +185,7 @@ def test_detail_is_of_the_image_that_was_read(stem):
     coarse = model.encoder.forward_coarse(x, take=model.out_indices)
     fine, _ = model._fine_look(x, coarse)
     half = torch.nn.functional.avg_pool2d(x, 2)
-    levels = model.encoder.patch_embed.levels
+    levels = model.encoder.patch_embed.stem_maps
     exits = model._coarse_look(coarse, half, levels(half))
     # each map of the half-size image is one level finer there, the finest is resized
     finer = model.detail(half, levels(half))
@@ -211,7 +211,7 @@ def test_detail_is_of_the_image_that_was_read(stem):
 def test_detail_of_other_patch_sizes():
     model = VimBackbone("vim_tiny_patch16_224", arch_options={"depth": 4, "embed_dim": 32}, detail=True)
     assert [m.shape[-2:] for m in model(torch.zeros(1, 3, 70, 40))] == [(18, 10), (9, 5), (5, 3), (3, 2)]
-    with pytest.raises(ValueError, match=r"stem needs a patch_size of 8, 16, 32.*, got 12"):
+    with pytest.raises(ValueError, match=r"patch_size must be 8, 16, 32, ... with a stem or detail, got 12"):
         vim(arch_options={"patch_size": 12}, detail=True)
 
 
@@ -260,8 +260,10 @@ def test_overlapping_patches_are_refused():
         vim(arch_options={"stride": 4})
 
 
-def test_frozen_stages_and_norm_eval():
-    model = scope(frozen_stages=2, norm_eval=True, norm_cfg={"type": "BN"}, detail=True)
+@pytest.mark.parametrize("stem", [0, 12])
+def test_frozen_stages_and_norm_eval(stem):
+    arch = {"stem_width": stem}
+    model = scope(frozen_stages=2, norm_eval=True, norm_cfg={"type": "BN"}, detail=True, arch_options=arch)
     model.train()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert not any(n.startswith(("encoder.patch_embed", "encoder.layers.0.", "encoder.layers.1.")) for n in trained)
@@ -351,7 +353,56 @@ def test_plain_vim_starts_from_a_mambascope_file(tmp_path, classifier):
     save_safetensors(classifier, tmp_path / "a.safetensors")
     plain = vim(init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / "a.safetensors")})
     plain.init_weights()
-    assert torch.equal(plain.encoder.norm_f.weight, classifier.norm_f.weight)
+    assert torch.equal(plain.encoder.layers[3].mixer.A_log, classifier.layers[3].mixer.A_log)
+
+
+@torch.no_grad()
+def test_a_stem_comes_with_the_weights(tmp_path):
+    torch.manual_seed(0)
+    source = MambaScope(img_size=64, patch_size=8, num_classes=10, stem_width=12, **common.TINY)
+    save_safetensors(source, tmp_path / "a.safetensors")
+    stem = source.patch_embed.stem.state_dict()
+    assert len(stem) == 12
+    for make in (scope, vim):
+        model = make(
+            init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / "a.safetensors")},
+            arch_options={"stem_width": 12},
+            detail=True,
+        )
+        model.init_weights()
+        assert all(torch.equal(v, stem[k]) for k, v in model.encoder.patch_embed.stem.state_dict().items())
+        assert torch.equal(model.encoder.patch_embed.stem_proj.weight, source.patch_embed.stem_proj.weight)
+    with pytest.raises(ValueError, match=r"\): stem_width is 12 in the file and 16 in the model$"):
+        start(tmp_path / "a.safetensors", arch_options={"stem_width": 16})
+    with pytest.raises(ValueError, match=r"\): stem_width is 12 in the file and 0 in the model$"):
+        start(tmp_path / "a.safetensors")
+    # files from elsewhere do not describe themselves
+    torch.save({"model": VisionMamba(img_size=64, patch_size=8, **common.TINY).state_dict()}, tmp_path / "vim.pth")
+    with pytest.raises(ValueError, match=r"\): stem_width is 0 in the file and 12 in the model; norm_f.weight has no"):
+        load_checkpoint(model.encoder, tmp_path / "vim.pth")
+    model = scope(
+        init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / "vim.pth"), "strict": False},
+        arch_options={"stem_width": 12},
+    )
+    before = model.encoder.patch_embed.stem_proj.weight.clone()
+    model.init_weights()
+    assert torch.equal(model.encoder.patch_embed.stem_proj.weight, before)
+
+
+@pytest.mark.parametrize("stem", [0, 12])
+@pytest.mark.parametrize("make", [scope, vim])
+def test_wrong_images_are_named(make, stem):
+    model = make(arch_options={"stem_width": stem})
+    for shape in ((1, 1, 64, 64), (3, 64, 64)):
+        with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\], got \["):
+            model(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("options", [{}, {"detail": True, "readout": True, "arch_options": {"stem_width": 12}}])
+def test_every_parameter_of_a_plain_vim_learns(options):
+    model = vim(**options).train()
+    sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
 def test_refuses_other_weights(tmp_path, classifier):

@@ -112,6 +112,9 @@ def test_a_teacher_and_a_named_model_read_what_their_weights_were_trained_with(t
     x = torch.randn(2, 3, 48, 48)
     logits, _ = Teacher(replace(own.config, global_pool="token", stem_width=0), str(tmp_path / "vim.safetensors"))(x)
     torch.testing.assert_close(logits, own(x))
+    torch.save({"model": own.state_dict()}, tmp_path / "vim.pth")  # says nothing of itself
+    logits, _ = Teacher(replace(own.config, stem_width=0), str(tmp_path / "vim.pth"))(x)
+    torch.testing.assert_close(logits, own(x))
     shipped = mambascope.load("scopedigits_dense")
     named = ready_model("scopedigits_dense", name="mambascope_nano_patch8_64")
     assert (named.config.global_pool, named.config.fine_cls, named.config.stem_width) == ("lse", "middle", 32)
