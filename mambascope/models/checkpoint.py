@@ -256,9 +256,10 @@ def load_checkpoint(
     if config.get("cls_position", place) != place:
         problems.append(f"CLS stands {config['cls_position']} in the file and {place} in the model")
     stems = stem_width(source), getattr(model.config, "stem_width", 0)
+    other_stem: tuple[str, ...] = ()
     if stems[0] != stems[1]:
         problems.append(f"stem_width is {stems[0]} in the file and {stems[1]} in the model")
-        fresh, ignore = (*fresh, "patch_embed.stem"), (*ignore, "patch_embed.stem")  # said in one line
+        other_stem = ("patch_embed.stem",)  # one line says it for all of them
     for name, wanted in target.items():
         found = source.get(name)
         coarse = name == "pos_embed_coarse"
@@ -287,12 +288,12 @@ def load_checkpoint(
             report.matched.append(name)
         else:
             report.new.append(name)
-            if found is None and not name.startswith(fresh):
+            if found is None and not name.startswith((*fresh, *other_stem)):
                 problems.append(f"{name} is missing")
-            elif found is not None and not name.startswith("patch_embed.stem"):
+            elif found is not None and not name.startswith(other_stem):
                 problems.append(f"{name} is {list(found.shape)} in the file and {list(wanted.shape)} in the model")
     report.unused = [k for k in source if k not in loaded]
-    surplus = [k for k in report.unused if k not in target and not k.startswith(ignore)]
+    surplus = [k for k in report.unused if k not in target and not k.startswith((*ignore, *other_stem))]
     problems += [f"{k} has no place in the model" for k in surplus]
     if not report.matched:
         problems.insert(0, "no tensor of the file has a place in the model")
