@@ -58,7 +58,7 @@ $(MM_STAMP): $(STAMP)
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[mm]"
 	touch $@
 
-mm-demo: $(MM_STAMP)  ## train, test, sweep and draw the segmentation and detection demos (about 20 minutes; VIM=1 also trains plain Vim)
+mm-demo: $(MM_STAMP)  ## train, test, sweep and draw the segmentation and detection demos (about 15 minutes; VIM=1 also trains plain Vim)
 	$(BIN)/python -m mambascope.mm.demo_data
 	$(MAKE) mm-demo-one PACKAGE=mmseg NAME=upernet IMAGES=data/scopedigits_seg/images/validation
 	$(MAKE) mm-demo-one PACKAGE=mmdet NAME=cascade IMAGES=data/scopedigits_det/val2017

@@ -70,7 +70,8 @@ class VimConfig:
         stem_width: Channels w of a convolutional stem beside the linear patch embedding (after arXiv 2106.14881): maps
             at a quarter, half and the whole of the patches' stride with w, 2 w and 2 w channels; the last is projected
             and added to the patches. What is smaller than a patch is then not lost, and dense models read the finer
-            maps too. For patches of 8, 16, 32, ... pixels without overlap; 0 for none, as published.
+            maps too; MambaScope's second look runs it on the whole image. For patches of 8, 16, 32, ... pixels without
+            overlap; 0 for none, as published.
         registers: Learned tokens that are spread evenly through the sequence in every pass (Mamba-Reg, arXiv
             2405.14858); their outputs are dropped.
         shuffle_rate: Probability with which the last block's mixer reads the tokens in a random order in training;
