@@ -118,8 +118,12 @@ def encoder_macs(config: VimConfig, tokens: int, patches: int, convention: str =
 
 def embedding_macs(config: VimConfig) -> int:
     """Multiply-adds of embedding one patch, with its share of the stem."""
-    values = config.in_chans * config.patch_size**2 + 2 * config.stem_width
-    return values * config.embed_dim + stem_macs(config.stem_convs, config.patch_size)
+    return projection_macs(config) + stem_macs(config.stem_convs, config.patch_size)
+
+
+def projection_macs(config: VimConfig) -> int:
+    """Multiply-adds of projecting one patch's pixels, and its place in the stem's last map, to a token."""
+    return (config.in_chans * config.patch_size**2 + 2 * config.stem_width) * config.embed_dim
 
 
 def stem_macs(convs: Sequence[tuple[int, int, int]], patch_size: int) -> int:
@@ -269,8 +273,7 @@ def skipped_macs(config: ScopeConfig, img_size: int | Sequence[int] | None = Non
     """Multiply-adds in :func:`stage_macs` that the model here does not spend on the cells it leaves out."""
     cells = math.prod(scope_grid(config, img_size))
     others = cells - num_selected(config.alpha if alpha is None else alpha, cells)
-    patch = config.in_chans * config.patch_size**2 + 2 * config.stem_width  # the stem itself reads the whole image
-    embedding = 4 * others * patch * config.embed_dim
+    embedding = 4 * others * projection_macs(config)  # the stem itself reads the whole image
     return embedding + reuse_macs(config, cells) - reuse_macs(config, cells - others)
 
 

@@ -31,8 +31,7 @@ class Teacher:
     def __init__(self, config: VimConfig, checkpoint: str) -> None:
         state, description = read_state_dict(find_weights(checkpoint))
         pool = description.get("config", {}).get("global_pool", config.global_pool)  # what its own head reads
-        stem = stem_width(state)
-        self.model = VisionMamba(replace(config, reduction=None, global_pool=pool, stem_width=stem))
+        self.model = VisionMamba(replace(config, reduction=None, global_pool=pool, stem_width=stem_width(state)))
         load_checkpoint(self.model, checkpoint, verbose=False)
         self.model.requires_grad_(False).eval()
 
