@@ -31,7 +31,8 @@ from mambascope.evaluation.sweep import StageRecord, sweep
 from mambascope.models.checkpoint import atomic_path
 from mambascope.models.configs import ScopeConfig, with_overrides
 from mambascope.models.exit import confidence, exit_mask
-from mambascope.models.scope import MambaScope, RefinedState
+from mambascope.models.scope import MambaScope
+from mambascope.models.scope_states import RefinedState
 
 BUDGETS = (0.25, 0.5, 0.75)
 """Shares of refined images whose cost in the reference model the rows are compared at."""

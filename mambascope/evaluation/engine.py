@@ -18,7 +18,8 @@ from torch import Tensor
 from mambascope.evaluation.collect import evaluating, model_device
 from mambascope.models.configs import share
 from mambascope.models.exit import check_threshold, exit_mask
-from mambascope.models.scope import CoarseState, MambaScope, ScopeOutput
+from mambascope.models.scope import MambaScope
+from mambascope.models.scope_states import CoarseState, ScopeOutput
 
 T = TypeVar("T")
 

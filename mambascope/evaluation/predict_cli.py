@@ -29,7 +29,8 @@ from mambascope.data.image_io import BadImageError, open_image
 from mambascope.evaluation.engine import ScopePredictor
 from mambascope.evaluation.inference import CHECKPOINT_HELP, CommandError, make_transform, ready_model, run_command
 from mambascope.models.exit import confidence
-from mambascope.models.scope import MambaScope, ScopeOutput
+from mambascope.models.scope import MambaScope
+from mambascope.models.scope_states import ScopeOutput
 from mambascope.models.vim import VisionMamba
 
 FORMATS = ("table", "jsonl", "csv")

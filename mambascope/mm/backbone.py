@@ -25,7 +25,8 @@ from mambascope.mm.pyramid import STEPS, ImageDetail, SimplePyramid, double
 from mambascope.models.checkpoint import CheckpointError, load_checkpoint, read_state_dict
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, VimConfig, with_overrides
 from mambascope.models.exit import check_threshold, exit_mask
-from mambascope.models.scope import CoarseState, MambaScope
+from mambascope.models.scope import MambaScope
+from mambascope.models.scope_states import CoarseState
 from mambascope.models.selection import num_selected
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import find_weights

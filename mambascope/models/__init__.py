@@ -6,7 +6,8 @@ from mambascope.models.mambaeye import EyeState, MambaEye
 from mambascope.models.mambaeye_config import MAMBAEYE_CONFIGS, MambaEyeConfig
 from mambascope.models.mambaeye_registry import *  # noqa: F403  (registers the timm entries)
 from mambascope.models.registry import *  # noqa: F403  (registers the timm entries)
-from mambascope.models.scope import CoarseState, FineState, MambaScope, ScopeOutput, StageLogits
+from mambascope.models.scope import MambaScope
+from mambascope.models.scope_states import CoarseState, FineState, ScopeOutput, StageLogits
 from mambascope.models.vim import VisionMamba
 
 __all__ = [

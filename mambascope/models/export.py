@@ -19,7 +19,8 @@ from torch.export import Dim, ExportedProgram
 from mambascope.models.configs import share
 from mambascope.models.exit import check_threshold, exit_mask
 from mambascope.models.portable import decompositions
-from mambascope.models.scope import CoarseState, MambaScope
+from mambascope.models.scope import MambaScope
+from mambascope.models.scope_states import CoarseState
 from mambascope.models.vim import VisionMamba
 
 MAX_BATCH = 2**16
