@@ -7,6 +7,7 @@ _base_ = [
 ]
 default_hooks = dict(checkpoint=dict(interval=800))
 model = dict(
+    type="VimCascadeRCNN",
     backbone=dict(
         type="VimBackbone",
         arch="vim_nano_patch8_64",

@@ -1,5 +1,6 @@
 _base_ = ["_base_/cascade.py", "_base_/coco_lsj.py", "_base_/schedule_380k.py", "_base_/runtime_det.py"]
 model = dict(
+    type="VimCascadeRCNN",
     backbone=dict(
         type="VimBackbone",
         arch="vim_small_patch16_224",

@@ -7,6 +7,7 @@ _base_ = [
 ]
 default_hooks = dict(checkpoint=dict(interval=1000))
 model = dict(
+    type="VimEncoderDecoder",
     backbone=dict(
         type="VimBackbone",
         arch="vim_nano_patch8_64",

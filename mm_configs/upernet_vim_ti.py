@@ -1,5 +1,6 @@
 _base_ = ["_base_/upernet.py", "_base_/ade20k.py", "_base_/schedule_160k.py", "_base_/runtime_seg.py"]
 model = dict(
+    type="VimEncoderDecoder",
     backbone=dict(
         type="VimBackbone",
         arch="vim_tiny_patch16_224",

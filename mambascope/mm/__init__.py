@@ -11,7 +11,7 @@ except ImportError as error:
         f"mambascope.mm needs the OpenMMLab stack: run 'make mm' in the source folder ({error})"
     ) from error
 
-from mambascope.mm.backbone import ScopeBackbone, ScopeFeatures, VimBackbone
+from mambascope.mm.backbone import VimBackbone
 from mambascope.mm.compat import allow_own_checkpoints
 from mambascope.mm.gate import GateHead, gate_confidence, presence_from_labels, presence_from_masks
 from mambascope.mm.loss import ClassWeightedCrossEntropy
@@ -19,6 +19,7 @@ from mambascope.mm.metrics import GateMetric
 from mambascope.mm.optim import CpuAmpOptimWrapper, LayerDecayConstructor
 from mambascope.mm.pyramid import SimplePyramid
 from mambascope.mm.runner import ScopeRunner
+from mambascope.mm.scope_backbone import ScopeBackbone, ScopeFeatures
 
 allow_own_checkpoints()
 

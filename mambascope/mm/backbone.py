@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
@@ -19,44 +18,27 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mambascope.evaluation.cost import stage_macs
-from mambascope.layers import cls_index, pad_to, remove_cls
-from mambascope.mm.gate import GateHead
-from mambascope.mm.pyramid import STEPS, ImageDetail, SimplePyramid, double
+from mambascope.mm.canvas import (
+    Group,
+    Look,
+    Size,
+    batch_order,
+    check_sizes,
+    cover,
+    erase_padding,
+    group_images,
+    join_looks,
+)
+from mambascope.mm.pyramid import STEPS, ImageDetail, SimplePyramid
 from mambascope.models.checkpoint import CheckpointError, load_checkpoint, read_state_dict
-from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, VimConfig, with_overrides
-from mambascope.models.exit import check_threshold, exit_mask
+from mambascope.models.configs import VIM_CONFIGS, VimConfig, with_overrides
 from mambascope.models.scope import MambaScope
-from mambascope.models.scope_states import CoarseState
-from mambascope.models.selection import num_selected
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import find_weights
 
 # fields that a checkpoint and the backbone must agree on: without them the weights mean something else
 _SAME = ("patch_size", "embed_dim", "depth", "d_state", "d_conv", "expand", "cls_position")
 _SAME_SCOPE = ("fine_cls", "fine_order", "cell_order", "reuse", "reuse_cls")
-
-
-@dataclass
-class ScopeFeatures:
-    """What the backbone found in a batch and how it came to it.
-
-    Attributes:
-        maps: Four maps [B, channels, H/s, W/s], s = 4, 8, 16, 32 for 16-pixel patches; sides rounded up.
-        gate_logits: Multi-label logits [B, C] of the coarse look; ``None`` without a gate.
-        confidence: Of the gate [B]; ``None`` without one.
-        exited: Which images kept the coarse features [B] bool.
-        importance: Importance of each coarse cell [B, M].
-        selected: Re-read cells [B, k]; rows of -1 for images that exited.
-        grid: Rows and columns of the coarse grid.
-    """
-
-    maps: tuple[Tensor, ...]
-    gate_logits: Tensor | None
-    confidence: Tensor | None
-    exited: Tensor
-    importance: Tensor
-    selected: Tensor
-    grid: tuple[int, int]
 
 
 def default_indices(depth: int) -> tuple[int, ...]:
@@ -66,30 +48,7 @@ def default_indices(depth: int) -> tuple[int, ...]:
     return tuple(-(-depth * (i + 1) // len(STEPS)) - 1 for i in range(len(STEPS)))
 
 
-class Look(NamedTuple):
-    """What a pass over images left for the pyramid.
-
-    Attributes:
-        maps: Four maps [B, d, h, w] on the fine grid.
-        cls: The CLS outputs [B, d] of the same blocks.
-        detail: Maps of the image's detail, none or four.
-    """
-
-    maps: list[Tensor]
-    cls: list[Tensor]
-    detail: list[Tensor]
-
-    def joined(self, other: Look, order: Tensor) -> Look:
-        """Both looks' images, those of ``self`` first, in ``order`` [B] int64."""
-
-        def join(own: list[Tensor], others: list[Tensor]) -> list[Tensor]:
-            pairs = zip(own, others, strict=True)
-            return [torch.cat([a, b.to(a.dtype)]).index_select(0, order) for a, b in pairs]
-
-        return Look(*(join(own, others) for own, others in zip(self, other, strict=True)))
-
-
-class _EncoderBackbone(BaseModule):
+class EncoderBackbone(BaseModule):
     """What both backbones share: the encoder, the pyramid, freezing and weights."""
 
     encoder_class: type[VisionMamba] = VisionMamba
@@ -216,7 +175,7 @@ class _EncoderBackbone(BaseModule):
                 if hasattr(self.encoder, name):
                     getattr(self.encoder, name).requires_grad_(False)
 
-    def train(self, mode: bool = True) -> _EncoderBackbone:
+    def train(self, mode: bool = True) -> EncoderBackbone:
         """Switches the mode; frozen blocks and, with ``norm_eval``, batch norms stay in evaluation mode."""
         super().train(mode)
         if mode:
@@ -230,15 +189,35 @@ class _EncoderBackbone(BaseModule):
 
     # ---- features ------------------------------------------------------------------------------------------------
 
-    def _pad(self, x: Tensor) -> Tensor:
-        self.encoder.check_images(x)
-        return pad_to(x, 2 * self.encoder.config.patch_size)
+    @property
+    def _cell(self) -> int:
+        """Side of a coarse cell in pixels."""
+        return 2 * self.encoder.config.patch_size
 
-    def _levels(self, look: Look, height: int, width: int) -> tuple[Tensor, ...]:
-        """The pyramid without what only covers padding."""
-        sizes = [(-(-height // s), -(-width // s)) for s in self.strides]
-        levels = self.pyramid(*look)
-        return tuple(m[..., : int(r), : int(c)].contiguous() for m, (r, c) in zip(levels, sizes, strict=True))
+    def _groups(self, x: Tensor, sizes: Sequence[Sequence[int]] | None) -> tuple[list[Group], list[Size]]:
+        """The images without padding, those of one grid together, and their checked sizes."""
+        self.encoder.check_images(x)
+        own = check_sizes(x, sizes)
+        return group_images(x, own, self._cell), own
+
+    def _levels(self, looks: Sequence[Look], groups: Sequence[Group], x: Tensor, sizes: list[Size]) -> Any:
+        """The pyramid on the canvas ``x``, without what only covers padding.
+
+        Once for all groups: processes that see different numbers of them would wait for each other in a ``SyncBN``.
+        """
+        canvas: Size = (x.shape[-2], x.shape[-1])
+        rows, cols = cover(canvas, self._cell)
+        look = join_looks([own.on_canvas((2 * rows, 2 * cols)) for own in looks], batch_order(groups))
+        levels = []
+        for level, stride in zip(self.pyramid(*look), self.strides, strict=True):
+            height, width = cover(canvas, stride)
+            own = level[..., :height, :width]
+            levels.append(erase_padding(own, [cover(size, stride) for size in sizes]).contiguous())
+        if self.training:
+            # exits, grids and chosen blocks decide what a batch uses
+            zero = _zero(self.parameters())
+            levels = [level + zero for level in levels]
+        return tuple(levels)
 
     def cost(self, height: int, width: int, convention: str = "both_directions") -> tuple[float, float]:
         """GFLOPs (multiply-adds / 1e9) of one image for the backbone, pyramid included.
@@ -251,21 +230,20 @@ class _EncoderBackbone(BaseModule):
             For an image that exits and for one that is refined; the same figure twice for a plain Vim.
         """
         config = self.encoder.config
-        cell = 2 * config.patch_size
-        size = (-(-height // cell) * cell, -(-width // cell) * cell)
+        rows, cols = cover((height, width), self._cell)
+        size = (rows * self._cell, cols * self._cell)
         alpha: dict[str, Any] = {"alpha": self.encoder.alpha} if isinstance(self.encoder, MambaScope) else {}
         cost = stage_macs(config, size, convention=convention, **alpha)
-        rows, cols = size[0] // config.patch_size, size[1] // config.patch_size
-        pyramid = self.pyramid.macs(rows, cols)
+        pyramid = self.pyramid.macs(2 * rows, 2 * cols)
         detail = half = 0
         if self.detail is not None:
-            detail, half = self.detail.macs(rows, cols), self.detail.macs(rows, cols, half=True)
+            detail, half = (self.detail.macs(2 * rows, 2 * cols, half=h) for h in (False, True))
         exits = cost.coarse + half if alpha else cost.fine + detail
         return (exits + pyramid) / 1e9, (cost.refined + pyramid + detail) / 1e9
 
 
 @MODELS.register_module()
-class VimBackbone(_EncoderBackbone):
+class VimBackbone(EncoderBackbone):
     """Plain Vim: every patch of the full-size image in one pass.
 
     Args:
@@ -296,187 +274,25 @@ class VimBackbone(_EncoderBackbone):
         super().__init__(arch, **kwargs)
         self.encoder.norm_f = nn.Identity()  # the maps are read before it: in DDP it would wait for a gradient
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Maps [B, channels, H/s, W/s] of images [B, 3, H, W], s = 4, 8, 16, 32 for 16-pixel patches."""
-        padded = self._pad(x)
-        stem_maps = self.encoder.patch_embed.stem_maps(padded)
-        _, maps, cls = self.encoder._intermediates(padded, list(self.out_indices), None, False, stem_maps)
-        detail = [] if self.detail is None else self.detail(padded, stem_maps)
-        return self._levels(Look(maps, [c.squeeze(1) for c in cls], detail), *x.shape[-2:])
+    def forward(self, x: Tensor, sizes: Sequence[Sequence[int]] | None = None) -> tuple[Tensor, ...]:
+        """Maps [B, channels, H/s, W/s] of images [B, 3, H, W], s = 4, 8, 16, 32 for 16-pixel patches.
 
+        Args:
+            x: The images, each at the top left.
+            sizes: Height and width of each image in pixels; what lies outside is padding, which is not read, and where
+                the maps are zero. ``None`` if there is none.
+        """
+        groups, sizes = self._groups(x, sizes)
+        return self._levels([self._look(group.images) for group in groups], groups, x, sizes)
 
-@MODELS.register_module()
-class ScopeBackbone(_EncoderBackbone):
-    """MambaScope: coarse features for images of which the gate is confident, refined ones for the others.
-
-    With ``detail``, images that exit get that of the half-size image, refined ones that of the whole full-size image.
-
-    In training every image exits with probability ``exit_prob``, so that the heads learn from both kinds of features.
-    The gate learns in models that ask for its loss (``ScopeEncoderDecoder``, ``ScopeCascadeRCNN``); inside others it
-    stays untrained and ``threshold`` should be 0 or 1.
-
-    Args:
-        arch: ``mambascope_tiny_patch16_224`` and so on, as :class:`VimBackbone`.
-        gate: Arguments of :class:`~mambascope.mm.gate.GateHead` without the width, ``num_classes`` at least; ``None``
-            for no gate.
-        threshold: Confidence at which the coarse features are kept; ``<= 0`` always, ``>= 1`` never.
-        exit_prob: Share of training images that exit, in [0, 1].
-        coarse_resize: How coarse tokens come to the fine grid: ``bilinear`` (copied in cells that are not re-read), or
-            ``learned``: to that, and to the fine tokens, a linear map of the coarse token for each of its four places
-            is added, zero at the start. Blends and copies cannot say where in its cell an edge runs; with the map a
-            token can.
-        **kwargs: As for :class:`VimBackbone`; ``arch_options`` takes fields of
-            :class:`~mambascope.models.configs.ScopeConfig`, e.g. ``alpha``.
-
-    Raises:
-        ValueError: If an argument is out of range.
-    """
-
-    encoder_class = MambaScope
-    archs = SCOPE_CONFIGS
-    encoder: MambaScope
-
-    def __init__(
-        self,
-        arch: str = "",
-        gate: dict | None = None,
-        threshold: float = 0.8,
-        exit_prob: float = 0.25,
-        coarse_resize: str = "bilinear",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(arch, **kwargs)
-        if coarse_resize not in ("bilinear", "learned"):
-            raise ValueError(f"coarse_resize must be bilinear or learned, got {coarse_resize!r}")
-        dim = self.encoder.embed_dim
-        self.coarse_up = None
-        if coarse_resize == "learned":
-            maps = [nn.ConvTranspose2d(dim, dim, 2, 2, bias=False) for _ in STEPS]
-            for own in maps:
-                nn.init.zeros_(own.weight)
-            self.coarse_up = nn.ModuleList(maps)
-        if not 0 <= exit_prob <= 1:
-            raise ValueError(f"exit_prob must lie in [0, 1], got {exit_prob!r}")
-        self.gate = None if gate is None else GateHead(self.encoder.embed_dim, **gate)
-        self.threshold = check_threshold(threshold)
-        self.exit_prob = exit_prob
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Maps [B, channels, H/s, W/s] of images [B, 3, H, W], s = 4, 8, 16, 32 for 16-pixel patches."""
-        return self.forward_scope(x).maps
-
-    def _decide(self, x: Tensor, confidence: Tensor | None, cells: int) -> Tensor:
-        """Which images [B] exit."""
-        everything = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-        if num_selected(self.encoder.alpha, cells) == 0:
-            return everything  # alpha = 0 is the coarse model alone
-        if self.training:
-            return torch.rand(x.shape[0], device=x.device) < self.exit_prob
-        threshold = check_threshold(self.threshold)
-        if confidence is not None:
-            return exit_mask(confidence, threshold)
-        if 0 < threshold < 1:
-            raise ValueError(f"threshold must be 0 or 1 in a backbone without a gate, got {threshold:g}")
-        return everything if threshold <= 0 else ~everything
-
-    def forward_scope(self, x: Tensor) -> ScopeFeatures:
-        """Features of images [B, 3, H, W] with what was decided on the way; the fine pass reads refined images only."""
-        height, width = x.shape[-2:]
-        x = self._pad(x)
-        half = self.encoder.half_image(x)
-        stem_maps = self.encoder.patch_embed.stem_maps(half)
-        coarse = self.encoder.forward_half(half, self.out_indices, stem_maps)
-        logits = confidence = None
-        if self.gate is not None:
-            logits = self.gate(coarse.cls)
-            confidence = self.gate.sureness(logits)
-        batch, cells = coarse.importance.shape
-        exited = self._decide(x, confidence, cells)
-        selected = torch.full((batch, num_selected(self.encoder.alpha, cells)), -1, dtype=torch.long, device=x.device)
-        refined = exited.logical_not().nonzero().squeeze(1)
-        if refined.numel() == batch:
-            look, selected = self._fine_look(x, coarse)
-        elif refined.numel() == 0:
-            look = self._coarse_look(coarse, half, stem_maps)
-            if self.training:
-                look.maps[0] = look.maps[0] + _zero(self._fine_parameters(), look.maps[0])
-        else:
-            stayed = exited.nonzero().squeeze(1)
-            fine, cells_read = self._fine_look(x.index_select(0, refined), coarse.index_select(refined))
-            selected = selected.index_copy(0, refined, cells_read)
-            own = [] if self.detail is None else [m.index_select(0, stayed) for m in stem_maps]
-            kept = self._coarse_look(coarse.index_select(stayed), half.index_select(0, stayed), own)
-            look = kept.joined(fine, torch.cat([stayed, refined]).argsort())
-        levels = self._levels(look, height, width)
-        return ScopeFeatures(levels, logits, confidence, exited, coarse.importance, selected, coarse.grid)
-
-    def _coarse_grids(self, coarse: CoarseState) -> list[Tensor]:
-        """Coarse tokens as maps [B, d, h/2, w/2]."""
-        position = self.encoder.config.cls_position
-        return [remove_cls(t, position).transpose(1, 2).unflatten(2, coarse.grid) for t in coarse.taken]
-
-    def _with_places(self, maps: list[Tensor], grids: Sequence[Tensor]) -> list[Tensor]:
-        """Adds to maps [B, d, h, w] what the coarse tokens say about each of their four places, if that is learned."""
-        if self.coarse_up is None:
-            return maps
-        return [m + up(grid) for m, up, grid in zip(maps, self.coarse_up, grids, strict=True)]
-
-    def _coarse_look(self, coarse: CoarseState, half: Tensor, stem_maps: Sequence[Tensor]) -> Look:
-        """Coarse tokens resized to the fine grid, with the detail of the half-size image."""
-        grids = self._coarse_grids(coarse)
-        at = cls_index(coarse.tokens.shape[1], self.encoder.config.cls_position)
-        maps = self._with_places([double(g) for g in grids], grids)
-        detail = [] if self.detail is None else self.detail.forward_half(half, stem_maps)
-        return Look(maps, [t[:, at] for t in coarse.taken], detail)
-
-    def _fine_look(self, x: Tensor, coarse: CoarseState) -> tuple[Look, Tensor]:
-        """Fine tokens on the fine grid, with the detail of the whole image; and the cells re-read [B, k]."""
+    def _look(self, x: Tensor) -> Look:
         stem_maps = self.encoder.patch_embed.stem_maps(x)
-        fine = self.encoder.forward_fine(x, coarse, take=self.out_indices, stem_maps=stem_maps)
-        at = cls_index(fine.length - 1, self.encoder.config.fine_cls)
-        maps = [self.encoder.fine_map(t, fine, coarse.grid) for t in fine.taken]
-        maps = self._with_places(maps, self._coarse_grids(coarse))
+        _, maps, cls = self.encoder._intermediates(x, list(self.out_indices), None, False, stem_maps)
         detail = [] if self.detail is None else self.detail(x, stem_maps)
-        return Look(maps, [t[:, at] for t in fine.taken], detail), fine.selected
-
-    def _fine_parameters(self) -> list[Tensor]:
-        """What only the fine pass uses."""
-        reuse = [] if self.encoder.reuse is None else self.encoder.reuse.parameters()
-        return [self.encoder.pos_embed, *reuse, *([] if self.detail is None else self.detail.full_parameters())]
-
-    def cost(self, height: int, width: int, convention: str = "both_directions") -> tuple[float, float]:
-        """As for :class:`VimBackbone`, with the learned resize."""
-        exits, refined = super().cost(height, width, convention)
-        if self.coarse_up is None:
-            return exits, refined
-        cell = 2 * self.encoder.config.patch_size
-        places = 4 * -(-height // cell) * -(-width // cell) * self.encoder.embed_dim**2 / 1e9  # of one learned map
-        return exits + len(STEPS) * places, refined + len(STEPS) * places
-
-    def image_gflops(self, features: ScopeFeatures, height: int, width: int) -> dict[str, list[float]]:
-        """Backbone GFLOPs of every image of a batch, per convention of :meth:`cost`."""
-        left = features.exited.tolist()
-        both = {c: self.cost(height, width, c) for c in ("one_direction", "both_directions")}
-        return {c: [cost[0] if out else cost[1] for out in left] for c, cost in both.items()}
+        return Look(maps, [c.squeeze(1) for c in cls], detail)
 
 
-def _zero(parameters: Iterable[Tensor], like: Tensor) -> Tensor:
-    """Zero that depends on parameters a batch did not need: DDP wants a gradient for every one in every step."""
-    return sum((0.0 * p.sum() for p in parameters), like.new_zeros(()))
-
-
-def check_gate(backbone: Any, num_classes: int) -> ScopeBackbone:
-    """Returns the backbone if it is a :class:`ScopeBackbone` whose gate knows ``num_classes`` classes.
-
-    Raises:
-        ValueError: Otherwise.
-    """
-    if not isinstance(backbone, ScopeBackbone) or backbone.gate is None:
-        raise ValueError(
-            "backbone must be a ScopeBackbone with a gate; other backbones belong in mmseg's or mmdet's own models"
-        )
-    if backbone.gate.num_classes != num_classes:
-        raise ValueError(
-            f"num_classes of the gate must equal that of the heads, {num_classes}, got {backbone.gate.num_classes}"
-        )
-    return backbone
+def _zero(parameters: Iterable[Tensor]) -> Tensor | float:
+    """Zero that depends on all parameters: DDP wants a gradient for every one in every step."""
+    first = [p.flatten()[:1] for p in parameters if p.requires_grad]
+    return 0.0 * torch.cat(first).sum() if first else 0.0

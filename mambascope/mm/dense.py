@@ -1,35 +1,157 @@
-"""What segmentors and detectors with a gate have in common."""
+"""What segmentors and detectors on our backbones have in common: images without their padding, and the gate."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from mambascope.mm.backbone import ScopeBackbone, ScopeFeatures, check_gate
+from mambascope.mm.backbone import EncoderBackbone
+from mambascope.mm.canvas import Size, by_value
+from mambascope.mm.scope_backbone import ScopeBackbone, ScopeFeatures, check_gate
 
 
-class ScopeMixin:
-    """Adds the gate to a model of mmseg or mmdet; comes before it among the base classes.
+def image_sizes(inputs: Tensor, data_samples: Any) -> list[Size] | None:
+    """Height and width of each image of a batch without its padding, as its metainfo tells; ``None`` without samples.
 
-    The base model calls ``extract_feat`` somewhere inside ``loss`` and ``predict``. What the backbone decided there is
-    kept until that call is done: the gate's loss needs its graph, and each prediction gets its image's facts.
+    Args:
+        inputs: [B, C, H, W], images at the top left.
+        data_samples: Of mmdet's or mmseg's data preprocessor, or ``None``.
+
+    Raises:
+        ValueError: If there is padding on the left or at the top.
+    """
+    if data_samples is None:
+        return None
+    height, width = inputs.shape[-2:]
+    sizes = []
+    for sample in data_samples:
+        meta = sample.metainfo
+        # mmseg's names, of testing and of training
+        padding = meta.get("img_padding_size", meta.get("padding_size", (0, 0, 0, 0)))
+        left, right, top, bottom = (int(side) for side in padding)
+        if left or top:
+            sides = f"{left} pixels on the left and {top} at the top"
+            raise ValueError(f"images must be padded on the right and at the bottom only, got {sides}")
+        shape = meta.get("img_shape", (height - bottom, width - right))
+        sizes.append((min(int(shape[0]), height), min(int(shape[1]), width)))
+    return sizes
+
+
+def crop_sample(sample: Any, size: Size) -> None:
+    """Tells a data sample that its image has no padding any more."""
+    facts: dict[str, Any] = dict.fromkeys(("img_shape", "pad_shape", "batch_input_shape"), size)
+    facts |= {name: [0] * 4 for name in ("padding_size", "img_padding_size") if name in sample.metainfo}
+    sample.set_metainfo(facts)
+
+
+@dataclass
+class _Call:
+    """One call of a base model's method.
+
+    Attributes:
+        model: Whose.
+        sizes: Of the images without padding, for ``extract_feat``; ``None`` if there is none.
+        seen: What a :class:`ScopeBackbone` found, in ``extract_feat``.
+    """
+
+    model: Any
+    sizes: list[Size] | None
+    seen: list[ScopeFeatures] = field(default_factory=list)
+
+
+# of the thread, not of the model: a model serves several threads
+_CALL: ContextVar[_Call | None] = ContextVar("mambascope.mm.dense", default=None)
+
+
+class UnpaddedMixin:
+    """Lets a model of mmseg or mmdet read images without their padding; comes before it among the base classes.
+
+    In testing the whole model sees each image as it is, those of one size together, so that a result depends on no
+    other image of the batch. In training, where heads need one canvas, the backbone is told the images' sizes.
+
+    Raises:
+        ValueError: If the backbone is none of ours.
     """
 
     backbone: Any
-    _seen: list[tuple[ScopeFeatures, tuple[int, int]]] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.backbone, EncoderBackbone):
+            raise ValueError(
+                f"backbone must be a VimBackbone or ScopeBackbone in a {type(self).__name__}, "
+                f"got {type(self.backbone).__name__}; others belong in mmseg's or mmdet's own models"
+            )
+
+    def _run(
+        self, method: str, inputs: Tensor, data_samples: Any, sizes: list[Size] | None, **kwargs: Any
+    ) -> tuple[Any, list[ScopeFeatures]]:
+        """What the base model's ``method`` returns, and what a :class:`ScopeBackbone` found on the way."""
+        call = _Call(self, sizes)
+        token = _CALL.set(call)
+        try:
+            return getattr(super(), method)(inputs, data_samples, **kwargs), call.seen
+        finally:
+            _CALL.reset(token)
+
+    def extract_feat(self, inputs: Tensor) -> Any:
+        """Features of a batch [B, 3, H, W]: the backbone's maps, through the neck if there is one."""
+        call = _CALL.get()
+        own = call if call is not None and call.model is self else _Call(self, None)
+        maps = self._maps(inputs, own)
+        return self.neck(maps) if self.with_neck else maps  # type: ignore[attr-defined]
+
+    def _maps(self, inputs: Tensor, call: _Call) -> tuple[Tensor, ...]:
+        return self.backbone(inputs, call.sizes)
+
+    def loss(self, inputs: Tensor, data_samples: Any) -> dict:
+        """The base model's losses."""
+        return self._run("loss", inputs, data_samples, image_sizes(inputs, data_samples))[0]
+
+    def _forward(self, inputs: Tensor, data_samples: Any = None) -> Any:
+        """The base model's outputs without post-processing."""
+        return self._run("_forward", inputs, data_samples, image_sizes(inputs, data_samples))[0]
+
+    def predict(self, inputs: Tensor, data_samples: Any = None, **kwargs: Any) -> Any:
+        """The base model's predictions; samples with padding are told that there is none any more."""
+        sizes = image_sizes(inputs, data_samples)
+        if sizes is None or all(size == tuple(inputs.shape[-2:]) for size in sizes):
+            return self._predict(inputs, data_samples, **kwargs)
+        results: list[Any] = [None] * len(sizes)
+        for size, rows in by_value(sizes).items():
+            own = [data_samples[i] for i in rows]
+            for sample in own:
+                crop_sample(sample, size)
+            found = self._predict(inputs[rows, :, : size[0], : size[1]], own, **kwargs)
+            for i, result in zip(rows, found, strict=True):
+                results[i] = result
+        return results
+
+    def _predict(self, inputs: Tensor, data_samples: Any, **kwargs: Any) -> Any:
+        """Predictions of images without padding."""
+        return self._run("predict", inputs, data_samples, None, **kwargs)[0]
+
+
+class ScopeMixin(UnpaddedMixin):
+    """Adds the gate to a model of mmseg or mmdet; comes before it among the base classes.
+
+    The base model calls ``extract_feat`` somewhere inside ``loss`` and ``predict``. The gate's loss needs the graph of
+    what the backbone decided there, and each prediction gets its image's facts.
+    """
 
     def _check_gate(self, num_classes: int) -> None:
         check_gate(self.backbone, num_classes)
 
-    def extract_feat(self, inputs: Tensor) -> Any:
-        """Features of a batch [B, 3, H, W]: the backbone's maps, through the neck if there is one."""
+    def _maps(self, inputs: Tensor, call: _Call) -> tuple[Tensor, ...]:
         backbone: ScopeBackbone = self.backbone
-        features = backbone.forward_scope(inputs)
-        if self._seen is not None:
-            self._seen.append((features, (inputs.shape[-2], inputs.shape[-1])))
-        return self.neck(features.maps) if self.with_neck else features.maps  # type: ignore[attr-defined]
+        features = backbone.forward_scope(inputs, call.sizes)
+        call.seen.append(features)
+        return features.maps
 
     def presence(self, data_samples: Any) -> tuple[Tensor, Tensor | None]:
         """Classes present in each image [B, C], and of which images this is known [B]; all if ``None``."""
@@ -39,56 +161,54 @@ class ScopeMixin:
         """The base model's losses and ``loss_gate``."""
         # before the heads, which would fail on a label out of range with an index error or a CUDA assertion
         presence, known = self.presence(data_samples)
-        self._seen = []
-        try:
-            losses = super().loss(inputs, data_samples)  # type: ignore[misc]
-            [(features, _)] = self._seen
-        finally:
-            self._seen = None
+        losses, [features] = self._run("loss", inputs, data_samples, image_sizes(inputs, data_samples))
         losses["loss_gate"] = self.backbone.gate.loss(features.gate_logits, presence.to(inputs.device), known)
         losses["exit_share"] = features.exited.float().mean()
         return losses
 
-    def predict(self, inputs: Tensor, data_samples: Any = None, **kwargs: Any) -> Any:
-        """The base model's predictions; each sample's metainfo gets ``scope``, see :meth:`_facts`."""
-        self._seen = []
-        try:
-            results = super().predict(inputs, data_samples, **kwargs)  # type: ignore[misc]
-            facts = self._facts(self._seen)
-        finally:
-            self._seen = None
-        for sample, fact in zip(results, facts, strict=True):
-            sample.set_metainfo({"scope": fact})
+    def _predict(self, inputs: Tensor, data_samples: Any, **kwargs: Any) -> Any:
+        """Predictions whose metainfo has ``scope``, see :meth:`_facts`; of sliding windows :func:`merge_facts`."""
+        results, seen = self._run("predict", inputs, data_samples, None, **kwargs)
+        windows = zip(*(self._facts(features) for features in seen), strict=True)
+        for sample, facts in zip(results, windows, strict=True):
+            sample.set_metainfo({"scope": merge_facts(facts)})
         return results
 
-    def _facts(self, seen: list[tuple[ScopeFeatures, tuple[int, int]]]) -> list[dict[str, Any]]:
-        """Per image: what was decided; over sliding windows the mean, and for the gate the largest probability.
+    def _facts(self, features: ScopeFeatures) -> list[dict[str, Any]]:
+        """What was decided for each image, without padding.
 
-        ``refined`` share 0 to 1; ``gflops_both_directions`` and ``gflops_one_direction`` of the backbone, the sum over
-        the windows; ``confidence``; ``presence`` [C] the gate's probabilities; ``importance`` [rows, cols] and
-        ``selected`` of the last window; ``grid``.
+        ``refined`` 0 or 1; ``confidence`` of the gate; ``presence`` [C] its probabilities; ``importance`` [rows, cols]
+        of the cells; ``selected`` ones; ``grid``; ``size`` in pixels; ``gflops_both_directions`` and
+        ``gflops_one_direction`` of the backbone.
         """
-        costs = [self.backbone.image_gflops(f, *size) for f, size in seen]
-        logits: list[Any] = [f.gate_logits for f, _ in seen]
-        presence = torch.stack([own.float().sigmoid() for own in logits]).amax(0).cpu().numpy()
-        confidence = torch.stack([c for f, _ in seen if (c := f.confidence) is not None]).double().mean(0).tolist()
-        refined = torch.stack([~f.exited for f, _ in seen]).double().mean(0).tolist()
-        last, size = seen[-1]
-        importance = last.importance.float().cpu().numpy()
-        selected = last.selected.cpu().numpy()
-        return [
-            {
-                "refined": refined[i],
-                "confidence": confidence[i],
-                "presence": presence[i],
-                "importance": importance[i].reshape(last.grid),
-                "selected": selected[i],
-                "grid": last.grid,
-                "size": size,
-                **{f"gflops_{c}": sum(cost[c][i] for cost in costs) for c in costs[0]},
-            }
-            for i in range(len(refined))
-        ]
+        logits, confidence = features.gate_logits, features.confidence
+        assert logits is not None
+        assert confidence is not None
+        columns: dict[str, Any] = {
+            "refined": (~features.exited).double().tolist(),
+            "confidence": confidence.double().tolist(),
+            "presence": logits.detach().float().sigmoid().cpu().numpy(),
+            "importance": features.importance.float().unflatten(1, features.grid).cpu().numpy(),
+            "selected": features.selected.cpu().numpy(),
+            "size": features.sizes,
+            **{f"gflops_{c}": cost for c, cost in self.backbone.image_gflops(features).items()},
+        }
+        rows = zip(*columns.values(), strict=True)
+        return [{**dict(zip(columns, row, strict=True)), "grid": features.grid} for row in rows]
+
+
+def merge_facts(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was decided for an image that was looked at several times, in windows or in views.
+
+    Costs are added; ``refined`` and ``confidence`` are means, ``presence`` the largest probability; ``importance``,
+    ``selected``, ``grid`` and ``size`` are those of the last look.
+    """
+    return {
+        **facts[-1],
+        **{name: sum(fact[name] for fact in facts) for name in facts[-1] if name.startswith("gflops_")},
+        **{name: float(np.mean([fact[name] for fact in facts])) for name in ("refined", "confidence")},
+        "presence": np.max([fact["presence"] for fact in facts], axis=0),
+    }
 
 
 def sample_names(data_samples: Any, *keys: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""mmdet's Cascade R-CNN (with or without masks) with confidence-gated early exit."""
+"""mmdet's Cascade R-CNN (with or without masks) on our backbones, plain or with confidence-gated early exit."""
 
 from __future__ import annotations
 
@@ -8,13 +8,24 @@ from mmdet.models.detectors import CascadeRCNN
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from mambascope.mm.dense import ScopeMixin, sample_names
+from mambascope.mm.dense import ScopeMixin, UnpaddedMixin, sample_names
 from mambascope.mm.gate import presence_from_labels
 
 
 @MODELS.register_module()
+class VimCascadeRCNN(UnpaddedMixin, CascadeRCNN):
+    """``CascadeRCNN`` on a :class:`~mambascope.mm.backbone.VimBackbone`, which reads images without their padding.
+
+    Takes the arguments of mmdet's ``CascadeRCNN``.
+
+    Raises:
+        ValueError: If the backbone is another.
+    """
+
+
+@MODELS.register_module()
 class ScopeCascadeRCNN(ScopeMixin, CascadeRCNN):
-    """``CascadeRCNN`` on a :class:`~mambascope.mm.backbone.ScopeBackbone`: adds the gate's loss and its decisions.
+    """``CascadeRCNN`` on a :class:`~mambascope.mm.scope_backbone.ScopeBackbone`: the gate's loss and its decisions.
 
     Takes the arguments of mmdet's ``CascadeRCNN``; the backbone's gate needs as many classes as the box heads.
 

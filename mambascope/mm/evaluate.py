@@ -23,6 +23,7 @@ from torch import nn
 
 from mambascope.evaluation.sweep import candidate_thresholds
 from mambascope.evaluation.throughput import interleaved, quartiles
+from mambascope.mm.dense import crop_sample
 from mambascope.mm.loading import scope_backbone
 
 # what is reported, and what it is called in mmseg's and mmdet's own tables
@@ -209,11 +210,8 @@ def resized(batch: dict, side: int) -> tuple[torch.Tensor, list[Any]]:
     inputs = F.interpolate(inputs, size=size, mode="bilinear", align_corners=False)
     samples = copy.deepcopy(batch["data_samples"])
     for sample in samples:
-        facts = {"img_shape": tuple(size), "pad_shape": tuple(size), "ori_shape": tuple(size)}
-        sample.set_metainfo({**facts, "batch_input_shape": tuple(size), "scale_factor": (1.0, 1.0)})
-        for name in ("padding_size", "img_padding_size"):
-            if name in sample.metainfo:
-                sample.set_metainfo({name: [0, 0, 0, 0]})
+        crop_sample(sample, tuple(size))
+        sample.set_metainfo({"ori_shape": tuple(size), "scale_factor": (1.0, 1.0)})
     return inputs, samples
 
 

@@ -15,11 +15,12 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
-from mambascope.mm.backbone import ScopeBackbone, VimBackbone
+from mambascope.mm.backbone import VimBackbone
 from mambascope.mm.runner import misfit
+from mambascope.mm.scope_backbone import ScopeBackbone
 from mambascope.models.checkpoint import CheckpointError
 
-PLAIN = {"ScopeEncoderDecoder": "EncoderDecoder", "ScopeCascadeRCNN": "CascadeRCNN"}
+PLAIN = {"ScopeEncoderDecoder": "VimEncoderDecoder", "ScopeCascadeRCNN": "VimCascadeRCNN"}
 
 
 def read_config(path: str | os.PathLike[str], options: dict | None = None) -> Config:

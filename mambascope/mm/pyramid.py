@@ -139,10 +139,6 @@ class ImageDetail(nn.Module):
         # the half-size image has no fourth level
         return [out(m) for out, m in zip(self.outs, maps, strict=False)]
 
-    def full_parameters(self) -> list[Tensor]:
-        """What only full-size images use."""
-        return [*self.last.parameters(), *self.outs[-1].parameters()]
-
     def macs(self, rows: int, cols: int, half: bool = False) -> int:
         """Multiply-adds of one image of ``rows`` x ``cols`` patches; with ``half`` of its half-size image's maps.
 

@@ -1,4 +1,4 @@
-"""mmseg's encoder-decoder with confidence-gated early exit."""
+"""mmseg's encoder-decoder on our backbones, plain or with confidence-gated early exit."""
 
 from __future__ import annotations
 
@@ -8,13 +8,24 @@ from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mambascope.mm.dense import ScopeMixin, sample_names
+from mambascope.mm.dense import ScopeMixin, UnpaddedMixin, sample_names
 from mambascope.mm.gate import presence_from_masks
 
 
 @MODELS.register_module()
+class VimEncoderDecoder(UnpaddedMixin, EncoderDecoder):
+    """``EncoderDecoder`` on a :class:`~mambascope.mm.backbone.VimBackbone`, which reads images without their padding.
+
+    Takes the arguments of mmseg's ``EncoderDecoder``.
+
+    Raises:
+        ValueError: If the backbone is another.
+    """
+
+
+@MODELS.register_module()
 class ScopeEncoderDecoder(ScopeMixin, EncoderDecoder):
-    """``EncoderDecoder`` on a :class:`~mambascope.mm.backbone.ScopeBackbone`: adds the gate's loss and its decisions.
+    """``EncoderDecoder`` on a :class:`~mambascope.mm.scope_backbone.ScopeBackbone`: the gate's loss and its decisions.
 
     Takes the arguments of mmseg's ``EncoderDecoder``; the backbone's gate needs as many classes as the decode head.
 
