@@ -211,6 +211,18 @@ def merge_facts(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+class ScopeTTAMixin:
+    """Keeps what was decided for every view of an image; comes before a model of mmseg or mmdet that merges views."""
+
+    def merge_preds(self, data_samples_list: Any) -> Any:
+        """The base model's merged predictions, with the facts of all views (:func:`merge_facts`) and their number."""
+        facts = [merge_facts([sample.metainfo["scope"] for sample in views]) for views in data_samples_list]
+        merged = super().merge_preds(data_samples_list)  # type: ignore[misc]
+        for sample, fact in zip(merged, facts, strict=True):
+            sample.set_metainfo({"scope": {**fact, "views": len(data_samples_list[0])}})
+        return merged
+
+
 def sample_names(data_samples: Any, *keys: str) -> list[str]:
     """What to call each image in an error: the first of its metainfo's ``keys`` that is there."""
     names = []

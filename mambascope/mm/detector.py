@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from mmdet.models.detectors import CascadeRCNN
+from mmdet.models.test_time_augs import DetTTAModel
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from mambascope.mm.dense import ScopeMixin, UnpaddedMixin, sample_names
+from mambascope.mm.dense import ScopeMixin, ScopeTTAMixin, UnpaddedMixin, sample_names
 from mambascope.mm.gate import presence_from_labels
 
 
@@ -46,3 +47,8 @@ class ScopeCascadeRCNN(ScopeMixin, CascadeRCNN):
         """Classes among the boxes; crowd regions do not count, and an image without boxes has none."""
         labels = [sample.gt_instances.labels for sample in data_samples]
         return presence_from_labels(labels, self.num_classes, sample_names(data_samples, "img_path")), None
+
+
+@MODELS.register_module()
+class ScopeDetTTAModel(ScopeTTAMixin, DetTTAModel):
+    """``DetTTAModel`` of a :class:`ScopeCascadeRCNN` without masks: the gate's decisions and costs of all views."""

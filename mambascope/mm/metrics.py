@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,12 +27,20 @@ def average_precision(scores: np.ndarray, present: np.ndarray) -> float:
     return float((np.diff(recall, prepend=0.0) * precision).sum())
 
 
+def _num_views(data_batch: Any) -> int:
+    """Views of each image; a batch of test-time augmentation is a list of batches."""
+    inputs: Any = data_batch["inputs"] if isinstance(data_batch, Mapping) else ()
+    return len(inputs) if len(inputs) and isinstance(inputs[0], (list, tuple)) else 1
+
+
 @METRICS.register_module()
 class GateMetric(BaseMetric):
     """Mean average precision of the gate, share refined, and mean backbone GFLOPs of a dense model.
 
     Reported as ``gate/mAP`` (0 to 100, over the classes that occur), ``gate/share_refined`` (0 to 100),
-    ``gate/backbone_gflops`` (both scan directions) and ``gate/backbone_gflops_one_direction`` per image.
+    ``gate/backbone_gflops`` (both scan directions) and ``gate/backbone_gflops_one_direction`` per image. With test-time
+    augmentation that is the cost of all views, and needs ``ScopeSegTTAModel`` or ``ScopeDetTTAModel``: mmseg's and
+    mmdet's own hand on what was decided for one view only, which is left out.
 
     Args:
         ignore_index: Label of pixels that say nothing.
@@ -46,11 +55,13 @@ class GateMetric(BaseMetric):
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
         """Keeps each image's decision, cost and gate probabilities beside the classes that are really there."""
-        del data_batch
+        views = _num_views(data_batch)
         for sample in data_samples:
             if "scope" not in sample:
                 raise ValueError("GateMetric needs a model with a gate (ScopeEncoderDecoder, ScopeCascadeRCNN)")
             fact = sample["scope"]
+            if fact.get("views", 1) != views:
+                continue
             self.results.append(
                 {
                     "presence": fact["presence"],
@@ -76,7 +87,15 @@ class GateMetric(BaseMetric):
         return target
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """The figures over all images; mAP is NaN if no image has labels."""
+        """The figures over all images; mAP is NaN if no image has labels, and nothing is known of single views."""
+        if not results:
+            print_log(
+                "gate: left out, as the merged predictions have one view's decisions only; set tta_model.type to "
+                "ScopeSegTTAModel or ScopeDetTTAModel",
+                logger="current",
+                level=logging.WARNING,
+            )
+            return {}
         known = [r for r in results if r["target"] is not None]
         value = float("nan")
         if known:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmseg.models.segmentors import EncoderDecoder
+from mmseg.models.segmentors import EncoderDecoder, SegTTAModel
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mambascope.mm.dense import ScopeMixin, UnpaddedMixin, sample_names
+from mambascope.mm.dense import ScopeMixin, ScopeTTAMixin, UnpaddedMixin, sample_names
 from mambascope.mm.gate import presence_from_masks
 
 
@@ -42,3 +42,8 @@ class ScopeEncoderDecoder(ScopeMixin, EncoderDecoder):
         masks = [sample.gt_sem_seg.data for sample in data_samples]
         names = sample_names(data_samples, "seg_map_path", "img_path")
         return presence_from_masks(masks, self.num_classes, self.decode_head.ignore_index, names)
+
+
+@MODELS.register_module()
+class ScopeSegTTAModel(ScopeTTAMixin, SegTTAModel):
+    """``SegTTAModel`` of a :class:`ScopeEncoderDecoder`: the gate's decisions and costs of all views."""
