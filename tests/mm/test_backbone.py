@@ -229,11 +229,11 @@ def test_detail_of_other_patch_sizes():
     ],
 )
 @pytest.mark.parametrize("exit_prob", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("sizes", [None, [(64, 64), (64, 64), (32, 64), (17, 20)]])
+@pytest.mark.parametrize("sizes", [(), ([(64, 64), (64, 64), (32, 64), (17, 20)],)])
 def test_every_parameter_learns_in_every_step(sizes, exit_prob, options):
     model = scope(exit_prob=exit_prob, **options).train()
     torch.manual_seed(3)
-    features = model.forward_scope(torch.randn(4, 3, 64, 64), sizes)
+    features = model.forward_scope(torch.randn(4, 3, 64, 64), *sizes)
     if model.encoder.alpha:
         assert sizes or float(features.exited.float().mean()) == exit_prob
     loss = sum(m.square().mean() for m in features.maps)
