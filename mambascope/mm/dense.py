@@ -32,12 +32,11 @@ def image_sizes(inputs: Tensor, data_samples: Any) -> list[Size] | None:
     for sample in data_samples:
         meta = sample.metainfo
         # mmseg's names, of testing and of training
-        padding = meta.get("img_padding_size", meta.get("padding_size", (0, 0, 0, 0)))
-        left, right, top, bottom = (int(side) for side in padding)
+        left, _, top, _ = meta.get("img_padding_size", meta.get("padding_size", (0, 0, 0, 0)))
         if left or top:
             sides = f"{left} pixels on the left and {top} at the top"
             raise ValueError(f"images must be padded on the right and at the bottom only, got {sides}")
-        shape = meta.get("img_shape", (height - bottom, width - right))
+        shape = meta.get("img_shape", (height, width))
         sizes.append((min(int(shape[0]), height), min(int(shape[1]), width)))
     return sizes
 

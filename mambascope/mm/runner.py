@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,9 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
+
+from mambascope.mm.backbone import EncoderBackbone
+from mambascope.mm.dense import UnpaddedMixin
 
 
 def data_folders(dataset: Any) -> Iterator[Path]:
@@ -64,6 +68,21 @@ class ScopeRunner(Runner):
     """mmengine's ``Runner`` that checks the data first and also runs on CPU: gloo, plain batch norm, bfloat16."""
 
     _whole = False
+
+    def build_model(self, model: Any) -> nn.Module:
+        """Builds the model, with a word on models that do not tell our backbones where padding begins."""
+        built = super().build_model(model)
+        parts = list(built.modules())
+        ours, unpadded = (any(isinstance(m, kind) for m in parts) for kind in (EncoderBackbone, UnpaddedMixin))
+        if ours and not unpadded:
+            print_log(
+                f"{type(built).__name__} takes padding for a part of the image: results depend on the other images of "
+                "a batch. VimEncoderDecoder, ScopeEncoderDecoder, VimCascadeRCNN and ScopeCascadeRCNN read images "
+                "without it, as does every model with mambascope.mm.dense.UnpaddedMixin as its first base class",
+                logger="current",
+                level=logging.WARNING,
+            )
+        return built
 
     def train(self) -> nn.Module:
         """Trains, after a check of the data."""

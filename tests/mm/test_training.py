@@ -9,6 +9,7 @@ import torch
 from mmengine.registry import RUNNERS
 from PIL import Image
 
+from mambascope.mm.loading import plain_config
 from mambascope.mm.runner import data_folders
 from tests.mm import common
 
@@ -58,6 +59,18 @@ def test_threshold_decides_what_test_refines(data, tmp_path):
         facts = runner("seg", data["seg"], tmp_path / str(threshold), **{"model.backbone.threshold": threshold}).test()
         shares.append(facts["gate/share_refined"])
     assert shares == [0, 100]
+
+
+@pytest.mark.parametrize("type_", ["EncoderDecoder", "VimEncoderDecoder"])
+def test_models_that_read_padding_are_named(type_, data, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("mambascope.mm.runner.print_log", lambda text, **_: said.append(text))
+    cfg = plain_config(common.demo_config("seg", data["seg"], tmp_path / "w"))
+    cfg.model.type = type_
+    RUNNERS.build(cfg)
+    assert [text.split(":")[0] for text in said] == [
+        f"{type_} takes padding for a part of the image" for _ in range(type_ == "EncoderDecoder")
+    ]
 
 
 def test_checkpoint_of_another_arch(data, tmp_path):
