@@ -1,4 +1,4 @@
-"""MambaScope and Vim as OpenMMLab backbones (MambaScope section 5.2 and Appendix A).
+"""Vim as an OpenMMLab backbone, and what MambaScope's shares with it (MambaScope section 5.2 and Appendix A).
 
 Shape letters: B batch, C gate classes, d model width, h x w patch grid, M coarse cells, k selected cells. Registered in
 mmengine's root registry, so one class serves mmseg and mmdet.
@@ -200,12 +200,13 @@ class EncoderBackbone(BaseModule):
         own = check_sizes(x, sizes)
         return group_images(x, own, self._cell), own
 
-    def _levels(self, looks: Sequence[Look], groups: Sequence[Group], x: Tensor, sizes: list[Size]) -> Any:
-        """The pyramid on the canvas ``x``, without what only covers padding.
+    def _levels(
+        self, looks: Sequence[Look], groups: Sequence[Group], canvas: Size, sizes: Sequence[Size]
+    ) -> tuple[Tensor, ...]:
+        """The pyramid on a whole canvas, without what only covers padding.
 
         Once for all groups: processes that see different numbers of them would wait for each other in a ``SyncBN``.
         """
-        canvas: Size = (x.shape[-2], x.shape[-1])
         rows, cols = cover(canvas, self._cell)
         look = join_looks([own.on_canvas((2 * rows, 2 * cols)) for own in looks], batch_order(groups))
         levels = []
@@ -214,7 +215,7 @@ class EncoderBackbone(BaseModule):
             own = level[..., :height, :width]
             levels.append(erase_padding(own, [cover(size, stride) for size in sizes]).contiguous())
         if self.training:
-            # exits, grids and chosen blocks decide what a batch uses
+            # exits, grids and out_indices decide what a batch uses
             zero = _zero(self.parameters())
             levels = [level + zero for level in levels]
         return tuple(levels)
@@ -282,8 +283,8 @@ class VimBackbone(EncoderBackbone):
             sizes: Height and width of each image in pixels; what lies outside is padding, which is not read, and where
                 the maps are zero. ``None`` if there is none.
         """
-        groups, sizes = self._groups(x, sizes)
-        return self._levels([self._look(group.images) for group in groups], groups, x, sizes)
+        groups, own = self._groups(x, sizes)
+        return self._levels([self._look(group.images) for group in groups], groups, (x.shape[-2], x.shape[-1]), own)
 
     def _look(self, x: Tensor) -> Look:
         stem_maps = self.encoder.patch_embed.stem_maps(x)

@@ -145,11 +145,12 @@ class ScopeBackbone(EncoderBackbone):
             sizes: Height and width of each image in pixels; what lies outside is padding, which is neither read nor
                 selected, and where the maps are zero. ``None`` if there is none.
         """
-        groups, sizes = self._groups(x, sizes)
+        groups, own = self._groups(x, sizes)
+        canvas = (x.shape[-2], x.shape[-1])
         parts = [self._part(group.images) for group in groups]
-        levels = self._levels([part.look for part in parts], groups, x, sizes)
+        levels = self._levels([part.look for part in parts], groups, canvas, own)
         order = batch_order(groups)
-        grid = cover((x.shape[-2], x.shape[-1]), self._cell)
+        grid = cover(canvas, self._cell)
         most = max(part.selected.shape[1] for part in parts)
         importance = [pad_map(part.importance.unflatten(1, part.grid), grid).flatten(1) for part in parts]
         selected = [cells_on_canvas(part.selected, part.grid, grid, most) for part in parts]
@@ -163,7 +164,7 @@ class ScopeBackbone(EncoderBackbone):
             importance=join(importance, order),
             selected=join(selected, order),
             grid=grid,
-            sizes=sizes,
+            sizes=own,
         )
 
     def _part(self, x: Tensor) -> _Part:
