@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmdet.datasets.transforms import Pad
 from mmdet.models.detectors import CascadeRCNN
 from mmdet.models.test_time_augs import DetTTAModel
-from mmdet.registry import MODELS
+from mmdet.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
 
 from mambascope.mm.dense import ScopeMixin, ScopeTTAMixin, UnpaddedMixin, sample_names
@@ -52,3 +53,16 @@ class ScopeCascadeRCNN(ScopeMixin, CascadeRCNN):
 @MODELS.register_module()
 class ScopeDetTTAModel(ScopeTTAMixin, DetTTAModel):
     """``DetTTAModel`` of a :class:`ScopeCascadeRCNN` without masks: the gate's decisions and costs of all views."""
+
+
+@TRANSFORMS.register_module()
+class PadCanvas(Pad):
+    """mmdet's ``Pad``, but ``img_shape`` stays the image's own: what is padded is a canvas around it.
+
+    Takes the arguments of mmdet's ``Pad``.
+    """
+
+    def transform(self, results: dict) -> dict:
+        """Pads the image, its masks and its segmentation map."""
+        shape = results["img"].shape[:2]
+        return {**super().transform(results), "img_shape": shape}

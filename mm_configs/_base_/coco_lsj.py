@@ -20,7 +20,7 @@ train_pipeline = [
         allow_negative_crop=True,
     ),
     dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-2, 1e-2), keep_empty=False),
-    # no Pad: it would make the padding part of img_shape; the data preprocessor pads to the batch's largest image
+    dict(type="PadCanvas", size=image_size, pad_val=dict(img=(114, 114, 114))),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from mmengine.dataset import Compose
 
+from mambascope.mm.dense import image_sizes
 from mambascope.mm.loading import plain_config
 from tests.mm import common
 from tests.mm.test_backbone import scope, vim
@@ -285,19 +285,21 @@ def annotate(kind, sample):
 
 def test_large_scale_jitter_keeps_the_images_own_shape(tmp_path):
     """As in testing: 1024 pixels of canvas are no part of an image."""
-    data = common.make_data("det", tmp_path / "det", train=2, val=1, mapped_ids=True)
-    cfg = load("cascade_scope_ti.py")
-    dataset = cfg.train_dataloader.dataset
-    for step in dataset.pipeline:
-        if step["type"] == "RandomResize":
-            step["ratio_range"] = (0.25, 0.25)
-    dataset.data_root = str(data)
     from mmdet.registry import DATASETS
 
-    dataset = DATASETS.build(dataset)
-    assert isinstance(dataset.pipeline, Compose)
-    found = dataset[0]
-    assert tuple(found["inputs"].shape[-2:]) == found["data_samples"].img_shape == (256, 256)
+    data = common.make_data("det", tmp_path / "det", train=2, val=1, mapped_ids=True)
+    cfg = load("cascade_scope_ti.py")
+    options = cfg.train_dataloader.dataset
+    options.data_root = str(data)
+    for step in options.pipeline:
+        if step["type"] == "RandomResize":
+            step["ratio_range"] = (0.25, 0.25)
+    found = DATASETS.build(options)[0]
+    sample = found["data_samples"]
+    assert tuple(found["inputs"].shape[-2:]) == (1024, 1024)
+    assert sample.img_shape == (256, 256)
+    assert sample.gt_instances.masks.masks.shape[1:] == (1024, 1024)
+    assert image_sizes(found["inputs"][None], [sample]) == [(256, 256)]
 
 
 @torch.no_grad()
