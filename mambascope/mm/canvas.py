@@ -96,10 +96,10 @@ def join(parts: Sequence[Tensor], order: Tensor) -> Tensor:
     return torch.cat([part.to(parts[0].dtype) for part in parts]).index_select(0, order)
 
 
-def pad_map(x: Tensor, grid: Size, value: float = 0) -> Tensor:
-    """A map [..., h, w] on a larger grid, with ``value`` on the right and at the bottom."""
+def pad_map(x: Tensor, grid: Size) -> Tensor:
+    """A map [..., h, w] on a larger grid, with zeros on the right and at the bottom."""
     below, right = grid[0] - x.shape[-2], grid[1] - x.shape[-1]
-    return F.pad(x, (0, right, 0, below), value=value) if below or right else x
+    return F.pad(x, (0, right, 0, below)) if below or right else x
 
 
 def erase_padding(x: Tensor, grids: Sequence[Size]) -> Tensor:
