@@ -3,7 +3,9 @@
 
 import sys
 
+from mambascope._names import utf8_mode
 from mambascope.evaluation.eye_cli import main
 
 if __name__ == "__main__":
+    utf8_mode()
     sys.exit(main())

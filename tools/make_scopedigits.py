@@ -2,7 +2,9 @@
 
 import sys
 
+from mambascope._names import utf8_mode
 from mambascope.data.export_scopedigits import main
 
 if __name__ == "__main__":
+    utf8_mode()
     sys.exit(main())

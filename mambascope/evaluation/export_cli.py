@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mambascope._names import as_json
 from mambascope._version import __version__
 from mambascope.evaluation import early_exit
 from mambascope.evaluation.inference import CHECKPOINT_HELP, CommandError, preprocessing, ready_model, run_command
@@ -136,7 +136,7 @@ def _run(args: argparse.Namespace) -> int:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(max(CHECKED_BATCHES), model.in_chans, *model.config.image_hw, generator=generator)
     facts = describe_export(model, args.alpha)
-    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    text = as_json(facts, indent=2)
     print(f"{'file':<16}{'MB':>8}{'difference':>12}")
     for name, (module, inputs) in stages(model, images).items():
         for kind in args.format:

@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 
+from mambascope._names import open_streams, printable
 from mambascope.models.checkpoint import load_checkpoint, load_model, read_state_dict
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS
 from mambascope.models.exit import check_threshold
@@ -142,6 +143,7 @@ def run_command(body: Callable[[], int]) -> int:
     Returns:
         What `body` returns; 2 for bad input, 1 for a failure on the way, 130 for Ctrl-C.
     """
+    open_streams()
     try:
         return body()
     except KeyboardInterrupt:
@@ -160,5 +162,5 @@ def run_command(body: Callable[[], int]) -> int:
         status, message = 2, str(error)
     if os.environ.get("MAMBASCOPE_DEBUG"):
         raise
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return status

@@ -7,7 +7,6 @@ themselves; the report says which. With the latter the accuracy at η is slightl
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mambascope._names import as_json
 from mambascope.evaluation import sweep as sw
 from mambascope.evaluation.collect import Collected, collect, model_device
 from mambascope.evaluation.cost import CONVENTIONS, StageCost, format_gflops, plain_vim, stage_macs
@@ -414,8 +414,8 @@ def _write_one_stage(
 
 def _write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    _write_text(path, as_json(data, indent=2, allow_nan=False) + "\n")

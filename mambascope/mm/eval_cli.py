@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mambascope._names import open_streams, printable
 from mambascope.mm.runner import check_data
 from mambascope.models.checkpoint import atomic_path
 
@@ -191,7 +192,7 @@ def _coco_ready(metric: Any) -> None:
 
 def _write(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def table_csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -241,10 +242,11 @@ def timing_table(rows: Sequence[dict[str, Any]], batch_size: int) -> str:
 
 def guarded(action: Callable[[], int]) -> int:
     """Runs a command: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    open_streams()
     try:
         return action()
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -128,7 +128,7 @@ class HubMixin(ModelHubMixin):
         with atomic_path(save_directory / "config.json") as temporary:
             temporary.write_text(json.dumps(describe(self), indent=2))  # type: ignore[arg-type]
         with atomic_path(save_directory / "README.md") as temporary:
-            temporary.write_text(self._card(save_directory.resolve().name))
+            temporary.write_text(self._card(save_directory.resolve().name), encoding="utf-8", errors="replace")
 
     def _card(self, title: str) -> str:
         """The model card, with the figures of the report if there is one."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
 from mambascope.evaluation.eye_curves import GlimpseCurve
@@ -142,10 +143,13 @@ def plot_scaling(
         ):
             ax.set_xscale("log", base=2)
             ax.set_yscale("log" if ax is time_ax else "linear")  # the memory may be nothing
+            for axis in (ax.xaxis, ax.yaxis):  # powers would be written in TeX
+                axis.set_major_formatter("{x:g}")
             ax.set_xlabel("glimpses")
             ax.set_ylabel(label)
             ax.set_title(heading)
             ax.legend(fontsize=8)
+        time_ax.yaxis.set_minor_formatter(LogFormatter())
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         return style.save(figure, path)

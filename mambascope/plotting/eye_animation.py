@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from mambascope._names import printable
 from mambascope.models.checkpoint import atomic_path
 
 FORMATS = ("gif", "png")
@@ -87,7 +88,7 @@ def draw_frame(film: Film, step: int, top: int = 5) -> Image.Image:
 
 def _fit(text: str, width: int, size: int) -> str:
     """Cut so that it fits."""
-    font = _font(size)
+    font, text = _font(size), printable(text)
     while text and font.getlength(text) > width:
         text = text[:-2] + "…"
     return text

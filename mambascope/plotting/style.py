@@ -11,7 +11,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
+from mambascope._names import printable
 from mambascope.models.checkpoint import atomic_path
 
 # the same three things have the same three colours in every figure; told apart also without colour vision
@@ -42,6 +44,9 @@ RC: dict[Any, Any] = {
     "legend.fontsize": 9,
     "lines.linewidth": 2.0,
     "figure.facecolor": "white",
+    # names of files and classes are no TeX: $5_vs_$6
+    "text.parse_math": False,
+    "text.usetex": False,
 }
 DPI = 150
 
@@ -74,6 +79,8 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     Raises:
         OSError: the folder cannot be made or written.
     """
+    for text in figure.findobj(Text):
+        text.set_text(printable(text.get_text()))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png", metadata={"Software": None})
     return Path(path)

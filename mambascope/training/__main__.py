@@ -10,6 +10,7 @@ import stat
 import sys
 import threading
 
+from mambascope._names import utf8_mode
 from mambascope.training.cli import main
 
 
@@ -24,6 +25,7 @@ def _stop_with_parent() -> None:
 
 
 if __name__ == "__main__":
+    utf8_mode()
     if os.environ.get("MAMBASCOPE_STOP_WITH_PARENT"):
         threading.Thread(target=_stop_with_parent, daemon=True).start()
     sys.exit(main())

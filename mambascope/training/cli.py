@@ -19,6 +19,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from mambascope._names import open_streams, printable
 from mambascope.data import (  # noqa: F401 (--data finds them by name)
     DataError,
     GlimpseDigitsDataModule,
@@ -86,7 +87,7 @@ def module_class(args: Sequence[str]) -> type[TrainModule]:
     name = given.name
     for config in reversed(given.config if name is None else []):
         try:
-            name = yaml.safe_load(Path(config).read_text())["model"]["net"]["name"]
+            name = yaml.safe_load(Path(config).read_text(encoding="utf-8"))["model"]["net"]["name"]
             break
         except (OSError, yaml.YAMLError, KeyError, TypeError):
             continue  # it names no model, or the parser will say what is wrong with it
@@ -212,7 +213,7 @@ class TrainCLI(LightningCLI):
         config["ckpt_path"] = None
         config["run"]["name"] = None
         with atomic_path(self.run_dir / CONFIG_NAME) as temporary:
-            temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
@@ -356,8 +357,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     _quiet()
+    open_streams()
     cli: TrainCLI | None = None
     try:
+        if foreign := [arg for arg in argv if printable(arg) != arg]:
+            raise DataError(f"{printable(foreign[0])} is no UTF-8, as a run's config must be: name it through a link")
         cli = TrainCLI(complete_args(argv))
         cli.train()
         return 0
@@ -375,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             error = error.__cause__  # what is linked between the options wraps what it meets
         own = isinstance(error, (CheckpointError, DataError, NonFiniteLossError))
         hint = "" if own else f" ({_DEBUG}=1 shows where)"
-        print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}{hint}", file=sys.stderr)
         return 1 if cli is not None else 2
     except RuntimeError as error:
         failure = worker_failure(error)  # raised wherever the main thread is, also in the middle of a step

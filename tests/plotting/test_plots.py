@@ -6,6 +6,8 @@ import zlib
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from mambascope.evaluation.cost import CONVENTIONS, model_config, stage_macs
@@ -22,6 +24,7 @@ from mambascope.plotting import (
     style,
 )
 from mambascope.plotting.curves import read_metrics
+from mambascope.plotting.eye import plot_scaling
 from mambascope.plotting.heatmaps import as_seen, outline, selected_mask
 
 
@@ -142,6 +145,18 @@ def test_frontier_with_and_without_measured_times_and_published_rows(tmp_path, r
 def test_published_rows_belong_to_the_size_in_the_name():
     assert {row.size for row in rows_for("mambascope_small_patch16_224")} == {"small"}
     assert rows_for("mambascope_nano_patch8_64") == ()
+
+
+def test_no_axis_is_labelled_in_tex(tmp_path, monkeypatch):
+    """Names are drawn as they are, so nothing may rely on TeX."""
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **options: (saved.append(self), save(self, *args, **options))
+    )
+    plot_scaling({"a": ([1, 16, 4096], [1.2, 2.5, 40.0], [0, 1, 9])}, tmp_path / "scaling.png")
+    texts = [text.get_text() for text in saved[0].findobj(Text)]
+    assert {"4096", "10"} <= set(texts)
+    assert not [text for text in texts if "$" in text]
 
 
 def write_log(path):
