@@ -99,6 +99,8 @@ class GlimpseImageDataModule(ImageDataModule):
         skip_bad_files: leave unreadable files out, with a count, instead of stopping at the first.
         num_samples: training images of a WebDataset that has no index file.
         download: fetch the data set if its reader can.
+        input_key: column of the images in a data set of Hugging Face.
+        target_key: column of the labels.
         seed: order, augmentation and glimpses.
 
     Raises:
@@ -126,6 +128,8 @@ class GlimpseImageDataModule(ImageDataModule):
         skip_bad_files: bool = False,
         num_samples: int | None = None,
         download: bool = False,
+        input_key: str | None = None,
+        target_key: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -145,6 +149,8 @@ class GlimpseImageDataModule(ImageDataModule):
             skip_bad_files=skip_bad_files,
             num_samples=num_samples,
             download=download,
+            input_key=input_key,
+            target_key=target_key,
             seed=seed,
         )
         self.patch_size, self.augment = patch_size, augment

@@ -12,7 +12,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from mambascope.data.datamodule import Loader, ResumableDataModule
 from mambascope.data.errors import DataError
 from mambascope.data.loader import ResumableLoader, StreamLoader
-from mambascope.data.readers import ClassMap, adopt_classes, find_split, is_stream, open_folder, open_named
+from mambascope.data.readers import (
+    adopt_classes,
+    check_several_classes,
+    find_split,
+    is_stream,
+    named_classes,
+    open_folder,
+    open_named,
+)
 from mambascope.data.sampling import EpochBatchSampler
 from mambascope.data.sources import ImageSource, KeyedImages, KeyedStream
 from mambascope.data.transforms import make_transform
@@ -27,8 +35,8 @@ class ImageDataModule(ResumableDataModule):
 
     Args:
         root: folder with one sub-folder (or .tar file) per split; for ``hfds/`` the cache folder.
-        dataset: "folder" (sub-folder per class, a .tar file, or a folder of .tar files), or a timm name such as
-            "hfds/imagenet-1k", "wds/imagenet", "tfds/…", "torch/cifar10".
+        dataset: "folder" (a sub-folder per class, which all images below belong to; a .tar file of it; or a folder of
+            .tar files), or a timm name such as "hfds/imagenet-1k", "wds/imagenet", "tfds/…", "torch/cifar10".
         train_split: name of the training split; "training" is tried as well.
         val_split: name of the validation split; "val", "valid", "eval" and "test" are tried as well.
         num_classes: number of classes of the model; by default as many as the data have.
@@ -59,6 +67,9 @@ class ImageDataModule(ResumableDataModule):
         skip_bad_files: leave unreadable files out, with a count, instead of stopping at the first.
         num_samples: training images of a WebDataset that has no index file.
         download: fetch the data set if its reader can.
+        input_key: column of the images in a data set of Hugging Face ("hfds/…", "hfids/…"; ending of the images in a
+            WebDataset); by default "image", or the only column of images.
+        target_key: column of the labels; by default "label", or the only column of class labels.
         seed: order and augmentation.
 
     Raises:
@@ -101,6 +112,8 @@ class ImageDataModule(ResumableDataModule):
         skip_bad_files: bool = False,
         num_samples: int | None = None,
         download: bool = False,
+        input_key: str | None = None,
+        target_key: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, val_batch_size, num_workers, pin_memory, drop_last, seed)
@@ -111,13 +124,13 @@ class ImageDataModule(ResumableDataModule):
         for name, value in (("hflip", hflip), ("vflip", vflip), ("re_prob", re_prob)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
+        if (input_key or target_key) and dataset.partition("/")[0].lower() in ("folder", "torch"):
+            raise ValueError(f"input_key and target_key name columns; data set {dataset!r} has none")
         if not 0 < crop_pct <= 1:
             raise ValueError(f"crop_pct must be in (0, 1], got {crop_pct}")
         self.root, self.dataset, self.train_split, self.val_split = root, dataset, train_split, val_split
-        self.class_map: ClassMap = (
-            {name: number for number, name in enumerate(class_map)} if isinstance(class_map, list) else class_map
-        )
-        self.num_samples, self.download = num_samples, download
+        self.class_map, self.num_samples, self.download = class_map, num_samples, download
+        self.input_key, self.target_key = input_key, target_key
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         if min(self.img_size) < 1:
             raise ValueError(f"img_size must be positive, got {img_size}")
@@ -194,6 +207,8 @@ class ImageDataModule(ResumableDataModule):
             self.num_samples if is_training else None,
             self.class_map,
             self.download,
+            self.input_key,
+            self.target_key,
         )
 
     def _open(self, which: Literal["train", "val"]) -> Any:
@@ -204,13 +219,14 @@ class ImageDataModule(ResumableDataModule):
         if self.dataset == "folder":
             path = find_split(Path(self.root), split)
             rows, classes = open_folder(path, self.class_map)
+            if which == "train":
+                check_several_classes(rows, classes, path)
             if which == "val" and self._has_training_images():
                 self._open("train")
                 adopt_classes(rows, classes, self._classes, path)
         else:
             rows = self._open_named(split, which == "train", 0)
-            source = getattr(rows, "reader", rows)
-            classes = dict(getattr(source, "class_to_idx", None) or {})
+            classes = named_classes(rows)
         if which == "train" or not self._classes:
             self._check_classes(classes)
             self._classes = classes

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mambascope.data.errors import DataError
+from mambascope.data.files import image_formats
 
 BACKGROUND = (255, 255, 255)  # what lies behind transparent pixels
 MAX_PIXELS = 2**30  # beyond this a file is taken for an attack or an accident
@@ -76,7 +77,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _decode(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     with _own_limit():
-        file = Image.open(source)
+        file = Image.open(source, formats=image_formats())
     with file:
         image: Image.Image = file
         width, height = image.size

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import tarfile
+import logging
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from timm.data import create_dataset
 from timm.data.dataset import ImageDataset
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
+from mambascope._names import class_name
+from mambascope.data.class_folders import ClassMap, FolderReader, TarReader, read_class_map, some, unsorted
+from mambascope.data.columns import find_columns
 from mambascope.data.errors import DataError
+from mambascope.data.files import LeftOut, is_hidden
 
 _SYNONYMS = (("train", "training"), ("validation", "val", "valid", "validating", "eval", "evaluation", "test"))
 _STREAMS = ("wds", "tfds", "hfids")
-_LISTED = 8  # names shown in a message
+_log = logging.getLogger("mambascope.data")
 
 
 def is_stream(dataset: str) -> bool:
     """Whether the reader hands samples over in its own order (WebDataset, TFDS, HF streaming)."""
     return dataset.partition("/")[0].lower() in _STREAMS
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def find_split(root: Path, split: str) -> Path:
@@ -43,64 +41,57 @@ def find_split(root: Path, split: str) -> Path:
         for path in (root / name, root / f"{name}.tar"):
             if path.exists():
                 return path
-    found = sorted(p.name for p in root.iterdir() if not p.name.startswith("."))
-    content = f"it holds {_some(found)}" if found else "it is empty"
+    found = sorted(p.name for p in root.iterdir() if not is_hidden(p.name))
+    content = f"it holds {some(found)}" if found else "it is empty"
     raise DataError(f"data folder {root} has no {' or '.join(names)}; {content}")
 
 
-def _check_class_folders(folder: Path, samples: Any) -> None:
-    """Every class folder must hold an image: otherwise class numbers would shift between the splits."""
-    used = {os.path.relpath(sample[0], folder).split(os.sep)[0] for sample in samples}
-    empty = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in used)
-    if empty:
-        raise DataError(f"class folders without images in {folder}: {_some(empty)}; add images or remove the folders")
-    if loose := sorted(name for name in used if not (folder / name).is_dir()):
-        raise DataError(f"images in {folder} must lie in one folder per class, found {_some(loose)} beside them")
-
-
-ClassMap = str | dict[str, int] | None
-
-
-def _check_class_map(folder: Path, classes: dict[str, int]) -> None:
-    """timm leaves out folders that the map does not name; that must not go unseen."""
-    names = [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    if unknown := sorted(set(names) - set(classes)):
-        raise DataError(f"class folders in {folder} that class_map does not name: {_some(unknown)}")
-
-
-def open_folder(path: Path, class_map: ClassMap = None) -> tuple[Any, dict[str, int]]:
-    """Opens an ImageFolder, a .tar file or a folder of .tar files.
+def open_folder(path: Path, class_map: ClassMap = None) -> tuple[ImageDataset, dict[str, int]]:
+    """Opens a folder of class folders, a .tar file or a folder of .tar files; names in one line what is left out.
 
     Args:
         path: result of :func:`find_split`.
-        class_map: text file with one class name per line, or the number of each name, for another order than the
+        class_map: text file with one class name per line, or the names in order, for another order than the
             alphabetical one.
 
     Returns:
         timm's ``ImageDataset`` and the class number of each class name.
 
     Raises:
-        DataError: when there are no images, or class folders are empty.
+        DataError: when there are no images, or they do not lie in class folders.
     """
-    tars = path.is_dir() and any(path.glob("*.tar")) and not any(p.is_dir() for p in path.iterdir())
-    try:
-        if tars:
-            data = ImageDataset(str(path), reader=ReaderImageInTar(str(path), class_map=class_map or ""))
-        else:
-            data = create_dataset("", root=str(path), search_split=False, class_map=class_map)  # type: ignore[arg-type]
-    except (RuntimeError, ValueError, AssertionError, OSError, tarfile.TarError) as error:
-        if "Found 0 images" in str(error) or "not enough values to unpack" in str(error):
-            if path.is_dir() and (folders := sorted(p.name for p in path.iterdir() if p.is_dir())):
-                raise DataError(f"no images in {path}: its class folders ({_some(folders)}) hold none") from None
-            raise DataError(f"no images in {path}; it must hold one folder of images per class") from None
-        raise DataError(f"cannot read {path}: {' '.join(str(error).split()) or type(error).__name__}") from error
-    reader = data.reader
-    classes = dict(getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", {}))
-    if path.is_dir() and not tars:
-        if class_map is not None:
-            _check_class_map(path, classes)
-        _check_class_folders(path, reader.samples)
-    return data, classes
+    numbers, left_out = read_class_map(class_map, path), LeftOut()
+    inside = [p for p in path.iterdir() if not is_hidden(p.name)] if path.is_dir() else [path]
+    if any(p.suffix == ".tar" for p in inside) and not any(p.is_dir() for p in inside):
+        reader: TarReader | FolderReader = TarReader(path, numbers, left_out)
+    else:
+        reader = FolderReader(path, numbers, left_out)
+    if left_out:
+        _tell("left out of %s: %s", path, left_out)
+    return ImageDataset(str(path), reader=reader), dict(reader.class_to_idx)
+
+
+def check_several_classes(data: ImageDataset, classes: dict[str, int], path: Path) -> None:
+    """Refuses training images that are all in one class folder: a model would learn to say nothing else.
+
+    Raises:
+        DataError: naming the folder.
+    """
+    reader: Any = data.reader
+    used = set(reader.targets.tolist()) if hasattr(reader, "targets") else {label for _, label in reader.samples}
+    if len(used) == 1:
+        raise DataError(unsorted(path, next(name for name, number in classes.items() if number in used)))
+
+
+def named_classes(data: Any) -> dict[str, int]:
+    """The class number of each class name of what :func:`open_named` opened; empty where it has no names."""
+    numbers = getattr(getattr(data, "reader", data), "class_to_idx", None) or {}
+    return {class_name(str(name)): number for name, number in numbers.items()}
+
+
+@rank_zero_only
+def _tell(message: str, *facts: object) -> None:
+    _log.warning(message, *facts)
 
 
 def adopt_classes(data: Any, own: dict[str, int], reference: dict[str, int], path: Path) -> None:
@@ -110,15 +101,21 @@ def adopt_classes(data: Any, own: dict[str, int], reference: dict[str, int], pat
         DataError: when the split has classes that the training split has not.
     """
     if unknown := sorted(set(own) - set(reference)):
-        raise DataError(f"classes in {path} that the training data do not have: {_some(unknown)}")
-    reader = data.reader
+        if len(own) == 1 < len(reference) and path.is_dir():
+            raise DataError(unsorted(path, *unknown))
+        raise DataError(f"classes in {path} that the training data do not have: {some(unknown)}")
     number = {old: reference[name] for name, old in own.items()}
     if all(old == new for old, new in number.items()):
         return
-    if hasattr(reader, "targets"):  # tar reader: names and targets in two arrays
+    reader = getattr(data, "reader", None)
+    if reader is None:  # of torchvision
+        data.target_transform = number.__getitem__
+    elif hasattr(reader, "targets"):  # tar reader: names and targets in two arrays
         reader.targets = [number[int(target)] for target in reader.targets]
-    else:
+    elif hasattr(reader, "samples"):
         reader.samples = [(path, number[target]) for path, target in reader.samples]
+    else:  # of Hugging Face: labels are looked up as they are read
+        reader.class_to_idx, reader.remap_class = number, True
 
 
 def open_named(
@@ -131,12 +128,15 @@ def open_named(
     num_samples: int | None = None,
     class_map: ClassMap = None,
     download: bool = False,
+    input_key: str | None = None,
+    target_key: str | None = None,
 ) -> Any:
     """Opens ``hfds/…``, ``wds/…``, ``tfds/…``, ``hfids/…`` or ``torch/…`` through timm.
 
     Raises:
         DataError: when the reader refuses, with its reason in one line.
     """
+    numbers = read_class_map(class_map, Path(root or ""))
     try:
         return create_dataset(
             dataset,
@@ -146,9 +146,12 @@ def open_named(
             batch_size=batch_size,
             seed=seed,
             num_samples=num_samples,
-            class_map=class_map,  # type: ignore[arg-type]
+            class_map=numbers,  # type: ignore[arg-type]
             download=download,
+            **find_columns(dataset, root, split, input_key, target_key, numbers is not None),
         )
+    except DataError:
+        raise
     except ImportError as error:
         raise DataError(f"data set {dataset} needs a package that is not installed: {error}") from error
     except Exception as error:  # every reader has its own errors

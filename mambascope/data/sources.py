@@ -84,6 +84,8 @@ class ImageSource:
             file, target = self.reader[index][:2]
         except (OSError, tarfile.TarError) as error:
             raise BadImageError(f"cannot read image {self.name(index)}: {read_reason(error)}") from error
+        except KeyError as error:
+            raise DataError(f"label {error.args[0]!r} of {self.name(index)} is not in class_map") from None
         with file:
             picture = open_image(file, self.name(index))
         return picture, check_label(target, self.num_classes, self.name(index))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mambascope.evaluation.calibration import calibrate
-from mambascope.evaluation.eval_data import validation_loader
+from mambascope.evaluation.eval_data import add_column_arguments, validation_loader
 from mambascope.evaluation.inference import CHECKPOINT_HELP, ready_model, run_command
 from mambascope.evaluation.predict_cli import image_size
 from mambascope.evaluation.report import Report, write_report
@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", help=CHECKPOINT_HELP)
     parser.add_argument("--data", help="folder, timm data set, or scopedigits; default: the run's validation data")
     parser.add_argument("--split", default="validation", help="of the data (default validation)")
+    add_column_arguments(parser)
     parser.add_argument("--length", type=int, default=1000, help="images of scopedigits (default 1000)")
     parser.add_argument("--out", metavar="DIR", help="report folder; default: eval/ beside the checkpoint")
     target = parser.add_mutually_exclusive_group()
@@ -103,7 +104,7 @@ def engine_table(model: MambaScope, report: Report, args: argparse.Namespace) ->
         lines.append(f"{split.batch_size:>12}  {split.ms:>14.3f}  {engine.ms:>15.3f}  {saved:>6}")
         cells.append(f"{split.batch_size},{split.ms:.6g},{engine.ms:.6g},{engine.share_refined:.6g}")
     with atomic_path(report.directory / "engine.csv") as temporary:
-        temporary.write_text("\n".join(cells) + "\n")
+        temporary.write_text("\n".join(cells) + "\n", encoding="utf-8")
     return "\n".join(lines)
 
 
@@ -140,6 +141,8 @@ def _run(args: argparse.Namespace) -> int:
         num_workers=args.workers,
         length=args.length,
         skip_bad_files=args.skip_bad,
+        input_key=args.input_key,
+        target_key=args.target_key,
     )
     # nothing is written into the package itself
     beside = Path("runs") / f"eval_{args.checkpoint}" if checkpoint in SHIPPED.values() else checkpoint.parent / "eval"

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from mambascope._names import class_name
+from mambascope.data.class_folders import some, unsorted
 from mambascope.data.datamodule import ResumableDataModule
 from mambascope.data.digits_datamodule import ScopeDigitsDataModule
 from mambascope.data.errors import DataError
-from mambascope.data.readers import adopt_classes, find_split, is_stream, open_folder, open_named
+from mambascope.data.files import is_hidden
+from mambascope.data.readers import adopt_classes, find_split, is_stream, named_classes, open_folder, open_named
 from mambascope.data.scopedigits import ScopeDigitsConfig
 from mambascope.evaluation.inference import make_transform
+from mambascope.models.mambaeye import MambaEye
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import SHIPPED
 
@@ -37,6 +42,12 @@ class EvalData(NamedTuple):
     calibration: Iterable[Any] | None = None
 
 
+def add_column_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that name the columns of a data set of Hugging Face."""
+    parser.add_argument("--input-key", metavar="COLUMN", help="of the images of hfds/… data (default: image)")
+    parser.add_argument("--target-key", metavar="COLUMN", help="of the labels of hfds/… data (default: label)")
+
+
 def run_config(checkpoint: Path) -> Path | None:
     """The configuration of the run that a checkpoint lies in, beside it or one folder up, or a shipped model's."""
     for name, path in SHIPPED.items():
@@ -58,6 +69,8 @@ def validation_loader(
     num_workers: int = 0,
     length: int = 1000,
     skip_bad_files: bool = False,
+    input_key: str | None = None,
+    target_key: str | None = None,
 ) -> EvalData:
     """The data that a command line names.
 
@@ -72,6 +85,8 @@ def validation_loader(
         num_workers: worker processes.
         length: images of ScopeDigits.
         skip_bad_files: leave unreadable files out instead of stopping.
+        input_key: column of the images in a data set of Hugging Face.
+        target_key: column of the labels.
 
     Raises:
         DataError: data that are missing or do not fit the model.
@@ -91,17 +106,29 @@ def validation_loader(
         module = _digits(model, batch_size, length)
         return EvalData(module.val_dataloader(), DIGITS, module.calibration_dataloader())
     transform = make_transform(model)
+    rows, where = open_rows(model, data, split, input_key, target_key)
+    return EvalData(_row_loader(rows, model, transform, batch_size, num_workers, skip_bad_files), str(where))
+
+
+def open_rows(
+    model: VisionMamba | MambaEye, data: str, split: str, input_key: str | None = None, target_key: str | None = None
+) -> tuple[Any, Path]:
+    """The rows of a folder or of a timm data set with the model's class numbers, and the place they were read from.
+
+    Raises:
+        DataError: data that are missing or do not fit the model.
+    """
+    rows: Any
     if data.partition("/")[0] in TIMM_READERS and not Path(data).exists():
         if is_stream(data):
             raise DataError(f"data set {data} is a stream; evaluate on a folder, hfds/… or torch/…")
-        rows: Any = open_named(data, None, split, False, batch_size, 0)
-        classes = dict(getattr(getattr(rows, "reader", rows), "class_to_idx", None) or {})
-        where = Path(data)
+        rows = open_named(data, None, split, False, 1, 0, input_key=input_key, target_key=target_key)
+        classes, where = named_classes(rows), Path(data)
     else:
         where = _folder(Path(data), split)
         rows, classes = open_folder(where)
     _match_classes(model, rows, classes, where)
-    return EvalData(_row_loader(rows, model, transform, batch_size, num_workers, skip_bad_files), str(where))
+    return rows, where
 
 
 def _folder(root: Path, split: str) -> Path:
@@ -109,23 +136,26 @@ def _folder(root: Path, split: str) -> Path:
     try:
         return find_split(root, split)
     except DataError:
-        if root.is_dir() and any(p.is_dir() for p in root.iterdir()) and not any(root.glob("train*")):
+        inside = [p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name)] if root.is_dir() else []
+        if inside and not any(root.glob("train*")):
             return root
         raise
 
 
-def _match_classes(model: VisionMamba, rows: Any, classes: dict[str, int], where: Path) -> None:
+def _match_classes(model: VisionMamba | MambaEye, rows: Any, classes: dict[str, int], where: Path) -> None:
     """Gives the data the model's class numbers: by name where both have names, else alphabetically."""
     if not classes:
         return
-    labels = model.labels
-    if labels and set(classes) <= set(labels):
-        adopt_classes(rows, classes, {name: i for i, name in enumerate(labels)}, where)
+    numbers = {class_name(str(label)): number for number, label in enumerate(model.labels or [])}
+    unknown = sorted(set(classes) - set(numbers))
+    if not unknown:
+        adopt_classes(rows, classes, numbers, where)
+    elif len(classes) == 1 < model.num_classes and where.is_dir():
+        raise DataError(unsorted(where, *classes))
     elif len(classes) > model.num_classes:
         raise DataError(f"the data in {where} have {len(classes)} classes, the model has {model.num_classes}")
-    elif labels and set(classes) & set(labels):
-        unknown = sorted(set(classes) - set(labels))
-        raise DataError(f"classes in {where} that the model does not have: {', '.join(unknown[:8])}")
+    elif len(unknown) < len(classes):
+        raise DataError(f"classes in {where} that the model does not have: {some(unknown)}")
 
 
 def _row_loader(
@@ -156,7 +186,7 @@ def _digits(model: VisionMamba, batch_size: int, length: int) -> ScopeDigitsData
 def run_data(config: Path, model: VisionMamba) -> ResumableDataModule:
     """The data that a run was trained with."""
     try:
-        module = open_data((yaml.safe_load(config.read_text()) or {}).get("data"), str(config))
+        module = open_data((yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("data"), str(config))
     except DataError as error:
         raise DataError(f"{error}; pass --data") from None
     if module.num_classes != model.num_classes:

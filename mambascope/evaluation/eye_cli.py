@@ -14,11 +14,10 @@ import yaml
 from mambascope.data.errors import DataError
 from mambascope.data.glimpse_dataset import GlimpseOptions
 from mambascope.data.glimpses import RESIZE_MODES
-from mambascope.data.readers import adopt_classes, find_split, is_stream, open_folder, open_named
 from mambascope.data.scan_patterns import PATTERNS, resolve_pattern
 from mambascope.data.scopedigits import ScopeDigits, ScopeDigitsConfig
 from mambascope.data.sources import ImageSource
-from mambascope.evaluation.eval_data import TIMM_READERS, run_config
+from mambascope.evaluation.eval_data import add_column_arguments, open_rows, run_config
 from mambascope.evaluation.eye_choice import CHOICES
 from mambascope.evaluation.eye_curves import Pictures, StopOptions
 from mambascope.evaluation.eye_report import write_eye_report
@@ -73,7 +72,16 @@ class EyeData:
         name: What to call them.
     """
 
-    def __init__(self, model: MambaEye, checkpoint: Path, data: str | None, split: str, length: int) -> None:
+    def __init__(
+        self,
+        model: MambaEye,
+        checkpoint: Path,
+        data: str | None,
+        split: str,
+        length: int,
+        input_key: str | None = None,
+        target_key: str | None = None,
+    ) -> None:
         self.calibration: Pictures | None = None
         self.pictures: Pictures
         if data is None:
@@ -93,30 +101,11 @@ class EyeData:
             self.pictures, self.name = DigitPictures(digits, length), DIGITS
             self.calibration = DigitPictures(digits, length, start=length)
         else:
-            self.pictures, self.name = _folder(model, Path(data), split), data
+            rows, _ = open_rows(model, data, split, input_key, target_key)
+            self.pictures, self.name = ImageSource(rows, model.num_classes), data
         classes = getattr(self.pictures, "num_classes", 10)
         if classes > model.num_classes:
             raise DataError(f"the data have {classes} classes, the model has {model.num_classes}")
-
-
-def _folder(model: MambaEye, root: Path, split: str) -> ImageSource:
-    """A data set by name, the split of a folder, or the folder itself if it holds class folders."""
-    if root.parts[:1] and root.parts[0] in TIMM_READERS and not root.exists():
-        if is_stream(str(root)):
-            raise DataError(f"data set {root} is a stream; evaluate on a folder, hfds/… or torch/…")
-        return ImageSource(open_named(str(root), None, split, False, 1, 0), model.num_classes)
-    try:
-        where = find_split(root, split)
-    except DataError:
-        if not root.is_dir() or not any(p.is_dir() for p in root.iterdir()) or any(root.glob("train*")):
-            raise
-        where = root
-    rows, classes = open_folder(where)
-    labels = model.labels
-    if labels and set(classes) & set(labels):
-        adopt_classes(rows, classes, {name: i for i, name in enumerate(labels)}, where)
-        return ImageSource(rows, model.num_classes)
-    return ImageSource(rows, max(classes.values()) + 1 if classes else model.num_classes)
 
 
 def _run_data(config: Path) -> Any:
@@ -124,7 +113,7 @@ def _run_data(config: Path) -> Any:
 
     from mambascope.data.datamodule import ResumableDataModule
 
-    section = (yaml.safe_load(config.read_text()) or {}).get("data")
+    section = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("data")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(ResumableDataModule, "data")
     try:
@@ -178,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", help=CHECKPOINT_HELP.replace(", or scopedigits (shipped)", ""))
     parser.add_argument("--data", help="folder, timm data set, or scopedigits; default: the run's validation data")
     parser.add_argument("--split", default="validation", help="of the folder (default validation)")
+    add_column_arguments(parser)
     parser.add_argument("--length", type=int, default=1000, help="images of scopedigits (default 1000)")
     parser.add_argument("--limit", type=int, help="most images")
     parser.add_argument("--out", metavar="DIR", help="report folder; default: eval/ beside the checkpoint")
@@ -238,7 +228,7 @@ def _run(args: argparse.Namespace) -> int:
         vim = ready_model(path, device=args.device)
         label = type(vim).__name__.replace("VisionMamba", "Vim") + f" trained at {vim.config.image_hw[0]}²"
         vims[label if label not in vims else f"{label} ({path})"] = vim
-    data = EyeData(model, checkpoint, args.data, args.split, args.length)
+    data = EyeData(model, checkpoint, args.data, args.split, args.length, args.input_key, args.target_key)
     print(f"evaluating on {data.name}", file=sys.stderr)
     out = Path(args.out) if args.out else checkpoint.parent / "eval"
     report = write_eye_report(

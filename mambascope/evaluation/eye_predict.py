@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mambascope._names import as_json
 from mambascope.data.errors import DataError
+from mambascope.data.files import LeftOut, Source, find_images
 from mambascope.data.glimpse_dataset import GlimpseOptions, ImageGlimpses
 from mambascope.data.glimpses import Placement, point_positions
 from mambascope.data.image_io import BadImageError, open_image
@@ -25,7 +26,7 @@ from mambascope.evaluation.eye_choice import CHOICES, make_chooser
 from mambascope.evaluation.eye_cli import add_glimpse_arguments, canvas, given_options, ready_eye
 from mambascope.evaluation.eye_curves import Chooser, read_glimpses
 from mambascope.evaluation.inference import CommandError
-from mambascope.evaluation.predict_cli import Skipped, Source, find_images, open_output
+from mambascope.evaluation.predict_cli import Skipped, open_output
 from mambascope.models.checkpoint import read_state_dict
 from mambascope.models.eye_exit import answer_when_sure
 from mambascope.models.mambaeye import MambaEye
@@ -98,7 +99,8 @@ def read_points(path: str) -> np.ndarray:
         DataError: If the file cannot be read or has other lines.
     """
     try:
-        lines = [line for line in csv.reader(Path(path).read_text().splitlines()) if any(cell.strip() for cell in line)]
+        rows = csv.reader(Path(path).read_text(encoding="utf-8-sig").splitlines())
+        lines = [line for line in rows if any(cell.strip() for cell in line)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"points file {path} cannot be read: {reason}") from None
@@ -246,7 +248,7 @@ class EyeWriter:
         if self.kind == "csv":
             csv.writer(self.stream, lineterminator="\n").writerow(values.values())
         elif self.kind == "jsonl":
-            print(json.dumps(values, ensure_ascii=False), file=self.stream)
+            print(as_json(values), file=self.stream)
         else:
             label = row.label if len(row.label) <= self.width else row.label[: self.width - 1] + "…"
             numbers = f"{row.confidence:>10.3f}  {row.sure:>5.3f}  {row.glimpses:>8}  {100 * row.coverage:>4.0f} %"
@@ -310,7 +312,7 @@ def run(args: argparse.Namespace) -> int:
         chooser = by_points(points, options.patch_size)
     elif args.choose:
         chooser = make_chooser(args.choose, model, options.length)
-    skipped = Skipped(args.skip_bad)
+    skipped, left_out = Skipped(args.skip_bad), LeftOut()
     count = used = 0
     with (
         tqdm(desc="images", unit="image", file=sys.stderr, disable=not sys.stderr.isatty()) as bar,
@@ -319,7 +321,7 @@ def run(args: argparse.Namespace) -> int:
         writer = EyeWriter(stream, args.format, model.labels)
         for rows, glimpses, files in predict_eye(
             model,
-            find_images(args.inputs),
+            find_images(args.inputs, left_out),
             options,
             threshold=args.threshold,
             chooser=chooser,
@@ -341,5 +343,7 @@ def run(args: argparse.Namespace) -> int:
         parts.append(f"{used / count:.1f} glimpses each")
     if skipped.count:
         parts.append(f"{skipped.count} unreadable files skipped")
+    if left_out:
+        parts.append(f"left out: {left_out}")
     print(", ".join(parts), file=sys.stderr)
     return 0 if count else 1

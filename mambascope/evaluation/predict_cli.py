@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import csv
 import itertools
-import json
 import os
 import sys
 from collections import deque
@@ -18,13 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from mambascope._names import as_json
+from mambascope.data.files import LeftOut, Source, find_images
 from mambascope.data.image_io import BadImageError, open_image
 from mambascope.evaluation.engine import ScopePredictor
 from mambascope.evaluation.inference import CHECKPOINT_HELP, CommandError, make_transform, ready_model, run_command
@@ -60,53 +60,6 @@ class Prediction:
     coarse_confidence: float
 
 
-class Source(NamedTuple):
-    """An image file: where it is, and its name below the folder that was asked for."""
-
-    path: Path
-    name: str
-
-
-def image_extensions() -> frozenset[str]:
-    """Endings of the formats that Pillow can read."""
-    Image.init()
-    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN)
-
-
-def find_images(inputs: Sequence[str]) -> Iterator[Source]:
-    """Files as they are given, and the images of folders: sorted, with their sub-folders, other files left out.
-
-    Raises:
-        ValueError: an input that does not exist, or a folder without images.
-    """
-    endings = image_extensions()
-    for given in inputs:
-        path = Path(given)
-        if path.is_dir():
-            found = _walk(path, endings)
-            first = next(found, None)
-            if first is None:
-                raise ValueError(f"folder {path} holds no images")
-            for inner in itertools.chain([first], found):
-                yield Source(inner, str(inner.relative_to(path)))
-        elif path.exists():
-            yield Source(path, path.name)
-        else:
-            raise ValueError(f"{path} does not exist")
-
-
-def _walk(folder: Path, endings: frozenset[str]) -> Iterator[Path]:
-    with os.scandir(folder) as scan:
-        entries = sorted(scan, key=lambda entry: entry.name)
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk(Path(entry.path), endings)
-        elif os.path.splitext(entry.name)[1].lower() in endings:
-            yield Path(entry.path)
-
-
 class Skipped:
     """Unreadable files: an error, or counted when that was asked for."""
 
@@ -133,6 +86,7 @@ def load_batches(
 
     Raises:
         CommandError: At a file that may not be skipped, after the batch of the files before it.
+        OSError, ValueError: Of `sources`, likewise.
     """
 
     def decode(source: Source) -> Tensor:
@@ -143,12 +97,17 @@ def load_batches(
         images: list[Tensor] = []
         files: list[Source] = []
         feed = iter(sources)
-        stop: CommandError | None = None
+        ended: Exception | None = None
+        stop: Exception | None = None
         try:
             while stop is None:
-                for source in itertools.islice(feed, max(0, _AHEAD * batch_size - len(waiting))):
-                    waiting.append((source, pool.submit(decode, source)))
+                try:
+                    for source in itertools.islice(feed, max(0, _AHEAD * batch_size - len(waiting))):
+                        waiting.append((source, pool.submit(decode, source)))
+                except (OSError, ValueError) as error:
+                    ended = error  # after this the feed is empty
                 if not waiting:
+                    stop = ended
                     break
                 source, result = waiting.popleft()
                 try:
@@ -176,15 +135,15 @@ def predict(
 ) -> Iterator[tuple[list[Prediction], Tensor, ScopeOutput | None, list[Source]]]:
     """Answers for batches of images, in order, with what is needed to draw them (no output for a one-stage model).
 
-    A :class:`CommandError` of ``batches`` comes after the answers to all batches before it.
+    An error of ``batches`` comes after the answers to all batches before it.
     """
     labels = model.labels
-    stopped: list[CommandError] = []
+    stopped: list[Exception] = []
 
     def until_stopped() -> Iterator[tuple[Tensor, list[Source]]]:
         try:
             yield from batches
-        except CommandError as error:
+        except (CommandError, OSError, ValueError) as error:
             stopped.append(error)  # images that wait for a full fine batch are answered first
 
     def name(index: int) -> str:
@@ -242,7 +201,7 @@ class Writer:
         if self.kind == "csv":
             csv.writer(self.stream, lineterminator="\n").writerow(values.values())
         elif self.kind == "jsonl":
-            print(json.dumps(values, ensure_ascii=False), file=self.stream)
+            print(as_json(values), file=self.stream)
         else:
             label = row.label if len(row.label) <= self.width else row.label[: self.width - 1] + "…"
             line = f"{label:<{self.width}}  {row.confidence:>10.3f}  {row.stage:<6}  {row.tokens:>6}  {row.file}"
@@ -258,7 +217,7 @@ def open_output(path: str | None) -> Iterator[IO[str]]:
         return
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("w", encoding="utf-8", newline="") as stream:
+    with part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
         yield stream
     os.replace(part, path)
 
@@ -325,8 +284,9 @@ def _run(args: argparse.Namespace) -> int:
     )
     if args.save_dir and not isinstance(model, MambaScope):
         raise ValueError("save-dir draws what a MambaScope refined; this is a one-stage model")
-    skipped = Skipped(args.skip_bad)
-    batches = load_batches(find_images(args.inputs), make_transform(model), args.batch_size, skipped, args.workers)
+    skipped, left_out = Skipped(args.skip_bad), LeftOut()
+    sources = find_images(args.inputs, left_out)
+    batches = load_batches(sources, make_transform(model), args.batch_size, skipped, args.workers)
     count = left = 0
     with (
         tqdm(desc="images", unit="image", file=sys.stderr, disable=not sys.stderr.isatty()) as bar,
@@ -347,6 +307,8 @@ def _run(args: argparse.Namespace) -> int:
         parts.append(f"{100 * left / count:.0f} % left after the coarse look (threshold {model.threshold:g})")
     if skipped.count:
         parts.append(f"{skipped.count} unreadable files skipped")
+    if left_out:
+        parts.append(f"left out: {left_out}")
     print(", ".join(parts), file=sys.stderr)
     return 0 if count else 1
 
