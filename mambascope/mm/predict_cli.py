@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from mambascope.data.files import LeftOut, find_images, picture_paths
 from mambascope.mm.eval_cli import guarded, parse_options
-
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,27 +33,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="as for mim train")
     return parser
-
-
-def image_files(given: Sequence[str]) -> list[Path]:
-    """The image files named, those of folders sorted.
-
-    Raises:
-        ValueError: If a path does not exist or a folder holds no image.
-    """
-    found: list[Path] = []
-    for name in given:
-        path = Path(name)
-        if path.is_dir():
-            own = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES)
-            if not own:
-                raise ValueError(f"folder {path} holds no image ({', '.join(IMAGES)})")
-            found += own
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise ValueError(f"image {path} does not exist")
-    return found
 
 
 def picture(model: Any, pipeline: Any, path: Path, score: float) -> Any:
@@ -110,27 +88,24 @@ def run(args: argparse.Namespace) -> int:
     from mambascope.models.exit import check_threshold
     from mambascope.plotting.dense import dense_sheet, draw_dense
 
-    files = image_files(args.images)
+    left_out, out = LeftOut(), Path(args.out)
+    sources = list(find_images(args.images, left_out))
+    targets = picture_paths(sources, out, ["sheet"] if args.sheet else [])
     cfg = loading.read_config(args.config, parse_options(args.cfg_options))
     model = loading.build_model(cfg, args.checkpoint, pick_device(args.device))
     backbone = loading.scope_backbone(model)
     if args.threshold is not None:
         backbone.threshold = check_threshold(args.threshold)
     pipeline = loading.image_pipeline(cfg)
-    pictures, names = [], set()
-    for path in files:
-        made = picture(model, pipeline, path, args.score)
+    pictures = []
+    for source, target in zip(sources, targets, strict=True):
+        made = picture(model, pipeline, source.path, args.score)
         pictures.append(made)
-        stem, number = path.stem, 1
-        while f"{stem}.png" in names:  # files of one name from several folders
-            number += 1
-            stem = f"{path.stem}-{number}"
-        names.add(f"{stem}.png")
-        draw_dense(made, Path(args.out) / f"{stem}.png")
-        print(f"{path}: {made.caption()}")
+        draw_dense(made, target)
+        print(f"{source.path}: {made.caption()}")
     if args.sheet:
-        dense_sheet(pictures, Path(args.out) / "sheet.png")
-    print(f"pictures: {args.out}", file=sys.stderr)
+        dense_sheet(pictures, out / "sheet.png")
+    print(f"pictures: {args.out}" + (f", left out: {left_out}" if left_out else ""), file=sys.stderr)
     return 0
 
 

@@ -221,7 +221,7 @@ def test_predicting_boxes(place):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["none.py", "x.pth", "a.png"], "image a.png does not exist"),
+        (["none.py", "x.pth", "a.png"], "a.png does not exist"),
         (["none.py", "x.pth", "{image}"], "config none.py does not exist"),
         (["{seg}", "x.pth", "{image}"], "checkpoint x.pth does not exist"),
         (["{seg}", "{image}", "{image}"], "cannot be read"),
