@@ -14,6 +14,7 @@ from mambascope.data import DataError, ImageDataModule, open_image
 from mambascope.data.files import LeftOut, find_images, image_endings, picture_paths, walk
 from mambascope.data.image_io import BadImageError
 from mambascope.data.readers import open_folder
+from mambascope.evaluation.eval_data import open_rows
 
 PICTURE = Image.new("RGB", (8, 8), (200, 90, 10))
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
@@ -240,6 +241,16 @@ def test_tiny_imagenet_as_downloaded(tiny_imagenet):
         "val_2.JPEG",
     ]
     assert labels(data.val_dataloader()) == [0, 1, 1]
+
+
+@pytest.mark.parametrize("labels", [["n01", "n02"], None])
+def test_unsorted_images_are_not_evaluated_as_the_first_class(tiny_imagenet, labels):
+    class Model:
+        num_classes = 2
+
+    Model.labels = labels
+    with pytest.raises(DataError, match=r"val/images are not sorted: .*sort them: "):
+        open_rows(Model(), str(tiny_imagenet), "validation")
 
 
 @pytest.mark.parametrize("num_classes", [None, 200])
