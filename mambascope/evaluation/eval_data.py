@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import importlib
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +22,7 @@ from mambascope.data.files import is_hidden
 from mambascope.data.readers import adopt_classes, find_split, is_stream, named_classes, open_folder, open_named
 from mambascope.data.scopedigits import ScopeDigitsConfig
 from mambascope.evaluation.inference import make_transform
+from mambascope.models.description import plain_values, shortened
 from mambascope.models.mambaeye import MambaEye
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import SHIPPED
@@ -185,13 +190,53 @@ def _digits(model: VisionMamba, batch_size: int, length: int) -> ScopeDigitsData
 
 def run_data(config: Path, model: VisionMamba) -> ResumableDataModule:
     """The data that a run was trained with."""
-    try:
-        module = open_data((yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("data"), str(config))
-    except DataError as error:
-        raise DataError(f"{error}; pass --data") from None
+    module = run_module(config)
     if module.num_classes != model.num_classes:
         raise DataError(f"the data of {config} have {module.num_classes} classes, the model has {model.num_classes}")
     return module
+
+
+def run_module(config: Path) -> ResumableDataModule:
+    """The data module of a run's configuration.
+
+    The file may have come with weights from elsewhere: only classes of this package, or ones that are imported already,
+    are made from it.
+
+    Raises:
+        DataError: the configuration is damaged, names another class, or its data cannot be opened.
+    """
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+        section = plain_values(content.get("data") if isinstance(content, Mapping) else None)
+        if foreign := _foreign(section):
+            raise DataError(f"the data of {config} cannot be opened: {foreign} is none of this package's data modules")
+        return open_data(section, str(config))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        whole = reason if str(config) in reason else f"the data of {config} cannot be opened: {reason[:200]}"
+        raise DataError(f"{whole}; pass --data") from None
+
+
+def _foreign(section: Any) -> str:
+    """What a ``data`` section names that is not of this package, and would be imported; empty if nothing."""
+    path = section.get("class_path") if isinstance(section, Mapping) else section
+    module, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
+    module = module or "mambascope.data"
+    if module not in sys.modules and not module.startswith("mambascope.data."):
+        return shortened(path)
+    try:
+        accepted = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        accepted = None
+    if not (isinstance(accepted, type) and issubclass(accepted, ResumableDataModule) and isinstance(section, Mapping)):
+        return shortened(path)
+    arguments = section.get("init_args") or {}
+    for key, parameter in inspect.signature(accepted).parameters.items() if isinstance(arguments, Mapping) else ():
+        value = arguments.get(key)
+        fields = isinstance(value, Mapping) and "class_path" not in value
+        if is_dataclass(parameter.default) and value is not None and not fields:
+            return f"{key} {shortened(value)}"  # a text or a class_path would be imported, too
+    return ""
 
 
 def open_data(section: Any, where: str) -> ResumableDataModule:

@@ -9,15 +9,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mambascope.data.errors import DataError
 from mambascope.data.glimpse_dataset import GlimpseOptions
 from mambascope.data.glimpses import RESIZE_MODES
 from mambascope.data.scan_patterns import PATTERNS, resolve_pattern
 from mambascope.data.scopedigits import ScopeDigits, ScopeDigitsConfig
 from mambascope.data.sources import ImageSource
-from mambascope.evaluation.eval_data import add_column_arguments, open_rows, run_config
+from mambascope.evaluation.eval_data import add_column_arguments, open_rows, run_config, run_module
 from mambascope.evaluation.eye_choice import CHOICES
 from mambascope.evaluation.eye_curves import Pictures, StopOptions
 from mambascope.evaluation.eye_report import write_eye_report
@@ -47,7 +45,8 @@ def ready_eye(checkpoint: str, name: str | None = None, device: str = "auto") ->
         model = load_model(path)
     elif name in MAMBAEYE_CONFIGS:
         model = MambaEye(MAMBAEYE_CONFIGS[name])
-        load_checkpoint(model, path, verbose=False)
+        if notes := load_checkpoint(model, path, verbose=False).notes():
+            print(f"{path}: {notes}", file=sys.stderr)
     else:
         raise ValueError(f"model must be one of {', '.join(MAMBAEYE_CONFIGS)}, got {name!r}")
     if not isinstance(model, MambaEye):
@@ -109,18 +108,7 @@ class EyeData:
 
 
 def _run_data(config: Path) -> Any:
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    from mambascope.data.datamodule import ResumableDataModule
-
-    section = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("data")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(ResumableDataModule, "data")
-    try:
-        module = parser.instantiate_classes(parser.parse_object({"data": section})).data
-    except (ArgumentError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"the data of {config} cannot be opened again, pass --data: {reason[:200]}") from None
+    module: Any = run_module(config)
     if not hasattr(module, "val_images"):
         raise DataError(f"the data of {config} are no glimpses; pass --data FOLDER or scopedigits")
     return module

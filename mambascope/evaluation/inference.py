@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,16 @@ import timm
 import torch
 
 from mambascope._names import open_streams, printable
-from mambascope.models.checkpoint import load_checkpoint, load_model, read_state_dict
+from mambascope.models.checkpoint import (
+    described_config,
+    load_checkpoint,
+    load_model,
+    read_state_dict,
+)
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS
 from mambascope.models.exit import check_threshold
 from mambascope.models.scope import MambaScope
+from mambascope.models.tables import table_stride
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import SHIPPED, find_weights
 
@@ -88,15 +95,22 @@ def _named(name: str, path: Path) -> VisionMamba:
     if name not in known:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(known)}")
     state, description = read_state_dict(path)
-    options: dict[str, Any] = {"num_classes": len(state["head.weight"])} if "head.weight" in state else {}
-    described = description.get("config", {})
     base = {**VIM_CONFIGS, **SCOPE_CONFIGS}[name]
-    if ("alpha" in described) == (name in SCOPE_CONFIGS) and all(
-        described.get(size) == getattr(base, size) for size in ("embed_dim", "depth", "patch_size")
+    options: dict[str, Any] = {}
+    described = described_config(path, state, description)
+    if type(described) is type(base) and all(
+        getattr(described, size) == getattr(base, size) for size in ("embed_dim", "depth", "patch_size")
     ):  # the place of CLS, what the head reads and so on are those that the weights were trained with
-        options = {**described, **options}
+        options = asdict(described)
+    elif "head.weight" in state:
+        options["num_classes"] = len(state["head.weight"])
+    if described is None and name in VIM_CONFIGS and (stride := table_stride(state, base)) is not None:
+        options["stride"] = stride
+        print(f"{path}: stride={stride}, as its position table says", file=sys.stderr)
     model: Any = timm.create_model(name, **options)
-    load_checkpoint(model, path, verbose=False)
+    report = load_checkpoint(model, path, verbose=False)
+    if notes := report.notes():
+        print(f"{path}: {notes}", file=sys.stderr)
     model.description = description
     return model
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -32,13 +33,11 @@ from mambascope.mm.canvas import (
 from mambascope.mm.pyramid import STEPS, ImageDetail, SimplePyramid
 from mambascope.models.checkpoint import CheckpointError, load_checkpoint, read_state_dict
 from mambascope.models.configs import VIM_CONFIGS, VimConfig, with_overrides
+from mambascope.models.description import shortened
+from mambascope.models.meaning import MEANING, differences
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import find_weights
-
-# fields that a checkpoint and the backbone must agree on: without them the weights mean something else
-_SAME = ("patch_size", "embed_dim", "depth", "d_state", "d_conv", "expand", "cls_position")
-_SAME_SCOPE = ("fine_cls", "fine_order", "cell_order", "reuse", "reuse_cls")
 
 
 def default_indices(depth: int) -> tuple[int, ...]:
@@ -146,14 +145,10 @@ class EncoderBackbone(BaseModule):
         self._is_init = True
 
     def _check_description(self, path: str, config: Mapping[str, Any]) -> None:
-        own = self.encoder.config
-        names = _SAME + (_SAME_SCOPE if "alpha" in config and isinstance(self.encoder, MambaScope) else ())
-        other = [
-            f"{n}={config[n]!r} (here {getattr(own, n)!r})"
-            for n in names
-            if config.get(n, getattr(own, n)) != getattr(own, n)
-        ]
-        if other:
+        names = ("embed_dim", "depth", "d_state", "d_conv", "expand", *MEANING)
+        found = differences(config, asdict(self.encoder.config), names)
+        if found:
+            other = [f"{difference.argument} (here {shortened(difference.model)})" for difference in found]
             raise CheckpointError(
                 f"checkpoint {path} belongs to another architecture than {self.arch}: it has {', '.join(other)}; "
                 "change arch or arch_options of the backbone"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import pickle
 import tempfile
@@ -22,13 +21,24 @@ from torch import Tensor
 from mambascope._version import __version__
 from mambascope.layers import resample_pos_embed
 from mambascope.models.configs import with_overrides
+from mambascope.models.description import (
+    CheckpointError,
+    check_archive,
+    check_blocks,
+    check_filled,
+    check_tensors,
+    check_use,
+    checked_description,
+    shortened,
+)
 from mambascope.models.mambaeye import MambaEye
+from mambascope.models.meaning import CHOICES, MEANING, Difference, differences
 from mambascope.models.scope import MambaScope
-from mambascope.models.timm_classifier import TimmConfig, create_timm_classifier
+from mambascope.models.tables import POSITION_TABLES, other_stride, stride_grid, stride_problem, table_grid
+from mambascope.models.timm_classifier import START_ARGS, TimmConfig, create_timm_classifier
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import SHIPPED, find_weights
 
-_POSITION_TABLES = ("pos_embed", "pos_embed_coarse")
 _PREFIXES = ("_orig_mod.", "module.", "model.")
 _MARKS = ("cls_token", "init_fc.0.weight")  # a name that every Vim has, and one that every MambaEye has
 _ARCHITECTURES: dict[str, type[VisionMamba] | type[MambaEye]] = {
@@ -40,10 +50,6 @@ _ARCHITECTURES: dict[str, type[VisionMamba] | type[MambaEye]] = {
 _SETTINGS_TYPES = {"typing.Any", "collections.defaultdict"} | {
     f"builtins.{t}" for t in ("bool", "bytes", "dict", "float", "int", "list", "set", "str", "tuple")
 }
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or does not fit the model."""
 
 
 class _Ignored:
@@ -69,20 +75,30 @@ class LoadReport:
         resampled: Position tables brought to another grid.
         new: Parameters of the model that keep their initial values.
         unused: Tensors of the file that the model has no place for.
+        differs: Fields of the config that the model keeps with another value than the file's.
     """
 
     matched: list[str] = field(default_factory=list)
     resampled: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    differs: list[Difference] = field(default_factory=list)
+
+    def _shown(self, name: str) -> str:
+        keys = [str(key) for key in getattr(self, name)]
+        return ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
 
     def __str__(self) -> str:
-        lines = []
-        for name in ("matched", "resampled", "new", "unused"):
-            keys = getattr(self, name)
-            shown = "" if name == "matched" else ": " + ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
-            lines.append(f"{name:>9} {len(keys):4d}{shown if keys else ''}")
+        lines = [f"{'matched':>9} {len(self.matched):4d}"]
+        for name in ("resampled", "new", "unused", *(("differs",) if self.differs else ())):
+            shown = self._shown(name)
+            lines.append(f"{name:>9} {len(getattr(self, name)):4d}{': ' if shown else ''}{shown}")
         return "\n".join(lines)
+
+    def notes(self) -> str:
+        """One line on what is not as in the file; empty if everything is."""
+        names = ("resampled", "new", "unused", "differs")
+        return "; ".join(f"{name}: {self._shown(name)}" for name in names if getattr(self, name))
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -105,6 +121,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         raise CheckpointError(f"checkpoint {path} is not a file" if path.exists() else _missing(path))
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    check_archive(path)
     try:
         # the official files carry their training arguments; a Namespace only holds values
         with (
@@ -119,12 +136,13 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         raise CheckpointError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}, not weights")
-    description = _described(path, content.get("mambascope", {}))
+    description = checked_description(path, content.get("mambascope", {}))
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break
     state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    check_tensors(path, state)
     if not state:
         raise CheckpointError(
             f"checkpoint {path} holds no weights; expected tensors at the top, under 'model' or 'state_dict'"
@@ -132,13 +150,6 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     # a classifier of timm's has no name in common with others: all of its module counts
     marks = ("",) if description.get("architecture") == "timm" else _MARKS
     return _without_prefixes(state, marks), description
-
-
-def _described(path: Path, description: Any) -> dict[str, Any]:
-    """What a file says about itself; it comes from outside, so its shape is checked."""
-    if not isinstance(description, Mapping) or not isinstance(description.get("config", {}), Mapping):
-        raise CheckpointError(f"checkpoint {path} has a damaged description: 'mambascope' must be a mapping")
-    return dict(description)
 
 
 def _missing(path: Path) -> str:
@@ -166,9 +177,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
     try:
         description = json.loads(metadata.get("mambascope", "{}"))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # also a number of more than 4,300 digits
         raise CheckpointError(f"checkpoint {path} has a damaged description: it is not JSON") from None
-    return state, _described(path, description)
+    return state, checked_description(path, description)
 
 
 def _without_prefixes(state: dict[str, Tensor], marks: tuple[str, ...] = _MARKS) -> dict[str, Tensor]:
@@ -181,42 +192,6 @@ def _without_prefixes(state: dict[str, Tensor], marks: tuple[str, ...] = _MARKS)
                 state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
                 changed = True
     return state
-
-
-def _table_grid(rows: int, config: Mapping[str, Any], coarse: bool, own: tuple[int, int]) -> tuple[int, int] | None:
-    """Grid of a table with this many patch rows: from the file's config, else the model's own, else a square."""
-    if config.get("img_size") is not None:
-        size = config["img_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        patch = config["patch_size"]
-        if "alpha" in config:
-            grid = (-(-height // (2 * patch)), -(-width // (2 * patch)))
-            grid = grid if coarse else (2 * grid[0], 2 * grid[1])
-        else:
-            stride = config.get("stride") or patch
-            grid = (max(0, -(-(height - patch) // stride)) + 1, max(0, -(-(width - patch) // stride)) + 1)
-        if grid[0] * grid[1] == rows:
-            return grid
-    if own[0] * own[1] == rows:
-        return own
-    side = math.isqrt(rows)
-    return (side, side) if side * side == rows else None
-
-
-def fit_tables(state: Mapping[str, Tensor], model: VisionMamba, description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The position tables of a state dict on the grids of `model`; those whose own grid is unknown are left out."""
-    config = description.get("config", {})
-    fitted = {}
-    for name in _POSITION_TABLES:
-        table = state.get(name)
-        if table is None or table.ndim != 3 or not hasattr(model, name):
-            continue
-        coarse = name == "pos_embed_coarse"
-        new = (model.grid[0] // 2, model.grid[1] // 2) if coarse else model.grid
-        old = _table_grid(table.shape[1] - 1, config, coarse, new)
-        if old is not None:
-            fitted[name] = resample_pos_embed(table, old, new, model.config.cls_position)
-    return fitted
 
 
 def load_checkpoint(
@@ -235,7 +210,9 @@ def load_checkpoint(
     Args:
         model: A :class:`VisionMamba`, :class:`MambaScope` or :class:`MambaEye`.
         path: See :func:`read_state_dict`; also a folder that holds ``model.safetensors``, or a shipped model's name.
-        strict: Whether tensors that are missing, left over or of another shape are an error.
+        strict: Whether tensors that are missing, left over or of another shape are an error, and fields of the config
+            that say what the weights mean (:data:`mambascope.models.meaning.MEANING`) and differ from the file's. Those
+            that stay free after training, as ``alpha``, are reported.
         verbose: Whether to print the report.
         ignore: Starts of names that may be left over, e.g. ``("head.",)`` for a model without a classifier.
 
@@ -244,7 +221,7 @@ def load_checkpoint(
     """
     path = find_weights(path)
     source, description = read_state_dict(path)
-    config = description.get("config", {})
+    config, own = description.get("config", {}), describe(model)["config"]
     target = model.state_dict()
     loaded: dict[str, Tensor] = {}
     report = LoadReport()
@@ -252,9 +229,9 @@ def load_checkpoint(
     start = isinstance(model, MambaScope) and not any(k.startswith(("reuse.", "pos_embed_coarse")) for k in source)
     reduced = any(k.startswith("reduction.") for k in source)
     fresh = (*(("reuse.",) if start else ()), *(() if reduced else ("reduction.",)))  # may start anew
-    place = getattr(model.config, "cls_position", None)
-    if config.get("cls_position", place) != place:
-        problems.append(f"CLS stands {config['cls_position']} in the file and {place} in the model")
+    report.differs = differences(config, own, (*MEANING, *CHOICES))
+    meant = [found for found in report.differs if found.name not in CHOICES]
+    problems += map(str, meant)
     stems = stem_width(source), getattr(model.config, "stem_width", 0)
     other_stem: tuple[str, ...] = ()
     if stems[0] != stems[1]:
@@ -267,13 +244,20 @@ def load_checkpoint(
             found = source.get("pos_embed")
         if (
             isinstance(model, VisionMamba)
-            and name in _POSITION_TABLES
+            and name in POSITION_TABLES
             and found is not None
             and found.ndim == 3
             and found.shape[2] == wanted.shape[2]
         ):
             new_grid = (model.grid[0] // 2, model.grid[1] // 2) if coarse else model.grid
-            old_grid = _table_grid(found.shape[1] - 1, config, coarse and not start, new_grid)
+            stride = other_stride(source, model, config) if found is source.get("pos_embed") else None
+            if stride is None:
+                old_grid = table_grid(found.shape[1] - 1, config, coarse and not start, new_grid)
+            else:
+                old_grid = stride_grid(model.config, stride.file)
+                if not coarse:
+                    report.differs.append(stride)
+                    problems.append(stride_problem(stride, model))
             if old_grid is None:
                 report.new.append(name)
                 problems.append(f"{name} has {found.shape[1] - 1} rows, which is no square grid")
@@ -299,8 +283,10 @@ def load_checkpoint(
         problems.insert(0, "no tensor of the file has a place in the model")
     if problems and (strict or not report.matched):
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        given = ", ".join(found.argument for found in report.differs)
+        way = f"create the model with {given}, as mambascope.load does, or " if meant else ""
         raise CheckpointError(
-            f"checkpoint {path} does not fit {type(model).__name__} (pass strict=False to load what fits): "
+            f"checkpoint {path} does not fit {type(model).__name__} ({way}pass strict=False to load what fits): "
             f"{'; '.join(problems[:4])}{more}"
         )
     with torch.no_grad():
@@ -346,8 +332,13 @@ def describe(model: VisionMamba | MambaEye, extra: Mapping[str, Any] | None = No
     if isinstance(model, MambaScope):
         architecture = "mambascope"
         config.update(alpha=model.alpha, threshold=model.threshold, temperature=model.temperature)
+    if architecture == "timm":  # where weights came from is no part of the model
+        config["args"] = {key: value for key, value in config["args"].items() if key not in START_ARGS}
     known = {"architecture": architecture, "config": config, "version": __version__}
-    return {**model.description, **(extra or {}), **known}
+    told = {**model.description, **(extra or {}), **known}
+    if 0 < model.num_classes < len(told.get("labels") or ()):  # of a classifier that was replaced
+        told.pop("labels")
+    return told
 
 
 def save_safetensors(
@@ -366,14 +357,54 @@ def save_safetensors(
         temporary.write_bytes(save(state, metadata={"mambascope": json.dumps(description)}))
 
 
-def _build(architecture: str, config: dict[str, Any]) -> Any:
-    """A model with new weights from what a file says of it."""
+def _config(architecture: str, config: dict[str, Any]) -> Any:
+    """The config that a file describes."""
     if architecture == "timm":
+        args = config.get("args", {})
+        if not isinstance(args, Mapping):
+            raise ValueError(f"args must be a mapping, got {shortened(args)}")
+        if refused := sorted({*args} & {*START_ARGS} - {"pretrained"}):
+            raise ValueError(f"a weights file may not say {', '.join(refused)}")
         # the weights follow: nothing is downloaded
-        args = {key: value for key, value in dict(config.get("args", {})).items() if key != "pretrained"}
-        return create_timm_classifier(TimmConfig(**{**config, "args": args}))
-    kind: Any = _ARCHITECTURES[architecture]
-    return kind(with_overrides(kind.config_class(), config))
+        return TimmConfig(**{**config, "args": {k: v for k, v in args.items() if k != "pretrained"}})
+    return with_overrides(_ARCHITECTURES[architecture].config_class(), config)  # type: ignore[type-var]
+
+
+def _build(architecture: str, config: Any) -> Any:
+    """A model with new weights."""
+    kind: Any = create_timm_classifier if architecture == "timm" else _ARCHITECTURES[architecture]
+    return kind(config)
+
+
+def described_config(path: Path, state: Mapping[str, Tensor], description: Mapping[str, Any]) -> Any:
+    """The config of the model that a file describes; ``None`` if it describes none.
+
+    Nothing is taken on trust: the file's tensors are all that the model has.
+
+    Args:
+        path: The file.
+        state: See :func:`read_state_dict`.
+        description: See :func:`read_state_dict`.
+
+    Raises:
+        CheckpointError: If the description is not that of a model, or its tensors are not the file's.
+    """
+    architecture, config = description.get("architecture"), description.get("config")
+    if architecture not in (*_ARCHITECTURES, "timm") or config is None:
+        return None
+    if architecture != "timm":
+        check_blocks(path, state, config.get("depth", _ARCHITECTURES[architecture].config_class().depth))
+    try:
+        made = _config(architecture, config)
+        if isinstance(made, TimmConfig):
+            made.check_sizes(len(state))
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} does not fit its own description: {' '.join(str(error).split())[:300]}"
+        ) from None
+    check_filled(path, state, lambda: _build(architecture, made))
+    check_use(path, description, made)
+    return made
 
 
 def load_model(path: str | os.PathLike[str]) -> Any:
@@ -391,14 +422,14 @@ def load_model(path: str | os.PathLike[str]) -> Any:
     """
     path = find_weights(path)
     state, description = read_state_dict(path)
-    architecture = description.get("architecture")
-    if architecture not in (*_ARCHITECTURES, "timm") or not isinstance(description.get("config"), Mapping):
+    config = described_config(path, state, description)
+    if config is None:
         raise CheckpointError(
             f"checkpoint {path} does not describe its model; create the model with timm.create_model and call "
             "load_checkpoint"
         )
     try:
-        model = _build(architecture, dict(description["config"]))
+        model = _build(description["architecture"], config)
         model.load_state_dict(state)
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(

@@ -304,6 +304,8 @@ class ScopeConfig(VimConfig):
         ratio = as_number(self.reuse_ratio)
         if ratio is None or not 0 < ratio < math.inf:
             raise ValueError(f"reuse_ratio must be a positive number, got {self.reuse_ratio!r}")
+        if not isinstance(self.reuse_cls, bool):
+            raise ValueError(f"reuse_cls must be true or false, got {self.reuse_cls!r}")
         if self.reuse_cls and self.reuse == "off":
             raise ValueError("reuse_cls needs reuse to be 'mlp' or 'linear', got reuse='off'")
 

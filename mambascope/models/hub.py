@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 
+from mambascope.models.description import TRANSFORM
 from mambascope.models.weights import WEIGHTS
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -55,7 +56,8 @@ class HubMixin(ModelHubMixin):
         from timm.data import create_transform, resolve_data_config
 
         size = (self.config.in_chans, *self.config.image_hw)  # type: ignore[attr-defined]
-        stored = {"input_size": size, **(self.description.get("transform") or {})}
+        told = self.description.get("transform") or {}
+        stored = {"input_size": size, **{name: told[name] for name in TRANSFORM if name in told}}
         known = resolve_data_config(stored, pretrained_cfg=getattr(self, "pretrained_cfg", None) or {})
         return create_transform(**{**known, **stored}, is_training=is_training)
 
@@ -79,8 +81,10 @@ class HubMixin(ModelHubMixin):
                 f"from_pretrained does not accept {', '.join(unknown)}, only {', '.join(_HUB_OPTIONS)}; the model is "
                 "as its file describes it, and alpha, threshold, input size or classifier are changed afterwards"
             )
+        options: dict[str, Any] = {**dict.fromkeys(_HUB_OPTIONS), "force_download": False, "local_files_only": False}
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            # not through the mixin's own method: it would believe what a config.json says
+            return cls._from_pretrained(model_id=str(pretrained_model_name_or_path), **{**options, **kwargs})
         except CheckpointError:
             raise
         except (OSError, HFValidationError) as error:
@@ -99,7 +103,7 @@ class HubMixin(ModelHubMixin):
         force_download: bool,
         local_files_only: bool,
         token: str | bool | None,
-        **model_kwargs: Any,  # the parsed config.json, which the weights file holds too
+        **model_kwargs: Any,  # none: the weights file says all
     ) -> Any:
         from mambascope.models.checkpoint import CheckpointError, load_model
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from mambascope.models.exit import as_number
+from mambascope.ops import check_backend
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,9 @@ class MambaEyeConfig:
             "chunk_size",
         ):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if not isinstance(self.num_classes, int) or self.num_classes < 0:
+        if type(self.num_classes) is not int or self.num_classes < 0:
             raise ValueError(f"num_classes must be an integer >= 0, got {self.num_classes!r}")
         if self.move_dim % 2:
             raise ValueError(f"move_dim must be even (sines and cosines), got {self.move_dim}")
@@ -60,10 +64,16 @@ class MambaEyeConfig:
                 f"head_dim must divide the inner width {self.inner_dim} (expand * embed_dim), got {self.head_dim}"
             )
         for name in ("drop_rate", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
+            rate = as_number(getattr(self, name))
+            if rate is None or not 0 <= rate < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)!r}")
-        if not self.norm_eps > 0:
+        eps = as_number(self.norm_eps)
+        if eps is None or not 0 < eps < math.inf:
             raise ValueError(f"norm_eps must be positive, got {self.norm_eps!r}")
+        try:
+            check_backend(self.scan_backend)
+        except ValueError as error:
+            raise ValueError(f"scan_{error}") from None
 
     @property
     def inner_dim(self) -> int:

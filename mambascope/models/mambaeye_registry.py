@@ -57,10 +57,6 @@ _TIMM_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> MambaEye:
     if kwargs.pop("features_only", False):
         raise ValueError(f"{variant} reads sequences of glimpses and has no feature maps; features_only must be False")
-    if kwargs.get("scan_backend") is not None:
-        from mambascope.ops import check_backend
-
-        check_backend(kwargs["scan_backend"])
     overrides = {k: v for k, v in kwargs.items() if k not in _TIMM_ONLY}
     config = with_overrides(MAMBAEYE_CONFIGS[variant], overrides)  # type: ignore[type-var]
     return build_model_with_cfg(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
@@ -16,9 +17,11 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor
 
-from mambascope.models.checkpoint import CheckpointError, fit_tables, read_state_dict
+from mambascope.models.checkpoint import CheckpointError, described_config, read_state_dict
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, VimConfig, with_overrides
+from mambascope.models.meaning import differences
 from mambascope.models.scope import MambaScope
+from mambascope.models.tables import fit_tables
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import PRETRAINED
 
@@ -87,8 +90,16 @@ def _fitted(
     """The weights with position tables on the model's grids; timm itself adapts the classifier and the first layer.
 
     Raises:
-        CheckpointError: If the model was asked for with another structure than the weights have.
+        CheckpointError: If the model was asked for with another structure or meaning than the weights have.
     """
+    wanted = {name: value for name, value in asdict(model.config).items() if name not in ("in_chans", "num_classes")}
+    if model.config.num_classes != base.num_classes:
+        wanted.pop("global_pool")  # the head that asks for it is new
+    if meant := differences(asdict(base), wanted):
+        raise CheckpointError(
+            f"pretrained weights do not fit a model with another {', '.join(found.name for found in meant)} "
+            f"({meant[0]}); leave that as it is, or start without pretrained=True"
+        )
     fitted = {**state, **fit_tables(state, model, description)}
     own = model.state_dict()
     adapted = ("head.", *(f"{name}.weight" for name in _FIRST_CONVS))
@@ -114,8 +125,10 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
     if pretrained:
         file = _weights_file(variant, kwargs)
         state, description = read_state_dict(file)
-        # alpha, threshold, the place of CLS and so on are those that the weights were trained with
-        base = with_overrides(base, dict(description.get("config", {})))
+        described = described_config(Path(file), state, description)
+        if described is not None:
+            # alpha, threshold, the place of CLS and so on are those that the weights were trained with
+            base = with_overrides(base, asdict(described))
         source = {"num_classes": base.num_classes, "input_size": (base.in_chans, *base.image_hw)}
         loading["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), **source}
         loading["pretrained_cfg_overlay"]["file"] = file

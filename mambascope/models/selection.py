@@ -31,7 +31,7 @@ def count_levels(num_cells: int, lowest: float, highest: float, buckets: int) ->
     Few different counts keep the batches of images with the same count large.
     """
     low, high = max(1, num_selected(lowest, num_cells)), max(1, num_selected(highest, num_cells))
-    steps = buckets - 1
+    steps = min(buckets - 1, high - low)  # no more than there are counts
     return tuple(sorted({high} | {low + -(-(high - low) * i // steps) for i in range(steps)}))  # rounded up
 
 

@@ -14,12 +14,14 @@ class ModelArgs:
         name: A timm entry of this package, e.g. ``mambascope_tiny_patch16_224`` or ``vim_small_patch16_224``, or one
             of timm's own, e.g. ``deit_tiny_patch16_224`` or ``resnet50``.
         args: Fields of the model's config to change: ``alpha``, ``threshold``, ``drop_path_rate``, ``img_size``, ...;
-            of timm's own, any argument that ``timm.create_model`` takes.
+            of timm's own, the arguments of its entries that are sizes and choices of classifiers
+            (:data:`mambascope.models.timm_classifier.SHAPE_ARGS`), or say where weights come from.
         checkpoint: Weights to finetune from: official Vim ``.pth``, our ``.ckpt`` or ``.safetensors``, a folder with
             ``model.safetensors``, or shipped weights by name (``scopedigits``). Position tables are resampled to the
             model's resolution.
-        strict: Whether tensors of the checkpoint that do not fit are an error. Set to false for another number of
-            classes; the new head then starts fresh.
+        strict: Whether tensors of the checkpoint that do not fit are an error, and fields of its config that make
+            another meaning of them. Set to false for another number of classes, whose head then starts fresh, or to
+            start a model from weights that were trained for, say, another ``fine_cls`` or ``stride``.
     """
 
     name: str = "mambascope_nano_patch8_64"

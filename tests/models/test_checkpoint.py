@@ -63,7 +63,7 @@ def test_a_table_of_the_models_own_grid_is_copied(tmp_path, size):
 def test_another_place_of_cls_is_named(tmp_path):
     path = tmp_path / "first.safetensors"
     save_safetensors(VisionMamba(**SMALL, cls_position="first"), path)
-    with pytest.raises(CheckpointError, match="CLS stands first in the file and middle in the model"):
+    with pytest.raises(CheckpointError, match="cls_position is 'first' in the file and 'middle' in the model"):
         load_checkpoint(VisionMamba(**SMALL), path)
 
 
