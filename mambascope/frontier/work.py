@@ -26,6 +26,7 @@ from mambascope.evaluation.trainings import Group, finish_training, finished
 from mambascope.frontier.lists import Entry, FrontierList, Setting, digest, merged
 from mambascope.models.checkpoint import atomic_path, load_model, read_state_dict
 from mambascope.models.configs import with_overrides
+from mambascope.models.meaning import differences
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import find_weights
@@ -349,6 +350,11 @@ def _changed(model: Any, changes: dict[str, Any]) -> Any:
         raise ValueError(f"model changes are for Vim and MambaScope, not for {type(model).__name__}")
     config = asdict(model.config)
     changed = with_overrides(model.config, {k: v for k, v in merged(config, changes).items() if k in changes})
+    if meant := differences(config, asdict(changed)):
+        raise ValueError(
+            f"the weights were trained with {meant[0].argument}, got {meant[0].model!r}; an entry of its own can be "
+            "trained with that"
+        )
     new = type(model)(changed)
     try:
         new.load_state_dict(model.state_dict())

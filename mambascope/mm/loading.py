@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,16 @@ def build_model(
             content = CheckpointLoader.load_checkpoint(str(checkpoint), map_location="cpu", logger="silent")
         except Exception as error:
             raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {str(error).splitlines()[0]}") from None
-        if not isinstance(content, dict) or "state_dict" not in content:
+        state = content.get("state_dict") if isinstance(content, Mapping) else None
+        if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise CheckpointError(f"checkpoint {checkpoint} is not one of a segmentor or detector (no 'state_dict')")
         try:
-            model.load_state_dict({k.removeprefix("module."): v for k, v in content["state_dict"].items()})
+            model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
         except RuntimeError as error:
             raise CheckpointError(misfit(checkpoint, error)) from None
-        meta = content.get("meta", {}).get("dataset_meta") or meta
+        told = content.get("meta")
+        told = told.get("dataset_meta") if isinstance(told, Mapping) else None
+        meta = told if isinstance(told, Mapping) and told else meta
     model.dataset_meta = dict(meta or {})
     model.cfg = cfg
     return model.to(device).eval()

@@ -191,6 +191,12 @@ def test_a_model_that_is_not_trained_here(here, capsys):
     assert "entries.vim, setting 'depth 3': the weights do not fit the model with {'depth': 3}" in error
     assert error.count("\n") == 1
 
+    entries["vim"]["settings"] = [{"model": {"cls_position": "last"}}]  # same shapes, other answers
+    assert main([str(comparison(here / "given", **options)), "--runs", "given/runs", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "the weights were trained with cls_position='middle', got 'last'" in error
+    assert error.count("\n") == 1
+
 
 def test_a_training_that_fails_ends_with_one_line(here, capsys):
     (here / "wrong").mkdir()
