@@ -14,6 +14,7 @@ import torch
 
 from mambascope._names import open_streams, printable
 from mambascope.models.checkpoint import (
+    CheckpointError,
     described_config,
     load_checkpoint,
     load_model,
@@ -104,11 +105,16 @@ def _named(name: str, path: Path) -> VisionMamba:
         options = asdict(described)
     elif "head.weight" in state:
         options["num_classes"] = len(state["head.weight"])
-    if described is None and name in VIM_CONFIGS and (stride := table_stride(state, base)) is not None:
-        options["stride"] = stride
-        print(f"{path}: stride={stride}, as its position table says", file=sys.stderr)
+    if described is None and name in VIM_CONFIGS and (found := table_stride(state, base)) is not None:
+        options["stride"] = found.stride
+        print(f"{path}: stride={found.stride}, as its position table says", file=sys.stderr)
     model: Any = timm.create_model(name, **options)
-    report = load_checkpoint(model, path, verbose=False)
+    try:
+        report = load_checkpoint(model, path, verbose=False)
+    except CheckpointError as error:
+        if described is None:
+            raise
+        raise CheckpointError(f"{error}; the file describes its own model: leave --model {name} out") from None
     if notes := report.notes():
         print(f"{path}: {notes}", file=sys.stderr)
     model.description = description

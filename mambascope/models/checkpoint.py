@@ -34,7 +34,7 @@ from mambascope.models.description import (
 from mambascope.models.mambaeye import MambaEye
 from mambascope.models.meaning import CHOICES, MEANING, Difference, differences
 from mambascope.models.scope import MambaScope
-from mambascope.models.tables import POSITION_TABLES, other_stride, stride_grid, stride_problem, table_grid
+from mambascope.models.tables import POSITION_TABLES, other_stride, table_grid
 from mambascope.models.timm_classifier import START_ARGS, TimmConfig, create_timm_classifier
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import SHIPPED, find_weights
@@ -250,14 +250,13 @@ def load_checkpoint(
             and found.shape[2] == wanted.shape[2]
         ):
             new_grid = (model.grid[0] // 2, model.grid[1] // 2) if coarse else model.grid
-            stride = other_stride(source, model, config) if found is source.get("pos_embed") else None
-            if stride is None:
-                old_grid = table_grid(found.shape[1] - 1, config, coarse and not start, new_grid)
-            else:
-                old_grid = stride_grid(model.config, stride.file)
+            if found is source.get("pos_embed") and (other := other_stride(source, model, config)):
+                old_grid: tuple[int, int] | None = other[0].grid
                 if not coarse:
-                    report.differs.append(stride)
-                    problems.append(stride_problem(stride, model))
+                    report.differs.append(other[1])
+                    problems.append(other[2])
+            else:
+                old_grid = table_grid(found.shape[1] - 1, config, coarse and not start, new_grid)
             if old_grid is None:
                 report.new.append(name)
                 problems.append(f"{name} has {found.shape[1] - 1} rows, which is no square grid")

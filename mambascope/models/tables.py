@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -46,36 +46,56 @@ def _described_grid(config: Mapping[str, Any], coarse: bool) -> tuple[int, int] 
     return (rows, cols) if coarse else (2 * rows, 2 * cols)
 
 
-def table_stride(state: Mapping[str, Tensor], config: VimConfig) -> int | None:
-    """The stride that a position table was made with, where another than the config's fits its image size exactly.
+class TableStride(NamedTuple):
+    """What a position table was made with.
 
-    27 x 27 positions are stride 8 of 224 pixels, sooner than stride 16 of 432 pixels; ``None`` if there is no such.
+    Attributes:
+        stride: Distance between patches in pixels.
+        image: Height and width in pixels.
+        grid: Rows and columns of patches.
     """
-    rows = state["pos_embed"].shape[1] - 1 if "pos_embed" in state and state["pos_embed"].ndim == 3 else 0
-    for stride in range(1, config.patch_size + 1):
-        exact = config.patch_size % stride == 0 and all((s - config.patch_size) % stride == 0 for s in config.image_hw)
-        if exact and stride != config.patch_stride and math.prod(stride_grid(config, stride)) == rows:
-            return stride
+
+    stride: int
+    image: tuple[int, int]
+    grid: tuple[int, int]
+
+
+def table_stride(state: Mapping[str, Tensor], config: VimConfig) -> TableStride | None:
+    """The stride that a position table was made with, where it is another than the config's.
+
+    Known by fitting the config's image or the published one, which dense models and finetuning enlarge, exactly:
+    27 x 27 positions are stride 8 of 224 pixels, sooner than stride 16 of 432. ``None`` for any other table.
+    """
+    table = state.get("pos_embed")
+    rows = table.shape[1] - 1 if table is not None and table.ndim == 3 else 0
+    if rows == math.prod(config.patch_grid):
+        return None
+    size = config.patch_size
+    for image in dict.fromkeys((config.image_hw, VimConfig().image_hw)):
+        for stride in range(1, size + 1):
+            grid = 1 + (image[0] - size) // stride, 1 + (image[1] - size) // stride
+            exact = size % stride == 0 and all((side - size) % stride == 0 for side in image)
+            if exact and stride != config.patch_stride and math.prod(grid) == rows:
+                return TableStride(stride, image, grid)
     return None
 
 
-def stride_grid(config: VimConfig, stride: int) -> tuple[int, int]:
-    """Grid of patches of the config's image with another stride."""
-    rows, cols = (1 + (side - config.patch_size) // stride for side in config.image_hw)
-    return rows, cols
+def other_stride(
+    state: Mapping[str, Tensor], model: VisionMamba, config: Mapping[str, Any]
+) -> tuple[TableStride, Difference, str] | None:
+    """The stride of a file that does not say its sizes, where its table tells another than the model's.
 
-
-def other_stride(state: Mapping[str, Tensor], model: VisionMamba, config: Mapping[str, Any]) -> Difference | None:
-    """The stride of a file that does not say its sizes, where its table tells another than the model's."""
-    stride = table_stride(state, model.config) if config.get("img_size") is None else None
-    return None if stride is None else Difference("stride", stride, model.config.patch_stride)
-
-
-def stride_problem(found: Difference, model: VisionMamba) -> str:
-    """One line on a table of another stride, with the way out."""
-    size = " x ".join(map(str, dict.fromkeys(model.config.image_hw)))
-    way = "which only a VisionMamba can have" if isinstance(model, MambaScope) else f"pass stride={found.file}"
-    return f"{found}, as the positions for {size} pixels say: {way}"
+    Returns:
+        What the table says, how the model differs, and one line on it with the way out; ``None`` for no other stride.
+    """
+    found = table_stride(state, model.config) if config.get("img_size") is None else None
+    if found is None:
+        return None
+    differs = Difference("stride", found.stride, model.config.patch_stride)
+    size = " x ".join(map(str, dict.fromkeys(found.image)))
+    way = "which only a VisionMamba can have" if isinstance(model, MambaScope) else f"pass stride={found.stride}"
+    grid = " x ".join(map(str, found.grid))
+    return found, differs, f"{differs}, as its {grid} positions for {size} pixels say: {way}"
 
 
 def fit_tables(state: Mapping[str, Tensor], model: VisionMamba, description: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -91,7 +111,7 @@ def fit_tables(state: Mapping[str, Tensor], model: VisionMamba, description: Map
         if table is None or table.ndim != 3 or not hasattr(model, name):
             continue
         if name == "pos_embed" and (found := other_stride(state, model, config)):
-            raise CheckpointError(f"weights do not fit {type(model).__name__}: {stride_problem(found, model)}")
+            raise CheckpointError(f"weights do not fit {type(model).__name__}: {found[2]}")
         coarse = name == "pos_embed_coarse"
         new = (model.grid[0] // 2, model.grid[1] // 2) if coarse else model.grid
         old = table_grid(table.shape[1] - 1, config, coarse, new)

@@ -38,7 +38,7 @@ def test_what_the_head_reads_is_no_part_of_a_backbone(tmp_path):
 @pytest.mark.parametrize("make", [ScopeBackbone, VimBackbone])
 def test_a_table_of_another_stride_is_named(make, tmp_path):
     torch.save({"model": VisionMamba(**SIZES, stride=4).state_dict()}, tmp_path / "vim.pth")
-    with pytest.raises(ValueError, match="stride is 4 in the file and 8 in the model, as the positions"):
+    with pytest.raises(ValueError, match="stride is 4 in the file and 8 in the model, as its 15 x 15 positions"):
         start(tmp_path / "vim.pth", make)
 
 

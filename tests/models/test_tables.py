@@ -47,6 +47,18 @@ def test_a_table_of_another_stride_is_named(size, patch, stride, own, tmp_path):
     assert load_checkpoint(VisionMamba(**sizes, stride=stride), tmp_path / "vim.pth", verbose=False).resampled == []
 
 
+@pytest.mark.parametrize("size", [512, (384, 640)])
+def test_the_published_image_is_known_where_the_models_is_larger(size, tmp_path):
+    """Dense models and finetuning enlarge the image: 27 x 27 positions are still stride 8 of 224 pixels."""
+    official(tmp_path / "vim.pth", **TINY, img_size=224, patch_size=16, stride=8)
+    with pytest.raises(CheckpointError, match="its 27 x 27 positions for 224 pixels say: pass stride=8"):
+        load_checkpoint(VisionMamba(**TINY, img_size=size, patch_size=16), tmp_path / "vim.pth")
+    model = VisionMamba(**TINY, img_size=size, patch_size=16, stride=8)
+    assert load_checkpoint(model, tmp_path / "vim.pth", verbose=False).resampled == ["pos_embed"]
+    same = VisionMamba(**TINY, img_size=432, patch_size=16)  # has just such a table of its own
+    assert load_checkpoint(same, tmp_path / "vim.pth", verbose=False).resampled == []
+
+
 def test_a_mambascope_cannot_have_it(tmp_path):
     official(tmp_path / "vim.pth", **TINY, img_size=32, patch_size=8, stride=4)
     with pytest.raises(CheckpointError, match=r"stride is 4 in the file and 8 .*: which only a VisionMamba can have"):
