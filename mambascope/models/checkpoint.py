@@ -30,6 +30,7 @@ from mambascope.models.description import (
     check_use,
     checked_description,
     shortened,
+    unlike,
 )
 from mambascope.models.mambaeye import MambaEye
 from mambascope.models.meaning import CHOICES, MEANING, Difference, differences
@@ -242,12 +243,14 @@ def load_checkpoint(
         coarse = name == "pos_embed_coarse"
         if coarse and found is None and start:
             found = source.get("pos_embed")
+        apart = None if found is None else unlike(found, wanted)
         if (
             isinstance(model, VisionMamba)
             and name in POSITION_TABLES
             and found is not None
             and found.ndim == 3
             and found.shape[2] == wanted.shape[2]
+            and found.is_floating_point()
         ):
             new_grid = (model.grid[0] // 2, model.grid[1] // 2) if coarse else model.grid
             if found is source.get("pos_embed") and (other := other_stride(source, model, config)):
@@ -266,15 +269,15 @@ def load_checkpoint(
             else:
                 loaded[name] = resample_pos_embed(found, old_grid, new_grid, model.config.cls_position)
                 report.resampled.append(name)
-        elif found is not None and found.shape == wanted.shape:
+        elif found is not None and apart is None:
             loaded[name] = found
             report.matched.append(name)
         else:
             report.new.append(name)
             if found is None and not name.startswith((*fresh, *other_stem)):
                 problems.append(f"{name} is missing")
-            elif found is not None and not name.startswith(other_stem):
-                problems.append(f"{name} is {list(found.shape)} in the file and {list(wanted.shape)} in the model")
+            elif apart is not None and not name.startswith(other_stem):
+                problems.append(f"{name} is {apart[0]} in the file and {apart[1]} in the model")
     report.unused = [k for k in source if k not in loaded]
     surplus = [k for k in report.unused if k not in target and not k.startswith((*ignore, *other_stem))]
     problems += [f"{k} has no place in the model" for k in surplus]

@@ -214,6 +214,15 @@ def check_blocks(path: Path, state: Mapping[str, Tensor], depth: Any) -> None:
         )
 
 
+def unlike(found: Tensor, wanted: Tensor) -> tuple[str, str] | None:
+    """Both shapes, or both types where only one holds real numbers; ``None`` if the values can be copied."""
+    if found.shape != wanted.shape:
+        return str(list(found.shape)), str(list(wanted.shape))
+    if found.is_floating_point() != wanted.is_floating_point():
+        return str(found.dtype), str(wanted.dtype)
+    return None
+
+
 @contextlib.contextmanager
 def _at_most(parameters: int) -> Iterator[None]:
     """Ends the making of a model, of whatever kind, that has far more parameters than there are tensors for it."""
@@ -254,10 +263,8 @@ def check_filled(path: Path, state: Mapping[str, Tensor], build: Callable[[], nn
     for name, tensor in own.items():
         if name not in state:
             raise CheckpointError(f"{misfit}{name} is missing")
-        if state[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{misfit}{name} is {list(state[name].shape)}, the description asks for {list(tensor.shape)}"
-            )
+        if other := unlike(state[name], tensor):
+            raise CheckpointError(f"{misfit}{name} is {other[0]}, the description asks for {other[1]}")
     if surplus := [name for name in state if name not in own]:
         raise CheckpointError(f"{misfit}{surplus[0]} has no place in the model")
     # tables that are made anew, e.g. masks of windows, grow with the size of the images

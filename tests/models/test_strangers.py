@@ -261,6 +261,19 @@ def test_weights_load_whatever_sizes_their_description_has(tmp_path):
             refused(lambda: load_checkpoint(larger, tmp_path / "a.safetensors"), "img_size")  # noqa: B023
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
+@pytest.mark.parametrize("name", ["head.weight", "pos_embed"])
+def test_tensors_of_no_real_numbers_are_not_copied(name, dtype, tmp_path):
+    model = MAKE["vim"]()
+    state = model.state_dict()
+    state[name] = torch.ones(state[name].shape, dtype=dtype)
+    path = stored(tmp_path / "a.ckpt", state, describe(model))
+    refused(lambda: mambascope.load(path), f"{name} is {dtype}, the description asks for torch.float32")
+    refused(lambda: load_checkpoint(model, path), f"{name} is {dtype} in the file and torch.float32 in the model")
+    half = {k: v.bfloat16() for k, v in model.state_dict().items()}
+    assert mambascope.load(stored(path, half, describe(model))).head.weight.dtype == torch.float32
+
+
 def test_the_hub_reads_no_other_description(tmp_path):
     MAKE["scope"]().save_pretrained(tmp_path)
     for text in ('{"model_id": "x", "token": 5}', '{"config": {"depth": 1000000000}}', "[1]", "{", "[" * 100_000):
