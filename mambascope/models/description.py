@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import threading
 import zipfile
@@ -23,7 +22,38 @@ TRANSFORM = ("input_size", "mean", "std", "interpolation", "crop_pct")
 GLIMPSES = ("length", "canvas_size", "pattern", "resize_mode", "compat")
 """What a description may say about how images become glimpses."""
 
+_MOST_GLIMPSES = 2**16
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+
+
+def _number(value: Any, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high
+
+
+def _sides(value: Any, count: int) -> bool:
+    listed = isinstance(value, (list, tuple)) and len(value) == count
+    return listed and all(type(side) is int and 1 <= side <= MAX_SIDE for side in value)
+
+
+def _channels(value: Any, in_chans: int, low: float) -> bool:
+    listed = isinstance(value, (list, tuple)) and len(value) in (1, 3, in_chans)
+    return listed and all(_number(x, low, 1e12) for x in value)
+
+
+_WANTED: dict[str, tuple[Callable[[Any, int], bool], str]] = {
+    "input_size": (lambda v, _: _sides(v, 3), f"channels, height and width, each in 1..{MAX_SIDE}"),
+    "mean": (lambda v, in_chans: _channels(v, in_chans, -1e12), "finite numbers, one per channel"),
+    "std": (lambda v, in_chans: _channels(v, in_chans, 1e-12), "finite, positive numbers, one per channel"),
+    "interpolation": (lambda v, _: v in _INTERPOLATIONS, f"one of {', '.join(_INTERPOLATIONS)}"),
+    "crop_pct": (lambda v, _: _number(v, 0.05, 2), "a number in [0.05, 2]"),
+    "length": (lambda v, _: type(v) is int and 1 <= v <= _MOST_GLIMPSES, f"an integer in 1..{_MOST_GLIMPSES}"),
+    "canvas_size": (lambda v, _: _sides(v, 2) or _sides([v], 1), f"one side or two, each in 1..{MAX_SIDE}"),
+    "pattern": (lambda v, _: isinstance(v, str), "a text"),
+    "resize_mode": (lambda v, _: isinstance(v, str), "a text"),
+    "compat": (lambda v, _: isinstance(v, bool), "true or false"),
+}
+"""Whether a value, given the model's channels, is one that its readers take; and what those are."""
+
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(("config", "glimpses", "report", "transform"), ((dict,), "a mapping")),
     **dict.fromkeys(("architecture", "model", "version"), ((str,), "a text")),
@@ -118,41 +148,12 @@ def check_use(path: Path, description: Mapping[str, Any], config: Any) -> None:
     told = description.get("transform") or {}
     for section, names in ((description, TRANSFORM), (told, TRANSFORM), (description.get("glimpses") or {}, GLIMPSES)):
         for name in names:
-            value = section.get(name)
-            if value is not None and (wanted := _unfit(name, value, config.in_chans)):
+            value, (fits, words) = section.get(name), _WANTED[name]
+            if value is not None and not fits(value, config.in_chans):
                 raise CheckpointError(
-                    f"checkpoint {path} does not fit its own description: {name} must be {wanted}, "
+                    f"checkpoint {path} does not fit its own description: {name} must be {words}, "
                     f"got {shortened(value)}"
                 )
-
-
-def _unfit(name: str, value: Any, in_chans: int) -> str:
-    """What a value of the preprocessing must be; empty if it is that."""
-
-    def number(x: Any, low: float, high: float) -> bool:
-        return isinstance(x, (int, float)) and not isinstance(x, bool) and low <= x <= high
-
-    if name in ("pattern", "resize_mode"):
-        return "" if isinstance(value, str) else "a text"
-    if name == "compat":
-        return "" if isinstance(value, bool) else "true or false"
-    if name == "length":
-        return "" if type(value) is int and number(value, 1, 2**16) else f"an integer in 1..{2**16}"
-    if name == "canvas_size":
-        sides = value if isinstance(value, (list, tuple)) else (value, value)
-        fits = len(sides) == 2 and all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides)
-        return "" if fits else f"one side or two, each in 1..{MAX_SIDE}"
-    if name == "interpolation":
-        return "" if value in _INTERPOLATIONS else f"one of {', '.join(_INTERPOLATIONS)}"
-    if name == "crop_pct":
-        return "" if number(value, 0.05, 2) else "a number in [0.05, 2]"
-    listed = value if isinstance(value, (list, tuple)) else ()
-    if name == "input_size":
-        fits = len(listed) == 3 and all(type(side) is int and 1 <= side <= MAX_SIDE for side in listed)
-        return "" if fits else f"channels, height and width, each in 1..{MAX_SIDE}"
-    low = -math.inf if name == "mean" else 1e-12
-    fits = len(listed) in (1, 3, in_chans) and all(number(x, low, 1e12) for x in listed) and -math.inf not in listed
-    return "" if fits else f"finite{' numbers' if name == 'mean' else ', positive numbers'}, one per channel"
 
 
 # ---- tensors -----------------------------------------------------------------------------------------------------
