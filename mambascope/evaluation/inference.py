@@ -103,7 +103,7 @@ def _named(name: str, path: Path) -> VisionMamba:
         getattr(described, size) == getattr(base, size) for size in ("embed_dim", "depth", "patch_size")
     ):  # the place of CLS, what the head reads and so on are those that the weights were trained with
         options = asdict(described)
-    elif "head.weight" in state:
+    elif "head.weight" in state and state["head.weight"].ndim == 2:
         options["num_classes"] = len(state["head.weight"])
     if described is None and name in VIM_CONFIGS and (found := table_stride(state, base)) is not None:
         options["stride"] = found.stride

@@ -249,7 +249,8 @@ def load_checkpoint(
             and name in POSITION_TABLES
             and found is not None
             and found.ndim == 3
-            and found.shape[2] == wanted.shape[2]
+            and found.shape[1] > 1
+            and found.shape[::2] == wanted.shape[::2]
             and found.is_floating_point()
         ):
             new_grid = (model.grid[0] // 2, model.grid[1] // 2) if coarse else model.grid
@@ -302,7 +303,7 @@ def load_checkpoint(
 def stem_width(state: Mapping[str, Tensor]) -> int:
     """Width of the stem that weights have; 0 without one. Files from elsewhere do not say it."""
     projection = state.get("patch_embed.stem_proj.weight")
-    return 0 if projection is None else projection.shape[1] // 2
+    return 0 if projection is None or projection.ndim < 2 else projection.shape[1] // 2
 
 
 _UMASK = os.umask(0)  # it can only be read by changing it, for all threads: once, here

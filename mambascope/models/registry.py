@@ -92,7 +92,7 @@ def _fitted(
     Raises:
         CheckpointError: If the model was asked for with another structure or meaning than the weights have.
     """
-    wanted = {name: value for name, value in asdict(model.config).items() if name not in ("in_chans", "num_classes")}
+    wanted = asdict(model.config)
     if model.config.num_classes != base.num_classes:
         wanted.pop("global_pool")  # the head that asks for it is new
     if meant := differences(asdict(base), wanted):

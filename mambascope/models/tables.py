@@ -108,7 +108,7 @@ def fit_tables(state: Mapping[str, Tensor], model: VisionMamba, description: Map
     fitted = {}
     for name in POSITION_TABLES:
         table = state.get(name)
-        if table is None or table.ndim != 3 or not hasattr(model, name):
+        if table is None or table.ndim != 3 or table.shape[1] < 2 or not hasattr(model, name):
             continue
         if name == "pos_embed" and (found := other_stride(state, model, config)):
             raise CheckpointError(f"weights do not fit {type(model).__name__}: {found[2]}")

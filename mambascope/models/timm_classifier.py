@@ -91,7 +91,7 @@ class TimmConfig:
             ValueError: If they cannot.
         """
         for name in COUNT_ARGS:
-            value = self.args.get(name, 0)
+            value = self.args.get(name) or 0
             counts = value if isinstance(value, (list, tuple)) else [value]
             if any(type(count) is not int or count < 0 for count in counts) or sum(counts) > tensors:
                 raise ValueError(f"{name} must be as many blocks as {tensors} tensors can fill, got {shortened(value)}")

@@ -274,6 +274,21 @@ def test_tensors_of_no_real_numbers_are_not_copied(name, dtype, tmp_path):
     assert mambascope.load(stored(path, half, describe(model))).head.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["head.weight", "pos_embed", "patch_embed.stem_proj.weight", "layers.0.mixer.A_log"])
+def test_tensors_of_no_such_shape_are_named(name, tmp_path):
+    """Files that do not describe themselves are asked for their sizes."""
+    model = timm.create_model("vim_nano_patch8_64")
+    for shape in ((), (3,), (0,), (0, 0, 0), (1, 0, 96), (1, 1, 96), (2, 65, 96), (1, 1, 1, 1, 1)):
+        torch.save({"model": {**model.state_dict(), name: torch.zeros(shape)}}, tmp_path / "a.pth")
+        refused(lambda: load_checkpoint(model, tmp_path / "a.pth"), "does not fit VisionMamba")
+        refused(lambda: ready_model(tmp_path / "a.pth", name="vim_nano_patch8_64"), "does not fit VisionMamba")
+        overlay = {"file": str(tmp_path / "a.pth")}
+        with pytest.raises(
+            (CheckpointError, RuntimeError)
+        ):  # timm adapts heads and first layers, and says what it cannot
+            timm.create_model("vim_nano_patch8_64", pretrained=True, pretrained_cfg_overlay=overlay)
+
+
 def test_the_hub_reads_no_other_description(tmp_path):
     MAKE["scope"]().save_pretrained(tmp_path)
     for text in ('{"model_id": "x", "token": 5}', '{"config": {"depth": 1000000000}}', "[1]", "{", "[" * 100_000):
