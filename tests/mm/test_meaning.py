@@ -7,8 +7,9 @@ from mambascope import MambaScope, VisionMamba
 from mambascope.models.checkpoint import save_safetensors
 from tests.mm import common
 
-from mambascope.mm.backbone import ScopeBackbone, VimBackbone  # isort: skip
+from mambascope.mm.backbone import VimBackbone  # isort: skip
 from mambascope.mm.loading import build_model  # isort: skip
+from mambascope.mm.scope_backbone import ScopeBackbone  # isort: skip
 
 SIZES = {"img_size": 64, "patch_size": 8, "num_classes": 3, **common.TINY}
 
