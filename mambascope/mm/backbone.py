@@ -31,13 +31,13 @@ from mambascope.mm.canvas import (
     join_looks,
 )
 from mambascope.mm.pyramid import STEPS, ImageDetail, SimplePyramid
-from mambascope.models.checkpoint import CheckpointError, load_checkpoint, read_state_dict
+from mambascope.mm.weights import pretrained_options, read_weights, start_backbone
+from mambascope.models.checkpoint import CheckpointError
 from mambascope.models.configs import VIM_CONFIGS, VimConfig, with_overrides
 from mambascope.models.description import shortened
 from mambascope.models.meaning import MEANING, differences
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
-from mambascope.models.weights import find_weights
 
 
 def default_indices(depth: int) -> tuple[int, ...]:
@@ -108,12 +108,16 @@ class EncoderBackbone(BaseModule):
     # ---- weights -------------------------------------------------------------------------------------------------
 
     def init_weights(self) -> None:
-        """Loads what ``init_cfg=dict(type='Pretrained', checkpoint=..., strict=True)`` names and logs a report.
+        """Loads what ``init_cfg`` names, in mmengine's spelling, and logs a report.
+
+        ``dict(type='Pretrained', checkpoint=..., prefix=None, strict=True)``: the checkpoint is one of our
+        ``.safetensors``, a Lightning ``.ckpt``, a ``.pth`` of an official Vim, a segmentor or a detector, a URL of one
+        of these, or the name of weights that come with the package (``scopedigits``, ``scopedigits_dense``).
+        ``prefix`` (``"backbone."``) says where in the file the weights are; wrappers that are known need none. Position
+        tables are resampled. Of a segmentor or detector the gate, the pyramid and what else fits is taken too.
+        With ``strict=False`` the encoder also takes what fits, and the rest is reported.
 
         An empty checkpoint means random weights, with a warning: so that configs can leave the place to be filled in.
-
-        Reads our ``.safetensors``, Lightning ``.ckpt`` and official Vim ``.pth`` files, and the weights that come with
-        the package by name (``scopedigits``, ``scopedigits_dense``); position tables are resampled.
         All modules initialise themselves when they are made, so without ``init_cfg`` there is nothing to do.
 
         Raises:
@@ -122,14 +126,9 @@ class EncoderBackbone(BaseModule):
         """
         if self.init_cfg is None:
             return
-        given = self.init_cfg
-        accepted = {"type", "checkpoint", "strict"}
-        if not isinstance(given, Mapping) or given.get("type") != "Pretrained" or set(given) - accepted:
-            raise ValueError(
-                f"init_cfg must be dict(type='Pretrained', checkpoint=FILE, strict=True) or None, got {given!r}"
-            )
-        path, strict = given.get("checkpoint"), given.get("strict", True)
-        if not path:
+        given = pretrained_options(self.init_cfg)
+        checkpoint, strict = given.get("checkpoint"), given.get("strict", True)
+        if not checkpoint:
             print_log(
                 f"{type(self).__name__} starts from random weights; give a file with "
                 "--cfg-options model.backbone.init_cfg.checkpoint=FILE",
@@ -137,22 +136,24 @@ class EncoderBackbone(BaseModule):
                 level=logging.WARNING,
             )
             return
-        path = find_weights(path)
-        _, description = read_state_dict(path)
-        self._check_description(str(path), description.get("config", {}))
-        report = load_checkpoint(self.encoder, path, strict, verbose=False, ignore=self.ignored)
-        print_log(f"{type(self).__name__} starts from {path}\n{report}", logger="current")
+        source = read_weights(checkpoint, given.get("prefix"))
+        self._check_description(source.name, source.description.get("config", {}), strict)
+        report = start_backbone(self, source, strict)
+        print_log(f"{type(self).__name__} starts from {source.name}\n{report}", logger="current")
         self._is_init = True
 
-    def _check_description(self, path: str, config: Mapping[str, Any]) -> None:
+    def _check_description(self, path: str, config: Mapping[str, Any], strict: bool) -> None:
         names = ("embed_dim", "depth", "d_state", "d_conv", "expand", *MEANING)
         found = differences(config, asdict(self.encoder.config), names)
         if found:
             other = [f"{difference.argument} (here {shortened(difference.model)})" for difference in found]
-            raise CheckpointError(
+            line = (
                 f"checkpoint {path} belongs to another architecture than {self.arch}: it has {', '.join(other)}; "
                 "change arch or arch_options of the backbone"
             )
+            if strict:
+                raise CheckpointError(line)
+            print_log(line, logger="current", level=logging.WARNING)
 
     # ---- training mode -------------------------------------------------------------------------------------------
 

@@ -40,13 +40,16 @@ from mambascope.models.timm_classifier import START_ARGS, TimmConfig, create_tim
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import SHIPPED, find_weights
 
-_PREFIXES = ("_orig_mod.", "module.", "model.")
+_WRAPPERS = ("_orig_mod.", "module.", "model.", "backbone.")  # compile, DDP, a LightningModule, a segmentor or detector
+ENCODER = "encoder."  # where a backbone for segmentors and detectors keeps it
 _MARKS = ("cls_token", "init_fc.0.weight")  # a name that every Vim has, and one that every MambaEye has
 _ARCHITECTURES: dict[str, type[VisionMamba] | type[MambaEye]] = {
     "vim": VisionMamba,
     "mambascope": MambaScope,
     "mambaeye": MambaEye,
 }
+# mmengine's files hold the logged scalars beside the weights, of these types
+_LOG_TYPES = ("mmengine.", "numpy.", "builtins.getattr")
 # Besides its own classes, a pickled OmegaConf names these as the types of its values.
 _SETTINGS_TYPES = {"typing.Any", "collections.defaultdict"} | {
     f"builtins.{t}" for t in ("bool", "bytes", "dict", "float", "int", "list", "set", "str", "tuple")
@@ -54,7 +57,7 @@ _SETTINGS_TYPES = {"typing.Any", "collections.defaultdict"} | {
 
 
 class _Ignored:
-    """Takes the place of every class of a pickled OmegaConf: holds nothing and does nothing."""
+    """Takes the place of every class of a pickled OmegaConf or log: holds nothing and does nothing."""
 
     def __init__(self, *args: Any) -> None:
         del args
@@ -107,14 +110,23 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
 
     Args:
         path: A ``.safetensors`` file, a Lightning ``.ckpt``, or a ``.pth``/``.pt`` with the weights at the top or under
-            ``model`` (as the official Vim) or ``state_dict``.
+            ``model`` (as the official Vim) or ``state_dict`` (of a segmentor or detector the encoder is taken).
 
     Returns:
-        The state dict with plain module names, and the file's description (``architecture`` and ``config`` if known).
+        The state dict with plain module names, and the file's description (``architecture`` and ``config`` if known;
+        ``part="backbone"`` for the encoder of a segmentor or detector).
 
     Raises:
         CheckpointError: If the file is missing, damaged, holds no weights or would run code.
     """
+    state, description = read_tensors(path)
+    if Path(path).suffix == ".safetensors" and "architecture" in description:
+        return state, description  # ours, without wrappers
+    return encoder_weights(strip_wrappers(state, description), description)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What :func:`read_state_dict` reads, with the names that the file has."""
     path = Path(path)
     if not path.is_file():
         if path.is_dir():
@@ -148,9 +160,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         raise CheckpointError(
             f"checkpoint {path} holds no weights; expected tensors at the top, under 'model' or 'state_dict'"
         )
-    # a classifier of timm's has no name in common with others: all of its module counts
-    marks = ("",) if description.get("architecture") == "timm" else _MARKS
-    return _without_prefixes(state, marks), description
+    return state, description
 
 
 def _missing(path: Path) -> str:
@@ -159,12 +169,12 @@ def _missing(path: Path) -> str:
 
 
 def _ignored_settings(path: Path) -> list[Any]:
-    """Lets the OmegaConf settings of official MambaEye ``.ckpt`` files be skipped; empty if there is anything else."""
+    """Lets the settings of official MambaEye ``.ckpt`` files and mmengine's logs be skipped; empty if there is more."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # no zip archive, or damaged: torch.load will say so
         return []
-    if not all(name.startswith("omegaconf.") or name in _SETTINGS_TYPES for name in names):
+    if not all(name.startswith(("omegaconf.", *_LOG_TYPES)) or name in _SETTINGS_TYPES for name in names):
         return []
     return [(_Ignored, name) for name in names]
 
@@ -183,16 +193,26 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, checked_description(path, description)
 
 
-def _without_prefixes(state: dict[str, Tensor], marks: tuple[str, ...] = _MARKS) -> dict[str, Tensor]:
-    """Strips what compile, DDP and LightningModule put before every name; drops the module's other tensors."""
+def strip_wrappers(state: dict[str, Tensor], description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Strips what wraps a module and stands before all of its names; drops the wrapper's other tensors."""
+    # a classifier of timm's has no name in common with others: all of its module counts
+    marks = ("",) if description.get("architecture") == "timm" else _MARKS
     changed = True
     while changed:
         changed = False
-        for prefix in _PREFIXES:
+        for prefix in _WRAPPERS:
             if any(k.startswith(prefix) and k.endswith(marks) for k in state):
                 state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
                 changed = True
     return state
+
+
+def encoder_weights(state: dict[str, Tensor], description: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The encoder's weights if these are a backbone's, whose classifier then is no part of them; else all."""
+    if not any(f"{ENCODER}{mark}" in state for mark in _MARKS):
+        return state, description
+    own = {k.removeprefix(ENCODER): v for k, v in state.items() if k.startswith(ENCODER)}
+    return own, {**description, "part": "backbone"}
 
 
 def load_checkpoint(
@@ -205,8 +225,9 @@ def load_checkpoint(
     """Loads weights into a model; position tables are resampled to the model's grids.
 
     A plain Vim starts a MambaScope: its position table also gives the coarse one, and feature reuse stays new. It also
-    starts a Vim with token reduction, whose own parameters stay new. With ``strict=False`` weights without a stem start
-    a model that has one, whose stem stays new, and the other way round.
+    starts a Vim with token reduction, whose own parameters stay new. The encoder of a segmentor or detector starts a
+    classifier, whose head stays new. With ``strict=False`` weights without a stem start a model that has one, whose
+    stem stays new, and the other way round.
 
     Args:
         model: A :class:`VisionMamba`, :class:`MambaScope` or :class:`MambaEye`.
@@ -221,7 +242,21 @@ def load_checkpoint(
         CheckpointError: If the file cannot be read, or does not fit and ``strict`` is set. The model is then unchanged.
     """
     path = find_weights(path)
-    source, description = read_state_dict(path)
+    report = load_weights(model, *read_state_dict(path), f"checkpoint {path}", strict, ignore)
+    if verbose:
+        print(f"{path}\n{report}")
+    return report
+
+
+def load_weights(
+    model: VisionMamba | MambaEye,
+    source: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    name_of_source: str,
+    strict: bool = True,
+    ignore: tuple[str, ...] = (),
+) -> LoadReport:
+    """What :func:`load_checkpoint` does with what :func:`read_state_dict` gave; ``name_of_source`` is for errors."""
     config, own = description.get("config", {}), describe(model)["config"]
     target = model.state_dict()
     loaded: dict[str, Tensor] = {}
@@ -229,7 +264,11 @@ def load_checkpoint(
     problems: list[str] = []
     start = isinstance(model, MambaScope) and not any(k.startswith(("reuse.", "pos_embed_coarse")) for k in source)
     reduced = any(k.startswith("reduction.") for k in source)
-    fresh = (*(("reuse.",) if start else ()), *(() if reduced else ("reduction.",)))  # may start anew
+    fresh = (  # may start anew
+        *(("reuse.",) if start else ()),
+        *(() if reduced else ("reduction.",)),
+        *(("head.", "norm_f.") if description.get("part") == "backbone" else ()),
+    )
     report.differs = differences(config, own, (*MEANING, *CHOICES))
     meant = [found for found in report.differs if found.name not in CHOICES]
     problems += map(str, meant)
@@ -287,16 +326,15 @@ def load_checkpoint(
     if problems and (strict or not report.matched):
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         given = ", ".join(found.argument for found in report.differs)
-        way = f"create the model with {given}, as mambascope.load does, or " if meant else ""
+        ways = [f"create the model with {given}, as mambascope.load does"] if meant else []
+        ways += ["pass strict=False to load what fits"] if report.matched else []
+        advice = f" ({', or '.join(ways)})" if ways else ""
         raise CheckpointError(
-            f"checkpoint {path} does not fit {type(model).__name__} ({way}pass strict=False to load what fits): "
-            f"{'; '.join(problems[:4])}{more}"
+            f"{name_of_source} does not fit {type(model).__name__}{advice}: {'; '.join(problems[:4])}{more}"
         )
     with torch.no_grad():
         for name, value in loaded.items():
             target[name].copy_(value)
-    if verbose:
-        print(f"{path}\n{report}")
     return report
 
 
