@@ -1,8 +1,9 @@
-"""What current PyTorch needs to work with mmengine 0.10."""
+"""What current PyTorch and CPUs need to work with mmengine 0.10, mmcv 2.1 and mmdet 3.3."""
 
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from pickle import UnpicklingError
 from typing import Any
 
@@ -36,3 +37,17 @@ def allow_own_checkpoints() -> None:
     numbers; nothing else is allowed, so a checkpoint that would run code is still refused.
     """
     torch.serialization.add_safe_globals([HistoryBuffer, (_statistic, "builtins.getattr"), *_numpy_classes()])
+
+
+def float32_box_operators() -> None:
+    """Computes mmcv's operators on boxes in float32 under autocast on a CPU, where they know no bfloat16.
+
+    Boxes need it, too: bfloat16 has eight bits, so that coordinates beyond 256 would be whole even numbers.
+    """
+    from mmcv.ops.nms import NMSop
+    from mmdet.models.roi_heads.roi_extractors import GenericRoIExtractor, SingleRoIExtractor
+
+    in_float32 = partial(torch.amp.custom_fwd, device_type="cpu", cast_inputs=torch.float32)
+    NMSop.forward = staticmethod(in_float32(NMSop.forward))
+    for extractor in (SingleRoIExtractor, GenericRoIExtractor):
+        extractor.forward = in_float32(extractor.forward)
