@@ -75,7 +75,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _decode(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+def _decode(source: str | os.PathLike[str] | IO[bytes], whole: bool) -> Image.Image:
     with _own_limit():
         file = Image.open(source, formats=image_formats())
     with file:
@@ -83,7 +83,7 @@ def _decode(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width}×{height} pixels are more than the {MAX_PIXELS / 1e6:.0f} million allowed")
-        factor = math.ceil(math.sqrt(width * height / REDUCE_ABOVE))
+        factor = 1 if whole else math.ceil(math.sqrt(width * height / REDUCE_ABOVE))
         if factor > 1:
             file.draft(None, (width // factor, height // factor))  # JPEG: decodes at a fraction of the size
         with _own_limit():
@@ -102,7 +102,9 @@ def _keep_info(image: Image.Image, original: Image.Image) -> Image.Image:
     return image
 
 
-def open_image(source: str | os.PathLike[str] | IO[bytes], name: str | None = None) -> Image.Image:
+def open_image(
+    source: str | os.PathLike[str] | IO[bytes], name: str | None = None, *, whole: bool = False
+) -> Image.Image:
     """Reads an image file as RGB.
 
     Grey, palette, CMYK, YCbCr, Lab, 1-bit, 16-bit, 32-bit and floating-point images are converted: 16-bit values are
@@ -113,6 +115,7 @@ def open_image(source: str | os.PathLike[str] | IO[bytes], name: str | None = No
     Args:
         source: path or binary file.
         name: how errors call it; by default the path.
+        whole: never to shrink it, for annotations that are in its pixels.
 
     Raises:
         BadImageError: naming the file, when it is missing, no image, damaged, or larger than :data:`MAX_PIXELS`.
@@ -120,7 +123,7 @@ def open_image(source: str | os.PathLike[str] | IO[bytes], name: str | None = No
     if name is None:
         name = str(getattr(source, "name", source) if hasattr(source, "read") else os.fspath(source))
     try:
-        return _decode(source)
+        return _decode(source, whole)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise a dozen kinds of exceptions on damaged files

@@ -20,6 +20,7 @@ from mambascope.mm.optim import CpuAmpOptimWrapper, LayerDecayConstructor
 from mambascope.mm.pyramid import SimplePyramid
 from mambascope.mm.runner import ScopeRunner
 from mambascope.mm.scope_backbone import ScopeBackbone, ScopeFeatures
+from mambascope.mm.transforms import LoadAnyImage
 
 allow_own_checkpoints()
 
@@ -29,6 +30,7 @@ __all__ = [
     "GateHead",
     "GateMetric",
     "LayerDecayConstructor",
+    "LoadAnyImage",
     "ScopeBackbone",
     "ScopeFeatures",
     "ScopeRunner",

@@ -10,8 +10,13 @@ from mmdet.models.test_time_augs import DetTTAModel
 from mmdet.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
 
+from mambascope.mm.coco import number_by_name
+from mambascope.mm.compat import float32_box_operators
 from mambascope.mm.dense import ScopeMixin, ScopeTTAMixin, UnpaddedMixin, sample_names
 from mambascope.mm.gate import presence_from_labels
+
+float32_box_operators()
+number_by_name()
 
 
 @MODELS.register_module()

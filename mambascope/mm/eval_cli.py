@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from mambascope._names import open_streams, printable
-from mambascope.mm.runner import check_data
+from mambascope.mm.data_checks import check_data
 from mambascope.models.checkpoint import atomic_path
 
 
@@ -125,10 +125,9 @@ def _limited(metric: Any, loader: Any, images: int) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the tables and writes the files."""
-    from mmengine.runner import Runner
-
     from mambascope.evaluation.inference import pick_device
     from mambascope.mm import evaluate, loading
+    from mambascope.mm.runner import ScopeRunner
 
     _check(args)
     device = pick_device(args.device)
@@ -137,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
     model: Any = loading.build_model(cfg, args.checkpoint, device)
     loading.scope_backbone(model)
     plain: Any = loading.build_model(loading.plain_config(cfg), args.vim, device)
-    loader: Any = Runner.build_dataloader(cfg.test_dataloader)
+    loader: Any = ScopeRunner.build_dataloader(cfg.test_dataloader)
     metrics = evaluate.build_metrics(cfg, loader.dataset.metainfo)
     if args.limit is not None:
         loader_all, loader = loader, _Head(loader, args.limit)
@@ -160,7 +159,8 @@ def run(args: argparse.Namespace) -> int:
     batches = _grouped(first, args.batch_size)
     timings = evaluate.measure(model, plain, batches, sides, settings, rounds=args.rounds, max_seconds=args.max_seconds)
     out = Path(args.out) if args.out else Path(args.checkpoint).parent / "eval"
-    print(sweep_table(rows, chosen, vim))
+    choice = how_chosen(len(record), None if grid else args.max_drop)
+    print(sweep_table(rows, chosen, vim, choice))
     print("\n" + timing_table(timings, args.batch_size))
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "sweep.csv", table_csv(rows))
@@ -170,6 +170,7 @@ def run(args: argparse.Namespace) -> int:
         "checkpoint": os.path.relpath(args.checkpoint),
         "images": len(record),
         "chosen": rows[chosen],
+        "choice": choice,
         "vim": vim,
         "parameters_millions": {"model": evaluate.parameters(model), "plain": evaluate.parameters(plain)},
         "threads": torch.get_num_threads(),
@@ -211,8 +212,20 @@ def _cell(value: Any) -> Any:
     return value
 
 
-def sweep_table(rows: Sequence[dict[str, float]], chosen: int, vim: dict[str, float] | None) -> str:
-    """The sweep for people; the chosen row is marked."""
+def how_chosen(images: int, max_drop: float | None) -> str:
+    """Says where the threshold comes from; ``max_drop`` in points, ``None`` if it was given."""
+    if max_drop is None:
+        return "the threshold was given"
+    return (
+        f"fewest refined at most {max_drop:g} points below refining all; chosen on the {images} images reported here: "
+        "its figures are slightly optimistic"
+    )
+
+
+def sweep_table(
+    rows: Sequence[dict[str, float]], chosen: int, vim: dict[str, float] | None, choice: str = "chosen"
+) -> str:
+    """The sweep for people; the chosen row is marked and ``choice`` says why it is."""
     names = [k for k in rows[0] if k not in ("threshold", "share_refined") and not k.startswith("gflops")]
     head = "".join(f"{n:>10}" for n in names)
     lines = [f"  {'threshold':>10}{'refined':>9}{'GFLOPs':>10}{head}"]
@@ -223,7 +236,7 @@ def sweep_table(rows: Sequence[dict[str, float]], chosen: int, vim: dict[str, fl
         lines.append(f"{mark} {row['threshold']:>10.4f}{100 * row['share_refined']:>8.1f}%{cost:>10.4g}{figures}")
     if vim:
         lines.append(f"  {'plain Vim':>10}{'':>9}{'':>10}" + "".join(f"{vim[n]:>10.2f}" for n in names))
-    return "\n".join(lines) + "\n* chosen; GFLOPs of the backbone per image, both scan directions"
+    return "\n".join(lines) + f"\n* {choice}\nGFLOPs of the backbone per image, both scan directions"
 
 
 def timing_table(rows: Sequence[dict[str, Any]], batch_size: int) -> str:
@@ -242,9 +255,12 @@ def timing_table(rows: Sequence[dict[str, Any]], batch_size: int) -> str:
 
 def guarded(action: Callable[[], int]) -> int:
     """Runs a command: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    from mambascope.mm.runner import one_line
+
     open_streams()
     try:
-        return action()
+        with one_line():
+            return action()
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from mambascope.data.errors import DataError
+
 CONFIDENCES = ("mean_present", "max", "margin", "entropy")
 
 
@@ -53,6 +55,20 @@ def gate_confidence(logits: Tensor, rule: str = "mean_present") -> Tensor:
     return torch.where(present.any(1), lowest_in - highest_out, torch.zeros_like(largest))
 
 
+def check_labels(labels: Sequence[int], num_classes: int, ignore_index: int, name: str) -> None:
+    """Checks that what a mask holds are classes or ``ignore_index``; ``name`` is what to call it.
+
+    Raises:
+        DataError: If a label is something else.
+    """
+    wrong = [label for label in labels if label != ignore_index and not 0 <= label < num_classes]
+    if wrong:
+        raise DataError(
+            f"{name} holds label {', '.join(map(str, wrong[:5]))}; accepted are 0..{num_classes - 1} and "
+            f"{ignore_index} (ignored) after loading. Check num_classes and reduce_zero_label of the data set"
+        )
+
+
 def presence_from_masks(
     masks: Sequence[Tensor], num_classes: int, ignore_index: int = 255, names: Sequence[str] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -69,19 +85,13 @@ def presence_from_masks(
         known, so they are left out of the loss.
 
     Raises:
-        ValueError: If a label is neither a class nor ``ignore_index``.
+        DataError: If a label is neither a class nor ``ignore_index``.
     """
     rows, known = [], []
     for i, mask in enumerate(masks):
         labels = mask[mask != ignore_index].long()
         found = torch.unique(labels)
-        if found.numel() and (int(found[0]) < 0 or int(found[-1]) >= num_classes):
-            wrong = [int(v) for v in found if v < 0 or v >= num_classes]
-            name = names[i] if names else f"mask {i} of the batch"
-            raise ValueError(
-                f"{name} holds label {', '.join(map(str, wrong[:5]))}; accepted are 0..{num_classes - 1} and "
-                f"{ignore_index} (ignored) after loading. Check num_classes and reduce_zero_label of the data set"
-            )
+        check_labels(found.tolist(), num_classes, ignore_index, names[i] if names else f"mask {i} of the batch")
         row = torch.zeros(num_classes, device=mask.device)
         row[found] = 1.0
         rows.append(row)
@@ -94,13 +104,13 @@ def presence_from_labels(labels: Sequence[Tensor], num_classes: int, names: Sequ
     """Classes present among the labels [n] of each image's boxes, as [B, C] (0 or 1, float32); n may be 0.
 
     Raises:
-        ValueError: If a label is no class.
+        DataError: If a label is no class.
     """
     rows = []
     for i, own in enumerate(labels):
         if own.numel() and (int(own.min()) < 0 or int(own.max()) >= num_classes):
             name = names[i] if names else f"image {i} of the batch"
-            raise ValueError(
+            raise DataError(
                 f"{name} has a box of class {int(own.max() if own.max() >= num_classes else own.min())}; accepted are "
                 f"0..{num_classes - 1}. Check num_classes of the heads and of the gate against the data set's classes"
             )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
@@ -16,9 +17,11 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
+from mambascope.data.errors import DataError
 from mambascope.mm.backbone import VimBackbone
 from mambascope.mm.runner import misfit
 from mambascope.mm.scope_backbone import ScopeBackbone
+from mambascope.mm.weights import local_file
 from mambascope.models.checkpoint import CheckpointError
 
 PLAIN = {"ScopeEncoderDecoder": "VimEncoderDecoder", "ScopeCascadeRCNN": "VimCascadeRCNN"}
@@ -68,10 +71,11 @@ def build_model(
     model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
     meta = cfg.test_dataloader.dataset.get("metainfo")
     if checkpoint is not None:
-        if not Path(checkpoint).is_file():
+        path = local_file(checkpoint)
+        if not path.is_file():
             raise CheckpointError(f"checkpoint {checkpoint} does not exist")
         try:
-            content = CheckpointLoader.load_checkpoint(str(checkpoint), map_location="cpu", logger="silent")
+            content = CheckpointLoader.load_checkpoint(str(path), map_location="cpu", logger="silent")
         except Exception as error:
             raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {str(error).splitlines()[0]}") from None
         state = content.get("state_dict") if isinstance(content, Mapping) else None
@@ -115,23 +119,34 @@ def image_pipeline(cfg: Config) -> Compose:
     return Compose(steps)
 
 
-def load_image(pipeline: Compose, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """One image as a batch for ``model.test_step``.
+def load_image(pipeline: Compose, path: str | os.PathLike[str]) -> tuple[dict[str, Any], np.ndarray]:
+    """One image as a batch for ``model.test_step``, and what the pipeline's first step read.
+
+    Predictions are in the pixels of that: RGB [H, W, 3], 0 to 1.
 
     Raises:
         ValueError: If the file is missing or no image.
     """
     if not Path(path).is_file():
         raise ValueError(f"image {path} does not exist")
+    data: dict[str, Any] | None = {"img_path": str(path), "img_id": 0}
+    image = None
     try:
-        data = pipeline({"img_path": str(path), "img_id": 0})
+        for step in pipeline.transforms:
+            data = step(data)
+            if data is None:
+                raise ValueError("the pipeline leaves it out")
+            if image is None and "img" in data:
+                image = np.array(data["img"], dtype=np.float32) / 255
+    except DataError:
+        raise
     except (OSError, ValueError, AttributeError, AssertionError) as error:
-        raise ValueError(
-            f"image {path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from None
-    if data is None:
-        raise ValueError(f"image {path} cannot be read")
-    return pseudo_collate([data])
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ValueError(f"image {path} cannot be read: {reason}") from None
+    assert image is not None
+    grey = image.ndim == 2 or image.shape[2] == 1
+    rgb = image.reshape(*image.shape[:2], 1).repeat(3, 2) if grey else image[..., 2::-1]
+    return pseudo_collate([data]), rgb.clip(0, 1)
 
 
 def scope_backbone(model: Any) -> ScopeBackbone:

@@ -44,7 +44,15 @@ class ClassWeightedCrossEntropy(nn.Module):
             labels: Classes [B, H, W].
             weight: Further weight of each pixel [B, H, W].
             ignore_index: Label of pixels that say nothing.
+
+        Raises:
+            ValueError: If there are other classes than weights.
         """
+        if logits.shape[1] != len(self.class_weight):  # type: ignore[arg-type]
+            raise ValueError(
+                f"class_weight must have one weight for each of the {logits.shape[1]} classes, got "
+                f"{len(self.class_weight)}"  # type: ignore[arg-type]
+            )
         own: Tensor = self.class_weight  # type: ignore[assignment]
         loss = F.cross_entropy(logits.float(), labels, own, ignore_index=ignore_index, reduction="none")
         known = labels != ignore_index

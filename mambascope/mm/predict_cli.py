@@ -37,12 +37,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def picture(model: Any, pipeline: Any, path: Path, score: float) -> Any:
     """Runs one image and gathers what is drawn, a :class:`~mambascope.plotting.dense.DensePicture`."""
-    from PIL import Image
-
     from mambascope.mm.loading import load_image
     from mambascope.plotting.dense import DensePicture
 
-    batch = load_image(pipeline, path)
+    batch, original = load_image(pipeline, path)
     # the pipeline's image before normalisation: BGR at the size the model works on
     seen = batch["inputs"][0].flip(0).permute(1, 2, 0).float().numpy() / 255
     with torch.inference_mode():
@@ -58,8 +56,6 @@ def picture(model: Any, pipeline: Any, path: Path, score: float) -> Any:
         own = sample.pred_instances[keep].cpu()
         boxes, labels, box_scores = own.bboxes.numpy(), own.labels.numpy(), own.scores.numpy()
         masks = np.asarray(own.masks) if "masks" in own else None
-    with Image.open(path) as file:
-        original = np.asarray(file.convert("RGB"), dtype=np.float32) / 255
     palette = model.dataset_meta.get("palette")
     return DensePicture(
         image=original,
@@ -97,14 +93,16 @@ def run(args: argparse.Namespace) -> int:
     if args.threshold is not None:
         backbone.threshold = check_threshold(args.threshold)
     pipeline = loading.image_pipeline(cfg)
-    pictures = []
-    for source, target in zip(sources, targets, strict=True):
-        made = picture(model, pipeline, source.path, args.score)
-        pictures.append(made)
-        draw_dense(made, target)
-        print(f"{source.path}: {made.caption()}")
-    if args.sheet:
-        dense_sheet(pictures, out / "sheet.png")
+    pictures: list[Any] = []
+    try:
+        for source, target in zip(sources, targets, strict=True):
+            made = picture(model, pipeline, source.path, args.score)
+            pictures.append(made)
+            draw_dense(made, target)
+            print(f"{source.path}: {made.caption()}")
+    finally:  # a file that cannot be read takes nothing from the others
+        if args.sheet and pictures:
+            dense_sheet(pictures, out / "sheet.png")
     print(f"pictures: {args.out}" + (f", left out: {left_out}" if left_out else ""), file=sys.stderr)
     return 0
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
+import re
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +17,16 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
+from mambascope._names import printable
+from mambascope.data.errors import DataError
 from mambascope.mm.backbone import EncoderBackbone
+from mambascope.mm.data_checks import check_data, check_masks
 from mambascope.mm.dense import UnpaddedMixin
-
-
-def data_folders(dataset: Any) -> Iterator[Path]:
-    """Files and folders that a data set's config needs, through any wrappers around it."""
-    if not isinstance(dataset, Mapping):
-        return
-    if "dataset" in dataset:
-        yield from data_folders(dataset["dataset"])
-    for part in dataset.get("datasets", ()):
-        yield from data_folders(part)
-    root = dataset.get("data_root") or ""
-    names = [dataset.get("ann_file"), *(dataset.get("data_prefix") or {}).values()]
-    yield from (Path(root) / name for name in names if isinstance(name, str) and name)
-
-
-def check_data(cfg: Mapping, loaders: tuple[str, ...]) -> None:
-    """Checks that the data of some loaders is there before anything is built.
-
-    Args:
-        cfg: The whole config; its ``data_help`` says what belongs where.
-        loaders: Names such as ``train_dataloader``.
-
-    Raises:
-        FileNotFoundError: The message names what is missing and says what to put where.
-    """
-    missing = []
-    for loader in loaders:
-        section = cfg.get(loader)
-        found = data_folders(section.get("dataset")) if isinstance(section, Mapping) else ()
-        missing += [path for path in found if not path.exists() or (path.is_dir() and not any(path.iterdir()))]
-    if missing:
-        what = "".join(f"\n  {path}" for path in dict.fromkeys(missing))
-        raise FileNotFoundError(
-            f"data is missing (looked from {os.getcwd()}):{what}\n{str(cfg.get('data_help') or '').strip()}"
-        )
+from mambascope.mm.transforms import name_annotations
+from mambascope.mm.weights import local_file
+from mambascope.models.checkpoint import CheckpointError
 
 
 def misfit(checkpoint: Any, error: RuntimeError) -> str:
@@ -61,6 +35,39 @@ def misfit(checkpoint: Any, error: RuntimeError) -> str:
     shown = " ".join(lines)
     shown = shown if len(shown) < 300 else f"{shown[:300]}..."
     return f"checkpoint {checkpoint} belongs to another model than this config's (arch, classes or heads): {shown}"
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Errors that users can mend, in one line: also those of loader processes and of batch normalisation."""
+    try:
+        yield
+    except DataError as error:
+        text = str(error)
+        if text.startswith("Caught "):  # PyTorch puts the loader process's traceback before it
+            text = re.sub(r"^[\w.]+: ", "", text.rstrip().splitlines()[-1])
+            raise DataError(text) from None
+        raise
+    except ValueError as error:
+        if "Expected more than 1 value per channel when training" not in str(error):
+            raise
+        raise DataError(
+            "batch normalisation of a pooled map cannot be trained with one image: two images per process are needed, "
+            "train_dataloader.batch_size=2 or more (and drop_last=True if the last batch of an epoch may hold one)"
+        ) from None
+
+
+def _print_in_one_line() -> None:
+    """Lets errors that users can mend end a command with their line instead of a traceback."""
+    before = sys.excepthook
+
+    def hook(kind: Any, error: BaseException, trace: Any) -> None:
+        if isinstance(error, (DataError, CheckpointError)):
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+        else:
+            before(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 @RUNNERS.register_module()
@@ -84,35 +91,54 @@ class ScopeRunner(Runner):
             )
         return built
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if sys.excepthook is sys.__excepthook__:
+            _print_in_one_line()
+        super().__init__(*args, **kwargs)
+
     def train(self) -> nn.Module:
         """Trains, after a check of the data."""
-        check_data(self.cfg, ("train_dataloader", "val_dataloader"))
-        return super().train()
+        with one_line():
+            check_data(self.cfg, ("train_dataloader", "val_dataloader"))
+            return super().train()
 
     def val(self) -> dict:
         """Validates, after a check of the data."""
-        check_data(self.cfg, ("val_dataloader",))
         self._whole = True
-        return super().val()
+        with one_line():
+            check_data(self.cfg, ("val_dataloader",))
+            return super().val()
 
     def test(self) -> dict:
         """Tests, after a check of the data."""
-        check_data(self.cfg, ("test_dataloader",))
         self._whole = True
-        return super().test()
+        with one_line():
+            check_data(self.cfg, ("test_dataloader",))
+            return super().test()
+
+    @staticmethod
+    def build_dataloader(
+        dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
+        """mmengine's loader, whose annotations are checked when they are read."""
+        loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        name_annotations(loader.dataset)
+        check_masks(loader.dataset)
+        return loader
 
     def load_checkpoint(self, filename: str, map_location: Any = "cpu", strict: bool = False, **kwargs: Any) -> Any:
         """Loads a checkpoint; for testing and resuming every weight must fit, where mmengine would only warn.
 
         Raises:
-            ValueError: If the checkpoint does not exist or belongs to another model.
+            CheckpointError: If the checkpoint does not exist or belongs to another model.
         """
-        if "://" not in str(filename) and not Path(filename).is_file():
-            raise ValueError(f"checkpoint {filename} does not exist")
+        path = local_file(filename) if "://" in str(filename) else Path(filename)
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint {filename} does not exist")
         try:
-            return super().load_checkpoint(filename, map_location, strict or self._whole or self._resume, **kwargs)
+            return super().load_checkpoint(str(path), map_location, strict or self._whole or self._resume, **kwargs)
         except RuntimeError as error:
-            raise ValueError(misfit(filename, error)) from None
+            raise CheckpointError(misfit(filename, error)) from None
 
     def setup_env(self, env_cfg: dict) -> None:
         """Starts gloo where there is no GPU: mmengine would ask CUDA for a device whatever the backend."""

@@ -8,7 +8,7 @@ in data/ade. A stand-in of the same layout, to try the command:
   python tools/make_scopedigits.py --task seg --ade-ids --out data/ade/ADEChallengeData2016"""
 crop_size = (512, 512)
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnyImage"),
     dict(type="LoadAnnotations", reduce_zero_label=True),
     dict(type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
@@ -17,7 +17,7 @@ train_pipeline = [
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnyImage"),
     dict(type="Resize", scale=(2048, 512), keep_ratio=True),
     dict(type="LoadAnnotations", reduce_zero_label=True),  # after Resize: scored at the original size
     dict(type="PackSegInputs"),

@@ -8,7 +8,7 @@ in data/coco. A stand-in of the same layout, to try the command:
   python tools/make_scopedigits.py --task det --coco-ids --out data/coco"""
 image_size = (1024, 1024)
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnyImage"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="RandomFlip", prob=0.5),
     dict(type="RandomResize", scale=image_size, ratio_range=(0.1, 2.0), keep_ratio=True),
@@ -24,7 +24,7 @@ train_pipeline = [
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnyImage"),
     dict(type="Resize", scale=image_size, keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),

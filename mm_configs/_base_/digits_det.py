@@ -17,13 +17,13 @@ _palette = [
 ]
 metainfo = dict(classes=_classes, palette=_palette)
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnyImage"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="Resize", scale=(64, 64), keep_ratio=True),  # also cuts boxes that reach out of the image
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnyImage"),
     dict(type="Resize", scale=(64, 64), keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),

@@ -18,12 +18,12 @@ _palette = [
 ]
 metainfo = dict(classes=_classes, palette=_palette)
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnyImage"),
     dict(type="LoadAnnotations", reduce_zero_label=True),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnyImage"),
     dict(type="LoadAnnotations", reduce_zero_label=True),
     dict(type="PackSegInputs"),
 ]

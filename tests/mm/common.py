@@ -1,5 +1,6 @@
 """Small models and data for the tests of the OpenMMLab adapters."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ pytest.importorskip("mmseg", reason=REASON)
 pytest.importorskip("mmdet", reason=REASON)
 
 from mmengine.config import Config  # noqa: E402
+from mmengine.registry import RUNNERS  # noqa: E402
 
 from mambascope.data.export_scopedigits import export  # noqa: E402
 from mambascope.mm.loading import register  # noqa: E402
@@ -22,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "mm_configs"
 MIM = Path(sys.executable).parent / "mim"
 # two blocks per quarter would only cost time; four blocks are the least
+_numbers = itertools.count()
 TINY = {"depth": 4, "embed_dim": 32}
 
 
@@ -59,6 +62,17 @@ def make_data(kind, out, **options):
     """ScopeDigits of 64 pixels in ADE20K's or COCO's layout."""
     options = {"size": 64, "train": 8, "val": 6, **options}
     return export(kind, out, quiet=True, **options)
+
+
+def runner(kind, data, work_dir, **options):
+    """The demo's runner on ``data``, see :func:`demo_config`."""
+    return named_runner(demo_config(kind, data, work_dir, **options))
+
+
+def named_runner(cfg):
+    """A config's runner with a name of its own: mmengine keeps loggers and visualizers by name."""
+    cfg.experiment_name = cfg.visualizer.name = f"{Path(cfg.work_dir).name}_{next(_numbers)}"
+    return RUNNERS.build(cfg)
 
 
 def mim(*args, cwd, timeout=240):

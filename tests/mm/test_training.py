@@ -9,21 +9,17 @@ import torch
 from mmengine.registry import RUNNERS
 from PIL import Image
 
+from mambascope.mm import loading
+from mambascope.mm.data_checks import data_folders
 from mambascope.mm.loading import plain_config
-from mambascope.mm.runner import data_folders
 from tests.mm import common
+from tests.mm.common import runner
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     return {kind: common.make_data(kind, root / kind) for kind in ("seg", "det")}
-
-
-def runner(kind, data, work_dir, **options):
-    cfg = common.demo_config(kind, data, work_dir, **options)
-    cfg.experiment_name = f"{work_dir.name}_{torch.randint(10**9, (1,)).item()}"  # mmengine keeps loggers by name
-    return RUNNERS.build(cfg)
 
 
 def logged(work_dir):
@@ -51,6 +47,36 @@ def test_demo_config_trains_and_resumes(kind, data, tmp_path):
     again.train()
     assert again.iter == 3
     assert (tmp_path / "a" / "iter_3.pth").is_file()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_detector_trains_in_bfloat16(plain, data, tmp_path):
+    """mmcv's suppression of boxes and alignment of regions know no bfloat16 on a CPU."""
+    cfg = common.demo_config("det", data["det"], tmp_path, **{"optim_wrapper.type": "AmpOptimWrapper"})
+    if plain:
+        cfg = loading.plain_config(cfg)
+        cfg.val_evaluator = cfg.test_evaluator = cfg.val_evaluator[:1]  # without the gate's
+    own = common.named_runner(cfg)
+    seen = []
+    heads = own.model.roi_head.bbox_head
+    heads[0].register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output[0].dtype)))
+    own.train()
+    assert (torch.float32, torch.bfloat16) in seen  # regions in float32, layers in bfloat16
+    facts = logged(tmp_path)
+    assert all(np.isfinite(facts[name]) for name in ("loss", "loss_rpn_bbox", "s2.loss_bbox", "loss_rpn_cls"))
+
+
+def test_boxes_are_suppressed_in_float32_under_autocast():
+    from mmcv.ops import batched_nms
+
+    boxes = 1000 * torch.rand(50, 4, generator=torch.Generator().manual_seed(0))
+    boxes[:, 2:] += boxes[:, :2]
+    scores, groups = torch.linspace(0.1, 0.9, 50).bfloat16(), torch.arange(50) % 2
+    expected, kept = batched_nms(boxes, scores.float(), groups, {"type": "nms", "iou_threshold": 0.3})
+    with torch.autocast("cpu", torch.bfloat16):
+        found, same = batched_nms(boxes, scores, groups, {"type": "nms", "iou_threshold": 0.3})
+    assert torch.equal(kept, same)
+    assert torch.equal(found[:, :4], expected[:, :4])
 
 
 def test_threshold_decides_what_test_refines(data, tmp_path):
