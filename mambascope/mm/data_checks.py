@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -81,12 +82,42 @@ def check_data(cfg: Mapping, loaders: tuple[str, ...]) -> None:
         section = cfg.get(loader)
         for name, dataset in plain_configs(section.get("dataset") if isinstance(section, Mapping) else None):
             classes = _classes(cfg, f"{loader}.{name}", dataset)
+            _check_endings(f"{loader}.{name}", dataset)
             file = Path(dataset.get("data_root") or "", dataset.get("ann_file") or "")
             if classes and file.suffix == ".json":
-                table = tables.setdefault(file, _read_table(file))
+                table = tables[file] if file in tables else tables.setdefault(file, _read_table(file))
                 _check_categories(file, table, classes, f"{loader}.{name}")
                 if _with_masks(dataset):
                     _check_polygons(cfg, file, table, classes)
+                if loader != "train_dataloader":
+                    evaluator = loader.replace("dataloader", "evaluator")
+                    for other in _scored_files(cfg.get(evaluator)):
+                        table = tables[other] if other in tables else tables.setdefault(other, _read_table(other))
+                        _check_scored(file, tables[file], other, table, evaluator)
+
+
+def _check_endings(name: str, dataset: Mapping[str, Any]) -> None:
+    """mmseg looks for one ending of images; another one would make an empty data set."""
+    kind = _kind(dataset)
+    defaults = inspect.signature(kind).parameters if kind else {}
+    if "img_suffix" not in defaults or dataset.get("ann_file"):
+        return
+    wanted = dataset.get("img_suffix", defaults["img_suffix"].default)
+    folder = Path(dataset.get("data_root") or "", (dataset.get("data_prefix") or {}).get("img_path") or "")
+    others = set()
+    for path in folder.rglob("*"):
+        if path.name.endswith(wanted):
+            return
+        others |= {path.suffix} if path.is_file() and path.suffix else set()
+    raise DataError(
+        f"folder {folder} has no image that ends in {wanted}; it holds {_some(sorted(others))}: set {name}.img_suffix"
+    )
+
+
+def _kind(dataset: Mapping[str, Any]) -> Any:
+    """Class of a data set; ``None`` if there is none of that name, which building it will say."""
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        return registry.get(dataset["type"]) if isinstance(dataset["type"], str) else dataset["type"]
 
 
 def _some(names: Sequence[Any]) -> str:
@@ -108,8 +139,7 @@ def _classes(cfg: Mapping, name: str, dataset: Mapping[str, Any]) -> list[str]:
             )
         given = Path(given).read_text().splitlines()
     if given is None:
-        kind = DATASETS.get(dataset["type"]) if isinstance(dataset["type"], str) else dataset["type"]
-        given = getattr(kind, "METAINFO", {}).get("classes", ())
+        given = getattr(_kind(dataset), "METAINFO", {}).get("classes", ())
     classes = [str(c) for c in given]
     if twice := [c for c, count in Counter(classes).items() if count > 1]:
         raise DataError(f"{name}.metainfo.classes names {_some(twice)} more than once")
@@ -201,6 +231,12 @@ def _check_categories(file: Path, table: Mapping[str, Any], classes: Sequence[st
             logger="current",
             level=logging.WARNING,
         )
+
+
+def _check_scored(file: Path, read: Mapping[str, Any], other: Path, scored: Mapping[str, Any], name: str) -> None:
+    """COCO's metric finds images by their numbers."""
+    if {i["id"] for i in read["images"]} - {i["id"] for i in scored["images"]}:
+        raise DataError(f"{name} scores against {other}, which lacks images of {file}: set ann_file of both")
 
 
 def _with_masks(dataset: Mapping[str, Any]) -> bool:

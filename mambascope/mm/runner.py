@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import is_distributed
+from mmengine.dist import is_distributed, is_main_process
 from mmengine.logging import print_log
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
 from mambascope._names import printable
 from mambascope.data.errors import DataError
 from mambascope.mm.backbone import EncoderBackbone
-from mambascope.mm.data_checks import check_data, check_masks
+from mambascope.mm.data_checks import check_data, check_masks, plain_configs
 from mambascope.mm.dense import UnpaddedMixin
 from mambascope.mm.transforms import name_annotations
 from mambascope.mm.weights import local_file
@@ -98,30 +99,55 @@ class ScopeRunner(Runner):
 
     def train(self) -> nn.Module:
         """Trains, after a check of the data."""
-        with one_line():
+        with self._attempt():
             check_data(self.cfg, ("train_dataloader", "val_dataloader"))
             return super().train()
 
     def val(self) -> dict:
         """Validates, after a check of the data."""
         self._whole = True
-        with one_line():
+        with self._attempt():
             check_data(self.cfg, ("val_dataloader",))
             return super().val()
 
     def test(self) -> dict:
         """Tests, after a check of the data."""
         self._whole = True
-        with one_line():
+        with self._attempt():
             check_data(self.cfg, ("test_dataloader",))
             return super().test()
+
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
+        """Errors in one line; a run that could not start leaves no folder behind."""
+        try:
+            with one_line():
+                yield
+        except (DataError, CheckpointError):
+            began = isinstance(self._train_loop, BaseLoop) and self._train_loop.iter > 0
+            if is_main_process() and not began:
+                shutil.rmtree(self._log_dir, ignore_errors=True)
+                folder = Path(self.work_dir)
+                dumped = folder / (Path(self.cfg.filename).name if self.cfg.filename else f"{self.timestamp}.py")
+                if set(folder.iterdir()) <= {dumped}:
+                    dumped.unlink(missing_ok=True)
+                    folder.rmdir()
+            raise
 
     @staticmethod
     def build_dataloader(
         dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader:
         """mmengine's loader, whose annotations are checked when they are read."""
-        loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        try:
+            loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        except ValueError as error:
+            if "need at least one array" not in str(error) or not isinstance(dataloader, Mapping):
+                raise
+            [(_, dataset), *_] = plain_configs(dataloader["dataset"])
+            left = dict(dataset.get("filter_cfg") or {})
+            where = Path(dataset.get("data_root") or "", dataset.get("ann_file") or "")
+            raise DataError(f"no image of {where} is left after filter_cfg={left}") from None
         name_annotations(loader.dataset)
         check_masks(loader.dataset)
         return loader

@@ -69,7 +69,7 @@ def local_file(checkpoint: str | os.PathLike[str]) -> Path:
     """
     url = str(checkpoint)
     if "://" not in url:
-        return find_weights(checkpoint)
+        return find_weights(os.path.expanduser(checkpoint))
     if not url.startswith(("http://", "https://")):
         raise CheckpointError(f"checkpoint {url} must be a file or an http(s) URL: download it first")
     # files of many repositories have the same name

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS
 from PIL import Image
 
@@ -86,6 +87,7 @@ def test_binary_masks_of_0_and_255(seg, tmp_path, capsys):
         )
         with pytest.raises(DataError, match=line):
             getattr(runner("seg", seg, tmp_path / action, **BINARY), action)()
+        assert not (tmp_path / action).exists()  # a run that could not start leaves nothing behind
     text = dense_command("seg", common.demo_config("seg", seg, **BINARY), tmp_path, capsys)
     assert text.startswith("error: 'digit' is in none of the 3 masks")
     assert text.count("\n") == 1
@@ -159,6 +161,14 @@ def test_categories_that_the_config_does_not_know(det, tmp_path, capsys):
     with pytest.raises(DataError, match=message.format("val")):
         runner("det", det, tmp_path / "b").test()
     assert "has a class of the config" in dense_command("det", common.demo_config("det", det), tmp_path, capsys)
+
+
+def test_classes_of_coco_itself_are_known(det):
+    cfg = Config.fromfile(common.CONFIGS / "cascade_scope_ti.py")
+    loading.register(cfg.default_scope)
+    cfg.train_dataloader.dataset.data_root = str(det)
+    with pytest.raises(DataError, match=r"the file names '0', .*, the config 'person', 'bicycle', "):
+        check_data(cfg, LOADERS[:1])
 
 
 def test_a_text_is_no_list_of_classes(det):
@@ -270,6 +280,38 @@ def test_a_file_that_is_no_json_or_missing(det):
     cfg = common.demo_config("det", det, **{"val_evaluator.0.ann_file": str(det / "none.json")})
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         check_data(cfg, LOADERS)
+
+
+def test_a_metric_that_scores_other_images(det):
+    def change(table):
+        for image in table["images"]:
+            image["id"] += 1000
+        for annotation in table["annotations"]:
+            annotation["image_id"] += 1000
+
+    rewrite(det, change, [VAL])
+    cfg = common.demo_config("det", det, **{"val_evaluator.0.ann_file": str(det / TRAIN)})
+    with pytest.raises(
+        DataError, match=rf"val_evaluator scores against {det / TRAIN}, which lacks images of {det / VAL}"
+    ):
+        check_data(cfg, LOADERS)
+
+
+def test_no_image_is_left(det, tmp_path):
+    small = {"train_dataloader.dataset.filter_cfg.min_size": 100}
+    with pytest.raises(
+        DataError, match=r"no image of .*instances_train2017\.json is left after filter_cfg=.*'min_size': 100"
+    ):
+        runner("det", det, tmp_path / "w", **small).train()
+
+
+def test_images_of_another_ending(seg):
+    for path in seg.glob("images/training/*.jpg"):
+        path.rename(path.with_suffix(".png"))
+    message = r"training has no image that ends in \.jpg; it holds '\.png': set train_dataloader\.dataset\.img_suffix$"
+    with pytest.raises(DataError, match=message):
+        check_data(common.demo_config("seg", seg), LOADERS)
+    check_data(common.demo_config("seg", seg, **{"train_dataloader.dataset.img_suffix": ".png"}), LOADERS)
 
 
 def test_boxes_that_are_left_out_are_counted(det, mm_log):
