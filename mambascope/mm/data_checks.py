@@ -19,7 +19,10 @@ from mambascope.data.errors import DataError
 from mambascope.mm.transforms import NamedAnnotations, plain_datasets
 
 _SHOWN = 8  # names in a message
-_NEEDED = {"images": ("id", "file_name", "width", "height"), "annotations": ("image_id", "category_id", "bbox", "area")}
+_NEEDED = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area"),
+}
 
 
 class MissingDataError(DataError, FileNotFoundError):
@@ -200,6 +203,16 @@ def _read_table(file: Path) -> dict:
         for i, entry in enumerate(table[kind]):
             if lacking := [key for key in needed if key not in entry]:
                 raise DataError(f"entry {i} of '{kind}' in {file} has no {_some(lacking)}")
+    if twice := [n for n, count in Counter(a["id"] for a in table["annotations"]).items() if count > 1]:
+        raise DataError(f"annotations {file} must have an id of their own each; {_some(twice)} has several")
+    sizes = {image["id"]: [image["height"], image["width"]] for image in table["images"]}
+    for i, entry in enumerate(table["annotations"]):
+        box, mask = entry["bbox"], entry.get("segmentation")
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
+            raise DataError(f"bbox of entry {i} of 'annotations' in {file} must be four numbers, got {box!r}")
+        size, own = list(mask.get("size", ())) if isinstance(mask, dict) else None, sizes.get(entry["image_id"])
+        if size and own and size != own:
+            raise DataError(f"mask of entry {i} of 'annotations' in {file} is of size {size} and its image of {own}")
     return table
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -140,7 +141,7 @@ def load_image(pipeline: Compose, path: str | os.PathLike[str]) -> tuple[dict[st
                 image = np.array(data["img"], dtype=np.float32) / 255
     except DataError:
         raise
-    except (OSError, ValueError, AttributeError, AssertionError) as error:
+    except (OSError, ValueError, AttributeError, AssertionError, cv2.error) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise ValueError(f"image {path} cannot be read: {reason}") from None
     assert image is not None

@@ -97,6 +97,8 @@ class NamedAnnotations:
     def _check_kind(self, image: str, mask: str) -> None:
         """Refuses what the loader would turn into other labels without a word."""
         with Image.open(mask) as file:
+            if file.format == "JPEG":
+                raise DataError(f"mask {mask} of image {image} is a JPEG, which changes labels: save masks as PNG")
             mode, bands = file.mode, len(file.getbands())
             top = 0.0 if mode in ("L", "P", "1") or bands > 1 else float(np.max(np.asarray(file), initial=0))
         if bands > 1:
@@ -167,9 +169,18 @@ def plain_datasets(dataset: Any) -> Iterator[Any]:
 def name_annotations(dataset: Any) -> None:
     """Puts a :class:`NamedAnnotations` around every step of a data set's pipeline that loads annotations."""
     for plain in plain_datasets(dataset):
-        steps = getattr(getattr(plain, "pipeline", None), "transforms", [])
-        for i, step in enumerate(steps):
-            if isinstance(step, LoadAnnotations):
-                classes = plain.metainfo.get("classes")
-                ignored = getattr(plain, "ignore_index", 255)
-                steps[i] = NamedAnnotations(step, getattr(plain, "ann_file", ""), classes and len(classes), ignored)
+        for steps in _steps(getattr(plain, "pipeline", None)):
+            for i, step in enumerate(steps):
+                if isinstance(step, LoadAnnotations):
+                    classes = plain.metainfo.get("classes")
+                    ignored = getattr(plain, "ignore_index", 255)
+                    steps[i] = NamedAnnotations(step, getattr(plain, "ann_file", ""), classes and len(classes), ignored)
+
+
+def _steps(pipeline: Any) -> Iterator[list[Any]]:
+    """The lists of steps of a pipeline, also of those inside of steps such as ``TestTimeAug``."""
+    steps = getattr(pipeline, "transforms", None)
+    if isinstance(steps, list):
+        yield steps
+    for inner in (*(steps or ()), *getattr(pipeline, "subroutines", ())):
+        yield from _steps(inner)

@@ -154,6 +154,11 @@ def alpha(image, mask):
         file.convert("LA").save(mask)
 
 
+def jpeg(image, mask):
+    with Image.open(mask) as file:
+        file.save(mask, format="JPEG")
+
+
 def sixteen_bits(image, mask):
     Image.fromarray(np.full((64, 64), 300, np.uint16)).save(mask)
 
@@ -181,6 +186,7 @@ def read_all(loader):
         (turn, r"image {i} is 48×64 pixels \(64×48 before the turn that its EXIF .* and its mask {m} is 64×48"),
         (rgb, r"mask {m} of image {i} is RGB: a mask must hold one number for each pixel, its class"),
         (alpha, r"mask {m} of image {i} is LA: "),
+        (jpeg, r"mask {m} of image {i} is a JPEG, which changes labels: save masks as PNG"),
         (sixteen_bits, r"mask {m} of image {i} holds label 300; labels above 255 cannot be read"),
         (no_mask, r"cannot read mask {m} of image {i}: No such file"),
         (broken_mask, r"cannot read mask {m} of image {i}: not an image"),

@@ -258,6 +258,12 @@ def test_boxes_without_masks(det, tmp_path, capsys):
     [
         (lambda t: [a.pop("area") for a in t["annotations"]], r"entry 0 of 'annotations' in .* has no 'area'"),
         (lambda t: [i.pop("height") for i in t["images"]], r"entry 0 of 'images' in .* has no 'height'"),
+        (lambda t: [a.update(bbox=["1", "1", "9", "9"]) for a in t["annotations"]], r"bbox of entry 0 .* four numbers"),
+        (
+            lambda t: [a.update(segmentation={"size": [9, 9], "counts": [0, 81]}) for a in t["annotations"]],
+            r"mask of entry 0 of 'annotations' in .* is of size \[9, 9\] and its image of \[64, 64\]",
+        ),
+        (lambda t: [a.update(id=1) for a in t["annotations"]], r"must have an id of their own each; '1' has several"),
         (lambda t: t.pop("categories"), r"must be COCO's: lists 'images', 'annotations' and 'categories'"),
         (
             lambda t: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in t["annotations"]],
