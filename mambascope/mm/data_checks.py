@@ -87,7 +87,7 @@ def check_data(cfg: Mapping, loaders: tuple[str, ...]) -> None:
             classes = _classes(cfg, f"{loader}.{name}", dataset)
             _check_endings(f"{loader}.{name}", dataset)
             file = Path(dataset.get("data_root") or "", dataset.get("ann_file") or "")
-            if classes and file.suffix == ".json":
+            if classes and _is_coco(dataset):
                 table = tables[file] if file in tables else tables.setdefault(file, _read_table(file))
                 _check_categories(file, table, classes, f"{loader}.{name}")
                 if _with_masks(dataset):
@@ -121,6 +121,13 @@ def _kind(dataset: Mapping[str, Any]) -> Any:
     """Class of a data set; ``None`` if there is none of that name, which building it will say."""
     with DATASETS.switch_scope_and_registry(None) as registry:
         return registry.get(dataset["type"]) if isinstance(dataset["type"], str) else dataset["type"]
+
+
+def _is_coco(dataset: Mapping[str, Any]) -> bool:
+    """Whether a data set reads its annotations as mmdet's ``CocoDataset`` does; some of its kind have other entries."""
+    kind = _kind(dataset)
+    own = [getattr(getattr(kind, name, None), "__qualname__", "") for name in ("load_data_list", "parse_data_info")]
+    return own == ["CocoDataset.load_data_list", "CocoDataset.parse_data_info"]
 
 
 def _some(names: Sequence[Any]) -> str:
@@ -195,6 +202,8 @@ def _read_table(file: Path) -> dict:
     except ValueError as error:
         raise DataError(f"annotations {file} cannot be read: {error}") from None
     lists = ("images", "annotations", "categories")
+    if isinstance(table, dict):
+        table.setdefault("annotations", [])  # files of images to be tested have none
     if not isinstance(table, dict) or any(not isinstance(table.get(name), list) for name in lists):
         raise DataError(
             f"annotations {file} must be COCO's: lists 'images', 'annotations' and 'categories' in one object"

@@ -66,11 +66,10 @@ def rewrite(root, change, names=(TRAIN, VAL)):
         (root / name).write_text(json.dumps(table))
 
 
-def dense_command(kind, cfg, tmp_path, capsys):
-    """What ``eval_dense`` says about a config whose model is not trained."""
+def dense_command(cfg, tmp_path, capsys, checkpoint="none.pth"):
+    """What ``eval_dense`` says about a config's data."""
     cfg.dump(tmp_path / "own.py")
-    torch.save({"state_dict": loading.build_model(cfg).state_dict()}, tmp_path / f"{kind}.pth")
-    code = eval_dense([str(tmp_path / "own.py"), str(tmp_path / f"{kind}.pth"), "--out", str(tmp_path / "out")])
+    code = eval_dense([str(tmp_path / "own.py"), str(checkpoint), "--out", str(tmp_path / "out")])
     assert code == 2
     assert not (tmp_path / "out").exists()
     return capsys.readouterr().err
@@ -88,7 +87,9 @@ def test_binary_masks_of_0_and_255(seg, tmp_path, capsys):
         with pytest.raises(DataError, match=line):
             getattr(runner("seg", seg, tmp_path / action, **BINARY), action)()
         assert not (tmp_path / action).exists()  # a run that could not start leaves nothing behind
-    text = dense_command("seg", common.demo_config("seg", seg, **BINARY), tmp_path, capsys)
+    cfg = common.demo_config("seg", seg, **BINARY)
+    torch.save({"state_dict": loading.build_model(cfg).state_dict()}, tmp_path / "seg.pth")
+    text = dense_command(cfg, tmp_path, capsys, tmp_path / "seg.pth")
     assert text.startswith("error: 'digit' is in none of the 3 masks")
     assert text.count("\n") == 1
 
@@ -160,7 +161,7 @@ def test_categories_that_the_config_does_not_know(det, tmp_path, capsys):
         runner("det", det, tmp_path / "a").train()
     with pytest.raises(DataError, match=message.format("val")):
         runner("det", det, tmp_path / "b").test()
-    assert "has a class of the config" in dense_command("det", common.demo_config("det", det), tmp_path, capsys)
+    assert "has a class of the config" in dense_command(common.demo_config("det", det), tmp_path, capsys)
 
 
 def test_classes_of_coco_itself_are_known(det):
@@ -238,7 +239,7 @@ def test_boxes_without_masks(det, tmp_path, capsys):
     assert options["test_evaluator.0.metric"] == "bbox"
     own = runner("det", det, tmp_path / "b", **options)
     own.train()
-    assert "have no mask" in dense_command("det", common.demo_config("det", det), tmp_path, capsys)
+    assert "have no mask" in dense_command(common.demo_config("det", det), tmp_path, capsys)
     cfg = common.demo_config("det", det, **options)
     cfg.dump(tmp_path / "own.py")
     checkpoint = str(tmp_path / "b" / "iter_2.pth")
