@@ -109,7 +109,7 @@ class DensePicture:
     """One image, what was predicted, and how the model came to it.
 
     Attributes:
-        image: The file's RGB [H, W, 3], 0 to 1; predictions are in its pixels.
+        image: RGB [H, W, 3], 0 to 1, as the pipeline read the file; predictions are in its pixels.
         seen: RGB [h, w, 3], 0 to 1, at the size the model worked on; cells are in its pixels.
         importance: Importance of each coarse cell [rows, cols].
         selected: Refined cells, raster indices; -1 or empty for an image that exited.

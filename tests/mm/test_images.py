@@ -86,6 +86,21 @@ def test_what_is_drawn_is_what_was_predicted_on(kind, odd, tmp_path, capsys):
     assert (tmp_path / f"{odd.stem}.png").stat().st_size > 10_000
 
 
+def test_a_file_that_cannot_be_read_takes_nothing_from_others(tmp_path, capsys):
+    cfg = common.demo_config("seg")
+    torch.save({"state_dict": loading.build_model(cfg).state_dict()}, tmp_path / "x.pth")
+    cfg.dump(tmp_path / "own.py")
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    scene().save(files[0])
+    files[1].write_bytes(b"no image")
+    out = tmp_path / "out"
+    assert (
+        predict_dense([*map(str, (tmp_path / "own.py", tmp_path / "x.pth", *files)), "--out", str(out), "--sheet"]) == 2
+    )
+    assert "b.png: not an image" in capsys.readouterr().err
+    assert sorted(p.name for p in out.iterdir()) == ["a.png", "sheet.png"]
+
+
 def test_jpeg_is_decoded_as_by_mmcv(tmp_path):
     """So that models that were trained with mmcv's reader see the same pixels."""
     from mmcv.transforms import LoadImageFromFile
