@@ -309,7 +309,7 @@ def check_masks(dataset: Any) -> None:
         DataError: If what could be the other classes is ignored.
     """
     for plain in plain_datasets(dataset):
-        classes = list(plain.metainfo.get("classes") or ())
+        classes = list(getattr(plain, "metainfo", {}).get("classes") or ())
         steps = getattr(getattr(plain, "pipeline", None), "transforms", [])
         loads = [s for s in steps if isinstance(s, NamedAnnotations) and s.load.with_seg]
         if len(classes) < 2 or not loads or not len(plain):

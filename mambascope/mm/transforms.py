@@ -172,7 +172,7 @@ def name_annotations(dataset: Any) -> None:
         for steps in _steps(getattr(plain, "pipeline", None)):
             for i, step in enumerate(steps):
                 if isinstance(step, LoadAnnotations):
-                    classes = plain.metainfo.get("classes")
+                    classes = getattr(plain, "metainfo", {}).get("classes")
                     ignored = getattr(plain, "ignore_index", 255)
                     steps[i] = NamedAnnotations(step, getattr(plain, "ann_file", ""), classes and len(classes), ignored)
 
