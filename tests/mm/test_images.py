@@ -82,8 +82,10 @@ def test_what_is_drawn_is_what_was_predicted_on(kind, odd, tmp_path, capsys):
         assert made.masks.shape[1:] == expected.shape[:2]
     torch.save({"state_dict": model.state_dict()}, tmp_path / "x.pth")
     cfg.dump(tmp_path / "own.py")
-    assert predict_dense([str(tmp_path / "own.py"), str(tmp_path / "x.pth"), str(odd), "--out", str(tmp_path)]) == 0
-    assert (tmp_path / f"{odd.stem}.png").stat().st_size > 10_000
+    assert (
+        predict_dense([str(tmp_path / "own.py"), str(tmp_path / "x.pth"), str(odd), "--out", str(tmp_path / "o")]) == 0
+    )
+    assert (tmp_path / "o" / f"{odd.stem}.png").stat().st_size > 10_000
 
 
 def test_a_file_that_cannot_be_read_takes_nothing_from_others(tmp_path, capsys):
