@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from mambascope.models.checkpoint import describe
 from mambascope.training.args import ModelArgs, OptimizerArgs, ScheduleArgs
+from mambascope.training.limits import planned_steps
 from mambascope.training.optim import build_optimizer, build_schedule, scaled_lr
 from mambascope.training.rng import seed_step
 
@@ -93,7 +94,7 @@ class TrainModule(LightningModule):
         """Builds the schedule; here the number of batches is known without touching the loader's restored state."""
         epoch_steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         optimizer = self.trainer.optimizers[0]
-        total = self.trainer.estimated_stepping_batches
+        total = planned_steps(self.trainer)
         self._schedule = build_schedule(optimizer, self.schedule_args, self._peak_lr(), total, epoch_steps)
 
     def _set_phase(self) -> None:

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from mambascope.models.checkpoint import CheckpointError, atomic_path
+from mambascope.training.limits import reached_limit
 from mambascope.training.runs import LAST_NAME
 
 _FAR = 2**62  # larger than any step
@@ -85,6 +86,7 @@ class RunCheckpoint(Checkpoint):
         self._pid = os.getpid()
         self._saved_step = -1
         self._seen_step = -1
+        self._stop_asked = False
         self._saved_at = 0.0
         self._bad: Tensor | None = None
 
@@ -126,6 +128,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_at = time.monotonic()
         self._seen_step = trainer.global_step
         self._saved_step = -1
+        self._stop_asked = False
         self._bad = torch.zeros((), dtype=torch.int64, device=pl_module.device)
         self._take_signals()
 
@@ -135,10 +138,16 @@ class RunCheckpoint(Checkpoint):
         """Looks at the loss, the clock and the signals, and saves if it is time."""
         self._note_loss(outputs, trainer.global_step)
         if trainer.global_step == self._seen_step:
-            return  # gradients are being accumulated; a checkpoint would lose them
+            # gradients are being accumulated; a checkpoint would lose them, and so would a stop, which therefore waits
+            self._stop_asked = self._stop_asked or trainer.should_stop
+            trainer.should_stop = False
+            return
         self._seen_step = trainer.global_step
+        trainer.should_stop = trainer.should_stop or self._stop_asked
         steps_due = self.every_steps is not None and trainer.global_step % self.every_steps == 0
-        if not steps_due and trainer.global_step % self._look_every(trainer) != 0:
+        # what Lightning takes for the end of the epoch: by then it is too late to save its middle
+        ends = reached_limit(trainer) is not None
+        if not (steps_due or ends) and trainer.global_step % self._look_every(trainer) != 0:
             return
         stop, time_due = self._look(trainer)
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
@@ -149,7 +158,7 @@ class RunCheckpoint(Checkpoint):
             trainer._logger_connector.update_train_step_metrics()
             self._save(trainer, pl_module)
             raise TrainingStopped(stop, trainer.global_step, self.last_path)
-        if steps_due or time_due:
+        if steps_due or time_due or ends:
             self._save(trainer, pl_module)
 
     def on_validation_batch_end(
@@ -178,7 +187,12 @@ class RunCheckpoint(Checkpoint):
         better = score is not None and self._is_better(float(score))
         if better:
             self.best_score, self.best_step = float(score), trainer.global_step  # type: ignore[arg-type]
+        # Lightning counts this step for the loggers after the validation: a resumed run does it where it comes to the
+        # same validation again, not where the clock or a stop brought it about
+        uncounted = int(not self._validates_by_position(trainer))
+        trainer.fit_loop.epoch_loop._batches_that_stepped += uncounted
         self._save(trainer, pl_module)
+        trainer.fit_loop.epoch_loop._batches_that_stepped -= uncounted
         if better and trainer.is_global_zero:
             self._keep_as_best()
 
@@ -215,9 +229,26 @@ class RunCheckpoint(Checkpoint):
         self._give_back_signals()
 
     @staticmethod
+    def _validates_by_position(trainer: Trainer) -> bool:
+        """Whether the validation belongs to this place in the epoch."""
+        if trainer._val_check_time_interval is not None:
+            return False
+        stop, trainer.should_stop = trainer.should_stop, False
+        try:
+            assert trainer.fit_loop._data_fetcher is not None
+            return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        finally:
+            trainer.should_stop = stop
+
+    @staticmethod
     def _check_validation_interval(trainer: Trainer) -> None:
         """A checkpoint written while gradients are being accumulated would lose them."""
         every, batches = trainer.val_check_batch, trainer.accumulate_grad_batches
+        if trainer._val_check_time_interval is not None and batches > 1:
+            raise ValueError(
+                "trainer.val_check_interval must be a number where trainer.accumulate_grad_batches is above 1: the clock "
+                "may ask for a validation before the optimizer step"
+            )
         if isinstance(every, int) and every < trainer.num_training_batches and every % batches:
             raise ValueError(
                 f"trainer.val_check_interval means a validation every {every} batches, which must be a multiple of "

@@ -1,0 +1,32 @@
+"""What ends a training before its epochs do: steps, time, or a callback."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+
+
+def reached_limit(trainer: Trainer) -> str | None:
+    """What ends the training at this step whatever is left of its epochs, as the user may have set it; else ``None``."""
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return f"trainer.max_steps={trainer.max_steps}"
+    if not trainer.should_stop or not trainer.fit_loop._can_stop_early:
+        return None
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        left = callback.time_remaining() if isinstance(callback, Timer) else None
+        if left is not None and left <= 0:
+            return "trainer.max_time"
+        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
+            return f"EarlyStopping ({callback.monitor})"
+    return "a callback"
+
+
+def planned_steps(trainer: Trainer) -> float:
+    """Optimizer steps of all epochs; where their number is not limited, those of ``trainer.max_steps``.
+
+    A limit on the steps or on the time does not change the plan: what it interrupts goes on as if it had not been there.
+    """
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if epochs is None or epochs < 0 or batches == float("inf"):
+        return trainer.estimated_stepping_batches
+    return -(-int(batches) // trainer.accumulate_grad_batches) * max(epochs, 1)
