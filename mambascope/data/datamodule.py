@@ -43,6 +43,8 @@ class ResumableDataModule(LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
+        # Lightning's word: of fewer validation images than processes some get none
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         for name, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -83,6 +85,8 @@ class ResumableDataModule(LightningDataModule):
         It has ``state_dict`` and ``load_state_dict``, which Lightning calls, and ``set_epoch`` through its sampler.
         """
         loader = self._make_train_loader()
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            loader.repeat_first_epoch()
         if self._wanted is not None:
             loader.set_position(*self._wanted)
         self._train_loader = weakref.ref(loader)

@@ -112,6 +112,10 @@ class _Positioned:
         """Chooses the epoch that the next iteration yields."""
         self.sampler.set_epoch(epoch)
 
+    def repeat_first_epoch(self) -> None:
+        """Makes every epoch show the images of the first, in its order and with its random choices."""
+        self.sampler.same_every_epoch = True
+
     def set_position(self, epoch: int, batches_done: int) -> None:
         """Makes the next iteration of that epoch start after ``batches_done`` batches."""
         if epoch < 0 or not 0 <= batches_done <= len(self):
@@ -225,6 +229,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self.epoch = 0
+        self.same_every_epoch = False
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -280,10 +285,11 @@ class StreamLoader(_Positioned):
 
     def __iter__(self) -> Iterator[Any]:
         epoch, start = self._begin()
+        shown = 0 if self.sampler.same_every_epoch else epoch
         generator = torch.Generator()
-        generator.manual_seed(int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0]))
+        generator.manual_seed(int(np.random.SeedSequence((self._seed, shown)).generate_state(1)[0]))
         loader: DataLoader = DataLoader(
-            self._factory(epoch),
+            self._factory(shown),
             batch_size=self._batch_size,
             num_workers=self.num_workers,
             pin_memory=self._pin_memory,

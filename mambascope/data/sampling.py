@@ -40,7 +40,8 @@ class EpochBatchSampler:
         repeats: how often an image is repeated (repeated augmentation); 1 turns it off.
         rank: this process.
         world_size: number of processes.
-        even: give every process the same number of samples (needed in training; evaluation must count each once).
+        even: give every process the same number of samples (needed in training; evaluation must count each once, and a
+            process may be left without any).
 
     Raises:
         ValueError: for an argument out of range.
@@ -69,6 +70,7 @@ class EpochBatchSampler:
         self.drop_last, self.repeats, self.rank, self.world_size, self.even = drop_last, repeats, rank, world_size, even
         self.epoch = 0
         self.start_batch = 0
+        self.same_every_epoch = False
         if drop_last:
             self.samples = length // (batch_size * world_size) * batch_size
         elif even:
@@ -76,7 +78,7 @@ class EpochBatchSampler:
         else:
             self.samples = len(range(rank, length, world_size))
         self.batches = math.ceil(self.samples / batch_size)
-        if self.batches == 0:
+        if self.batches == 0 and (length == 0 or drop_last or even):
             raise DataError(
                 f"{length} images are fewer than one batch on each process "
                 f"(batch size {batch_size}, {world_size} processes)"
@@ -101,7 +103,8 @@ class EpochBatchSampler:
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         """Yields the batches from ``start_batch`` on, without touching the samples before it."""
-        epoch, order = self.epoch, self.order(self.epoch)
+        epoch = 0 if self.same_every_epoch else self.epoch
+        order = self.order(epoch)
         for first in range(self.start_batch * self.batch_size, self.samples, self.batch_size):
             last = min(first + self.batch_size, self.samples)
             positions = [self.rank + number * self.world_size for number in range(first, last)]

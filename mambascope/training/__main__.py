@@ -12,15 +12,13 @@ import threading
 
 from mambascope._names import utf8_mode
 from mambascope.training.cli import main
+from mambascope.training.signals import drop_output
 
 
 def _stop_with_parent() -> None:
     while os.read(sys.stdin.fileno(), 1):  # empty once nobody holds the other end any more
         pass
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        if stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
-            os.dup2(nowhere, stream.fileno())  # a pipe to the program that is gone
+    drop_output(stat.S_ISFIFO)  # the pipes to the program that is gone
     os.kill(os.getpid(), signal.SIGTERM)
 
 

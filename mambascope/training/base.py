@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -95,7 +97,22 @@ class TrainModule(LightningModule):
         epoch_steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         optimizer = self.trainer.optimizers[0]
         total = planned_steps(self.trainer)
+        last = self.trainer.max_steps
+        if self.global_step < last < total and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.print(
+                f"trainer.max_steps ends the training at step {last} of {total:g}, which the learning rate follows; "
+                "for a schedule that ends there: --trainer.max_epochs=-1"
+            )
         self._schedule = build_schedule(optimizer, self.schedule_args, self._peak_lr(), total, epoch_steps)
+
+    def _leaves_parameters(self) -> bool:
+        """Whether steps may leave parameters without a gradient."""
+        return False
+
+    def setup(self, stage: str) -> None:
+        """Lets several processes agree on the parameters that a step leaves out, where there are any."""
+        if isinstance(self.trainer.strategy, DDPStrategy) and self._leaves_parameters():
+            self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
     def _set_phase(self) -> None:
         """Sets what the model does differently in some epochs."""
@@ -145,6 +162,11 @@ class TrainModule(LightningModule):
             results[f"val/{name}"] = metric.compute()
             metric.reset()
         return results
+
+    def _over_processes(self, values: Sequence[float], how: str) -> list[float]:
+        """The sums or maxima of numbers over all processes, of which some may have had no validation image."""
+        tensor = torch.tensor(values, device=self.device)
+        return self.trainer.strategy.reduce(tensor, reduce_op=how).tolist()
 
     def _log_results(self, results: dict[str, Any]) -> None:
         for name, value in results.items():

@@ -6,11 +6,8 @@ import math
 import os
 import shutil
 import signal
-import sys
-import threading
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,22 +18,9 @@ from torch import Tensor
 from mambascope.models.checkpoint import CheckpointError, atomic_path
 from mambascope.training.limits import reached_limit
 from mambascope.training.runs import LAST_NAME
+from mambascope.training.signals import StopSignals, TrainingStopped
 
 _FAR = 2**62  # larger than any step
-
-
-class TrainingStopped(BaseException):
-    """Training ended by a signal; like ``KeyboardInterrupt`` it is no error that a handler on the way may swallow.
-
-    Attributes:
-        signum: The signal.
-        path: The checkpoint to resume from; ``None`` if nothing could be saved.
-    """
-
-    def __init__(self, signum: int, step: int, path: Path | None = None) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
-        self.signum = signum
-        self.path = path
 
 
 class NonFiniteLossError(RuntimeError):
@@ -47,7 +31,8 @@ class RunCheckpoint(Checkpoint):
     """Keeps ``last.ckpt`` and ``best.ckpt`` of a run, and stops it cleanly.
 
     ``last.ckpt`` is written after every validation, at the end of epochs without one, every ``every_minutes`` and every
-    ``every_steps`` (also in the middle of an epoch), and on SIGTERM or Ctrl-C, which end the training after the current
+    ``every_steps`` (also in the middle of an epoch), where ``trainer.max_steps`` or ``trainer.max_time`` end the
+    training, and on the signals of :class:`~mambascope.training.signals.StopSignals`, which end it after the current
     step. Nothing is written once the loss or a weight is no finite number, so that the last good state stays.
 
     Args:
@@ -80,10 +65,7 @@ class RunCheckpoint(Checkpoint):
         self.dirpath: Path | None = None
         self.best_score: float | None = None
         self.best_step: int | None = None
-        self._signum = 0
-        self._signals = 0
-        self._handlers: dict[int, Any] = {}
-        self._pid = os.getpid()
+        self._signals = StopSignals()
         self._saved_step = -1
         self._seen_step = -1
         self._stop_asked = False
@@ -130,7 +112,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = -1
         self._stop_asked = False
         self._bad = torch.zeros((), dtype=torch.int64, device=pl_module.device)
-        self._take_signals()
+        self._signals.take(lambda: trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -206,8 +188,8 @@ class RunCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves where a signal came at a moment that has no hook of its own."""
-        self._give_back_signals()
-        if not self._signum or self._signals > 1 or getattr(exception, "path", None) is not None:
+        self._signals.give_back()
+        if not self._signals.first or self._signals.at_once or getattr(exception, "path", None) is not None:
             return
         if not isinstance(exception, (TrainingStopped, RuntimeError)):  # Ctrl-C also ends the loader's workers
             return
@@ -222,16 +204,16 @@ class RunCheckpoint(Checkpoint):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the signals back."""
-        self._give_back_signals()
+        self._signals.give_back()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the signals back: what follows training ends as any program does."""
-        self._give_back_signals()
+        self._signals.give_back()
 
     @staticmethod
     def _validates_by_position(trainer: Trainer) -> bool:
         """Whether the validation belongs to this place in the epoch."""
-        if trainer._val_check_time_interval is not None:
+        if trainer._val_check_time_interval is not None:  # type: ignore[attr-defined]
             return False
         stop, trainer.should_stop = trainer.should_stop, False
         try:
@@ -244,10 +226,10 @@ class RunCheckpoint(Checkpoint):
     def _check_validation_interval(trainer: Trainer) -> None:
         """A checkpoint written while gradients are being accumulated would lose them."""
         every, batches = trainer.val_check_batch, trainer.accumulate_grad_batches
-        if trainer._val_check_time_interval is not None and batches > 1:
+        if trainer._val_check_time_interval is not None and batches > 1:  # type: ignore[attr-defined]
             raise ValueError(
-                "trainer.val_check_interval must be a number where trainer.accumulate_grad_batches is above 1: the clock "
-                "may ask for a validation before the optimizer step"
+                "trainer.val_check_interval must be a number where trainer.accumulate_grad_batches is above 1: the "
+                "clock may ask for a validation before the optimizer step"
             )
         if isinstance(every, int) and every < trainer.num_training_batches and every % batches:
             raise ValueError(
@@ -327,7 +309,7 @@ class RunCheckpoint(Checkpoint):
     def _look(self, trainer: Trainer) -> tuple[int, bool]:
         """The signal to stop for (0 for none) and whether the clock asks for a save, agreed on by all processes."""
         assert self._bad is not None
-        signum = self._signum or (signal.SIGTERM if trainer.received_sigterm else 0)
+        signum = self._signals.first or (signal.SIGTERM if trainer.received_sigterm else 0)
         minutes = (time.monotonic() - self._saved_at) / 60
         due = self.every_minutes > 0 and minutes >= self.every_minutes
         flags = torch.stack([self._bad, *self._bad.new_tensor([signum, int(due)])])
@@ -336,33 +318,5 @@ class RunCheckpoint(Checkpoint):
         bad, signum, due = flags.tolist()
         if bad:
             raise NonFiniteLossError(self._complaint("the loss is not finite", _FAR - bad, trainer))
-        self._signum = signum
+        self._signals.first = signum
         return signum, bool(due)
-
-    # ---- signals -------------------------------------------------------------------------------------------------
-
-    def _take_signals(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        self._pid = os.getpid()
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            self._handlers.setdefault(signum, signal.getsignal(signum))
-            signal.signal(signum, self._on_signal)
-
-    def _give_back_signals(self) -> None:
-        while self._handlers:
-            signum, handler = self._handlers.popitem()
-            signal.signal(signum, handler)
-
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # a loader's worker, which inherits the handler and a terminal's Ctrl-C
-            if signum == signal.SIGTERM:
-                signal.signal(signum, signal.SIG_DFL)
-                os.kill(os.getpid(), signum)
-            return
-        self._signals += 1
-        self._signum = self._signum or signum
-        if self._signals > 1:
-            raise TrainingStopped(signum, self._seen_step)
-        name = signal.Signals(signum).name
-        print(f"\n{name}: saving after this step (once more to stop without saving)", file=sys.stderr, flush=True)

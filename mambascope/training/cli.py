@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
 import warnings
@@ -27,32 +26,42 @@ from mambascope.data import (  # noqa: F401 (--data finds them by name)
     ImageDataModule,
     ScopeDigitsDataModule,
 )
+from mambascope.data.datamodule import ResumableDataModule
 from mambascope.data.errors import worker_failure
 from mambascope.models import MAMBAEYE_CONFIGS, MambaEye, MambaScope
 from mambascope.models.checkpoint import CheckpointError, atomic_path
 from mambascope.training.args import RunArgs
 from mambascope.training.base import TrainModule
-from mambascope.training.checkpointing import NonFiniteLossError, RunCheckpoint, TrainingStopped
+from mambascope.training.checkpointing import NonFiniteLossError, RunCheckpoint
+from mambascope.training.cluster import slurm_plugins
 from mambascope.training.ema import EmaWeights
 from mambascope.training.export import ExportWeights
 from mambascope.training.eye_module import EyeModule
 from mambascope.training.io import AtomicCheckpointIO, read_training_checkpoint
-from mambascope.training.loggers import LOG_DIR, make_loggers
+from mambascope.training.limits import planned_steps, reached_limit
+from mambascope.training.loggers import make_loggers
 from mambascope.training.module import ClassifierModule, is_main_process
 from mambascope.training.progress import TrainProgress
 from mambascope.training.runs import (
     CHECKPOINT_DIR,
     CONFIG_NAME,
     LAST_NAME,
+    LOG_DIR,
+    WEIGHTS_NAME,
     find_checkpoint,
     find_config,
+    hold_run,
+    in_use,
+    leave_runs,
+    name_of,
     new_run,
     run_of,
+    scratch_run,
     shipped_configs,
 )
+from mambascope.training.signals import TrainingStopped
 
 DEFAULT_CONFIG = "scopedigits"
-WEIGHTS_NAME = "model.safetensors"
 REPORT_DIR = "report"
 _DEBUG = "MAMBASCOPE_DEBUG"
 _RESUMED = "MAMBASCOPE_RESUMED_CHECKPOINT"
@@ -141,7 +150,8 @@ class TrainCLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="Resume exactly: 'last' (of the newest run, or of --run.name), 'best', or a .ckpt file.",
+            help="Resume exactly: 'last' (of the newest run, or of --run.name), 'best', or a .ckpt file. 'auto' "
+            "resumes the run of this name (by default the config's) if it has a checkpoint, and else starts it.",
         )
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
@@ -152,14 +162,22 @@ class TrainCLI(LightningCLI):
         teacher = self.config.model.get("teacher")
         if teacher is not None and teacher.checkpoint is None and (teacher.kl_weight or teacher.token_weight):
             teacher.checkpoint = self.config.model.net.checkpoint
+        if self.config.ckpt_path == "auto":
+            run = self.config.run
+            run.name = run.name or name_of(self._configs())
+            last = Path(run.root) / run.name / CHECKPOINT_DIR / LAST_NAME
+            self.config.ckpt_path = str(last) if last.is_file() else None
+            run.name = None if last.is_file() else run.name  # the checkpoint says it
         if self.config.ckpt_path is not None:
             self.config.model.net.checkpoint = None
+
+    def _configs(self) -> list[str]:
+        return [str(path) for path in self.config.config or []]
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer with the run's loggers, callbacks and checkpoint files."""
         run: RunArgs = self.config_init.run
         main = is_main_process()
-        step = 0
         reads = "glimpses" if isinstance(self.model, EyeModule) else "images"
         gives = "glimpses" if hasattr(self.datamodule, "glimpses") else "images"
         if reads != gives:
@@ -168,26 +186,26 @@ class TrainCLI(LightningCLI):
                 f"{gives}; Glimpse…DataModule is for a MambaEye, the others for MambaScope and Vim"
             )
         self.resume_from = None
+        self.resume_step = 0
         if self.config.ckpt_path is not None:
             self.resume_from = find_checkpoint(self.config.ckpt_path, run.root, run.name)
-            step = int(read_training_checkpoint(self.resume_from, mmap=True)["global_step"])
-        known = run_of(self.resume_from) if self.resume_from and run.name is None else None
-        if known is not None and self.resume_from is not None and self.resume_from.name != LAST_NAME:
-            known = None  # an older state goes on as a run of its own, so that the newer one is not overwritten
-        configs = [str(path) for path in self.config.config or []]
-        self.run_dir = known or new_run(run.root, run.name, configs, claim=main)
+            self.resume_step = int(read_training_checkpoint(self.resume_from, mmap=True)["global_step"])
+        trainer = self.config_init.trainer
+        cluster = slurm_plugins()
+        if isinstance(self.datamodule, ResumableDataModule):
+            self.datamodule.setup("fit")  # what is wrong with the data is a mistake like any other so far
+        self.run_dir = self._run_dir(run, main)
         checkpoint: RunCheckpoint = self.config_init.checkpoint
         checkpoint.dirpath = self.run_dir / CHECKPOINT_DIR
         self.model.model.description.update(self._facts())
         self.export = ExportWeights(self.run_dir / WEIGHTS_NAME)
-        trainer = self.config_init.trainer
         plugins = trainer.plugins or []
         own: dict[str, Any] = {
             "default_root_dir": str(self.run_dir),
-            "plugins": [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()],
+            "plugins": [*(plugins if isinstance(plugins, list) else [plugins]), *cluster, AtomicCheckpointIO()],
         }
         if trainer.logger is None or trainer.logger is True:
-            own["logger"] = make_loggers(run, self.run_dir, step) or False
+            own["logger"] = make_loggers(run, self.run_dir, self.resume_step) or False
         ema: EmaWeights = self.config_init.ema
         callbacks = [*([ema] if ema.active else []), self.export, checkpoint]
         if trainer.enable_progress_bar in (None, True):
@@ -196,6 +214,18 @@ class TrainCLI(LightningCLI):
         if main:
             self._save_config()
         return built
+
+    def _run_dir(self, run: RunArgs, main: bool) -> Path:
+        """The directory of the resumed run, or one for a new run."""
+        if self.config_init.trainer.fast_dev_run and main:
+            return scratch_run()
+        known = run_of(self.resume_from) if self.resume_from and run.name is None else None
+        # an older state goes on as a run of its own, so that the newer one is not overwritten
+        if known is None or self.resume_from is None or self.resume_from.name != LAST_NAME:
+            return new_run(run.root, run.name, self._configs(), claim=main)
+        if main and not hold_run(known):
+            raise ValueError(in_use(known))
+        return known
 
     def _facts(self) -> dict[str, Any]:
         """What weights files say about the data, so that they can be used without them."""
@@ -224,13 +254,24 @@ class TrainCLI(LightningCLI):
         path = str(self.resume_from) if self.resume_from else None
         self.trainer.fit(self.model, self.datamodule, ckpt_path=path)
         if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", 0):
+            self._say_why_it_ended()
             self._finish()
 
-    def forget_empty_run(self) -> None:
-        """Removes the directory of a run that failed before its first step, so that its name is free again."""
-        fresh = self.resume_from is None and self.trainer.global_step == 0
-        if is_main_process() and fresh and not any(self.run_dir.rglob("*.ckpt")):
-            shutil.rmtree(self.run_dir, ignore_errors=True)
+    def _say_why_it_ended(self) -> None:
+        """One line where that is not the end of the last epoch, or where there was nothing to do."""
+        step, limit = self.trainer.global_step, reached_limit(self.trainer)
+        idle = step == self.resume_step
+        if limit is None and idle:
+            limit = f"trainer.max_epochs={self.trainer.max_epochs}"
+        if limit is None:
+            return
+        option = limit.partition("=")[0]
+        change = f"a larger --{option}" if option.startswith("trainer.") else "other options of it"
+        how = f"to go on: --ckpt_path {self.run_dir / CHECKPOINT_DIR / LAST_NAME} with {change}"
+        if idle:
+            print(f"nothing is left to train: step {step} has reached {limit}; {how}")
+        elif step < (planned := planned_steps(self.trainer)):
+            print(f"ended by {limit} after step {step} of {planned:g}; {how}")
 
     def _headline(self) -> str:
         model = self.model.model
@@ -239,10 +280,12 @@ class TrainCLI(LightningCLI):
             sees = f"glimpses of {model.config.patch_size}x{model.config.patch_size} pixels"
         else:
             sees = "{}x{} pixels".format(*model.config.image_hw)
+        trainer: Any = self.trainer
+        where = "fast_dev_run: nothing is kept" if trainer.fast_dev_run else f"run directory {self.run_dir}"
         start = f", resumed from {self.resume_from}" if self.resume_from else ""
         return (
             f"{self.model.net.name}: {count / 1e6:.2f} M parameters, {sees}, "
-            f"{model.num_classes} classes; run directory {self.run_dir}{start}"
+            f"{model.num_classes} classes; {where}{start}"
         )
 
     def _finish(self) -> None:
@@ -318,7 +361,9 @@ def complete_args(argv: Sequence[str]) -> list[str]:
     if given.ckpt_path == "null":
         given.ckpt_path = None
     before = [part for config in given.config for part in ("--config", find_config(config))]
-    if given.ckpt_path is not None:
+    if given.ckpt_path == "auto":
+        rest += ["--ckpt_path", "auto"]  # the same command line as at the start, so that its configs and name hold
+    elif given.ckpt_path is not None:
         if not is_main_process() and _RESUMED in os.environ:
             given.ckpt_path = os.environ[_RESUMED]
         checkpoint = find_checkpoint(given.ckpt_path, given.root, given.name)
@@ -344,6 +389,8 @@ def _quiet() -> None:
         ".*smaller than the logging interval.*",
         ".*GPU available but not.*",
         ".*LeafSpec.*",
+        ".*compute.. method of metric .* before the ..update.. method.*",  # a process without validation images
+        r".*need to be provided during `Trainer` instantiation.*\['Timer'\].*",  # resumed without trainer.max_time
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -353,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when training has ended, 2 for a mistake on the command line or in a config, 1 for a failure on the way, and
-        128 + signal number (130 for Ctrl-C, 143 for SIGTERM) when it was stopped and can be resumed.
+        128 + signal number (130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1) when it was stopped and can be resumed.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     _quiet()
@@ -370,11 +417,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except SystemExit as ended:
+        if not isinstance(ended.__context__, KeyboardInterrupt):  # which Lightning turns into a status of 1
+            raise
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (CheckpointError, DataError, NonFiniteLossError, MisconfigurationException, OSError, ValueError) as error:
         if os.environ.get(_DEBUG):
             raise
-        if cli is not None:
-            cli.forget_empty_run()
         if isinstance(error.__cause__, (DataError, ValueError)):
             error = error.__cause__  # what is linked between the options wraps what it meets
         own = isinstance(error, (CheckpointError, DataError, NonFiniteLossError))
@@ -386,11 +436,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if failure is not None and not os.environ.get(_DEBUG):
             print(f"error: {failure}", file=sys.stderr)
             return 1
+        if "find_unused_parameters=True" in str(error) and not os.environ.get(_DEBUG):
+            print(
+                "error: steps leave parameters of this model without a gradient, which several processes must know of: "
+                "--trainer.strategy=ddp_find_unused_parameters_true",
+                file=sys.stderr,
+            )
+            return 1
         # torch's own message for a checkpoint of another model lists every tensor
         if os.environ.get(_DEBUG) or "Error(s) in loading state_dict" not in str(error):
             raise
         print("error: the checkpoint belongs to another model than the configuration describes", file=sys.stderr)
         return 1
+    finally:
+        leave_runs()
 
 
 def _stopped(stop: TrainingStopped, cli: TrainCLI | None) -> int:

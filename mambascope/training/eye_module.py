@@ -131,5 +131,6 @@ class EyeModule(TrainModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics over all processes; steps beyond the sequences have no value."""
-        seen = {f"val/{name}" for name, metric in self.val_metrics.items() if metric.weight > 0}  # type: ignore[operator]
+        weights = self._over_processes([metric.weight for metric in self.val_metrics.values()], "sum")  # type: ignore
+        seen = {f"val/{name}" for name, weight in zip(self.val_metrics, weights, strict=True) if weight > 0}
         self._log_results({name: value for name, value in self._results().items() if name in seen})

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 
 def reached_limit(trainer: Trainer) -> str | None:
-    """What ends the training at this step whatever is left of its epochs, as the user may have set it; else ``None``."""
+    """What ends the training at this step whatever is left of its epochs, in the user's words; ``None`` for nothing."""
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return f"trainer.max_steps={trainer.max_steps}"
     if not trainer.should_stop or not trainer.fit_loop._can_stop_early:
@@ -16,7 +16,7 @@ def reached_limit(trainer: Trainer) -> str | None:
         left = callback.time_remaining() if isinstance(callback, Timer) else None
         if left is not None and left <= 0:
             return "trainer.max_time"
-        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
+        if isinstance(callback, EarlyStopping) and getattr(callback, "stopping_reason_message", None):
             return f"EarlyStopping ({callback.monitor})"
     return "a callback"
 
@@ -24,7 +24,7 @@ def reached_limit(trainer: Trainer) -> str | None:
 def planned_steps(trainer: Trainer) -> float:
     """Optimizer steps of all epochs; where their number is not limited, those of ``trainer.max_steps``.
 
-    A limit on the steps or on the time does not change the plan: what it interrupts goes on as if it had not been there.
+    A limit on the steps or on the time does not change the plan: what it interrupts can go on as if it had not been.
     """
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
     if epochs is None or epochs < 0 or batches == float("inf"):

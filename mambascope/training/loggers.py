@@ -13,8 +13,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from mambascope.models.checkpoint import atomic_path
 from mambascope.training.args import RunArgs
-
-LOG_DIR = "logs"
+from mambascope.training.runs import LOG_DIR
 
 
 class _ContinuingWriter(ExperimentWriter):

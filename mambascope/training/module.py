@@ -167,6 +167,9 @@ class ClassifierModule(TrainModule):
             full = self.current_epoch < self.full_refine_epochs
             self.model.alpha = 1.0 if full else self.model.config.alpha
 
+    def _leaves_parameters(self) -> bool:
+        return self.two_stage and self._alpha() == 0  # the fine stage then reads no cell anew
+
     def on_train_epoch_start(self) -> None:
         """Announces the phase."""
         if self.two_stage and self.current_epoch == self.full_refine_epochs > 0:
@@ -257,12 +260,13 @@ class ClassifierModule(TrainModule):
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics over all processes, and the mean GFLOPs they imply."""
         results = self._results()
+        height, width = self._over_processes(self._val_size or (0, 0), "max")
         share = float(results["val/share_refined"]) if self.two_stage else 1.0
         # the mean over the refined images
         cells = float(results.pop("val/cells_refined")) / share if self.two_stage and share else None
         blocks = range(self.model.config.depth if switches_scans(self.model) else 0)
         ran = [float(results[f"val/scan_share_{block}"]) for block in blocks] or None
-        costs = costs_of(self.model, self._val_size, self._alpha() if self.two_stage else None, ran)
+        costs = costs_of(self.model, (int(height), int(width)), self._alpha() if self.two_stage else None, ran)
         results["val/gflops"] = costs["one_direction"].gflops(share, cells)
         results["val/gflops_both_directions"] = costs["both_directions"].gflops(share, cells)
         self._log_results(results)

@@ -1,15 +1,51 @@
-"""Run directories ``runs/<name>``: ``config.yaml``, ``logs/``, ``checkpoints/``, ``model.safetensors``, ``report/``."""
+"""Run directories ``runs/<name>``: ``config.yaml``, ``logs/``, ``checkpoints/``, ``model.safetensors``, ``report/``.
+
+A directory belongs to one process at a time, which holds the lock on its ``.lock``. What was started and has no
+checkpoint is no run: it goes with the process that made it, or is taken over by the next one of that name.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 CHECKPOINT_DIR = "checkpoints"
 CONFIG_NAME = "config.yaml"
 LAST_NAME = "last.ckpt"
+LOG_DIR = "logs"
+WEIGHTS_NAME = "model.safetensors"
 CONFIG_DIR = Path(__file__).parent.parent / "configs"
 _BY_NAME = ("last", "best")
+_LOCK_NAME = ".lock"
+_STARTED = {_LOCK_NAME, CONFIG_NAME, LOG_DIR, CHECKPOINT_DIR, "wandb"}  # what there is before the first checkpoint
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A directory that this process works in: the descriptor of its lock, and what becomes of it without a result."""
+
+    descriptor: int
+    new: bool
+    scratch: bool = False
+
+
+_held: dict[Path, _Held] = {}
+
+
+def _close_in_child() -> None:
+    """A loader's worker that outlives a killed training must not keep its lock."""
+    for held in _held.values():
+        os.close(held.descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -45,7 +81,7 @@ def find_checkpoint(value: str, root: str, name: str | None) -> Path:
     """
     if value not in _BY_NAME:
         if not Path(value).is_file():
-            raise ValueError(f"ckpt_path {value!r} does not exist; accepted are a file, 'last' or 'best'")
+            raise ValueError(f"ckpt_path {value!r} does not exist; accepted are a file, 'last', 'best' or 'auto'")
         return Path(value)
     pattern = f"{name or '*'}/{CHECKPOINT_DIR}/{value}.ckpt"
     found = sorted(Path(root).glob(pattern), key=lambda path: path.stat().st_mtime)
@@ -71,7 +107,7 @@ def new_run(root: str, name: str | None, configs: Sequence[str], claim: bool = T
         root: Directory of all runs.
         name: Its name; by default that of the last config, numbered if taken.
         configs: The config files.
-        claim: Whether to make it; only one process of a run does.
+        claim: Whether to make it, for this process alone until :func:`leave_runs`; only one process of a run does.
 
     Raises:
         ValueError: If a run of that name exists, or the directory cannot be made.
@@ -79,29 +115,123 @@ def new_run(root: str, name: str | None, configs: Sequence[str], claim: bool = T
     base = Path(root)
     if name is not None and (not name or Path(name).name != name):
         raise ValueError(f"run.name must be a plain directory name, got {name!r}; its parent is run.root")
-    stem = name or _name_of(configs)
+    stem = name or name_of(configs)
     if not claim:
         return base / stem
     try:
         base.mkdir(parents=True, exist_ok=True)
         for number in range(1, 10_000):
             path = base / (stem if number == 1 else f"{stem}-{number}")
-            try:
-                path.mkdir()
+            taken = _take(path, configs)
+            if taken is None:
                 return path
-            except FileExistsError:
-                if path.is_dir() and not any(path.iterdir()):
-                    return path
-                if name is not None:
-                    raise ValueError(
-                        f"run {path} exists; choose another --run.name, or continue it with --ckpt_path last"
-                    ) from None
+            if name is not None:
+                raise ValueError(taken)
     except OSError as error:
         raise ValueError(f"run.root {root!r} cannot be used: {error}") from None
     raise ValueError(f"run.root {root!r} has too many runs named {stem}; choose a --run.name")
 
 
-def _name_of(configs: Sequence[str]) -> str:
+def _take(path: Path, configs: Sequence[str]) -> str | None:
+    """Makes the directory and holds it for this process; says why not, if it is taken."""
+    # the config that is used may be the only one of its kind
+    own = any(Path(config).resolve().parent == path.resolve() for config in configs)
+    while True:
+        if path.exists() and not path.is_dir():
+            return f"run directory {path} is a file; choose another --run.name"
+        path.mkdir(exist_ok=True)
+        if own or not _is_free(path):
+            break
+        try:
+            held = hold_run(path, new=True)
+        except FileNotFoundError:  # a run that could not start has just been removed
+            continue
+        if not held:
+            return in_use(path)
+        if not _is_free(path):  # whoever held it got further
+            _release(path)
+            break
+        for leftover in (LOG_DIR, CHECKPOINT_DIR, "wandb"):
+            shutil.rmtree(path / leftover, ignore_errors=True)
+        return None
+    if (path / CHECKPOINT_DIR / LAST_NAME).is_file():
+        return f"run {path} exists; choose another --run.name, or continue it with --ckpt_path last"
+    return f"run directory {path} exists, and holds no checkpoint to continue from; choose another --run.name"
+
+
+def _has_checkpoint(path: Path) -> bool:
+    return any(not file.name.startswith(".") for file in (path / CHECKPOINT_DIR).glob("*.ckpt"))
+
+
+def _is_free(path: Path) -> bool:
+    """Whether a directory is empty, or holds no more than a run that did not come to its first checkpoint."""
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(f".{CONFIG_NAME}.")}
+    return not names or (_LOCK_NAME in names and names <= _STARTED and not _has_checkpoint(path))
+
+
+def in_use(run: Path) -> str:
+    """What to say of a run that another process holds."""
+    return f"run {run} is being trained by another process; wait for its end, or choose another --run.name"
+
+
+def hold_run(run: Path, new: bool = False) -> bool:
+    """Keeps a run directory for this process until :func:`leave_runs`, also against processes of the same instant.
+
+    Returns:
+        False if another process holds it (or, for a new one, anybody).
+    """
+    run = run.resolve()
+    if not new and run in _held:
+        return True
+    path = run / _LOCK_NAME
+    while True:
+        made = True
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            made = False
+            try:
+                descriptor = os.open(path, os.O_RDWR)
+            except FileNotFoundError:
+                continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except OSError:  # a file system without locks, where whoever made the file holds it
+            if new and not made:
+                os.close(descriptor)
+                return False
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                break
+        os.close(descriptor)  # it is no longer that file
+    _held[run] = _Held(descriptor, new)
+    return True
+
+
+def scratch_run() -> Path:
+    """A directory outside of all runs, which goes with :func:`leave_runs`."""
+    path = Path(tempfile.mkdtemp(prefix="mambascope-")).resolve()
+    _held[path] = _Held(os.open(path, os.O_RDONLY), new=True, scratch=True)
+    return path
+
+
+def leave_runs() -> None:
+    """Gives back the directories that this process holds; those in which it made nothing to go on from are removed."""
+    for run, held in list(_held.items()):
+        if held.scratch or (held.new and not _has_checkpoint(run) and not (run / WEIGHTS_NAME).exists()):
+            shutil.rmtree(run, ignore_errors=True)
+        _release(run)
+
+
+def _release(run: Path) -> None:
+    os.close(_held.pop(run.resolve()).descriptor)
+
+
+def name_of(configs: Sequence[str]) -> str:
+    """The name of a run that is given none: that of its last config."""
     if not configs:
         return "run"
     path = Path(configs[-1])

@@ -12,7 +12,7 @@ from PIL import Image
 import mambascope
 from mambascope.evaluation.cost import count_parameters, model_config
 from mambascope.training.cli import TrainCLI, complete_args, main
-from mambascope.training.runs import find_checkpoint, find_config, new_run, run_of, shipped_configs
+from mambascope.training.runs import find_checkpoint, find_config, leave_runs, new_run, run_of, shipped_configs
 from tests.training.helpers import tiny, train
 
 CONFIGS = shipped_configs()
@@ -171,9 +171,14 @@ def test_diverging_run_ends_in_one_line(here, capsys):
 def test_run_directories(tmp_path):
     root = str(tmp_path / "runs")
     assert new_run(root, None, ["a/scopedigits.yaml"]).name == "scopedigits"
-    (tmp_path / "runs" / "scopedigits" / "config.yaml").write_text("")
-    assert new_run(root, None, ["a/scopedigits.yaml"]).name == "scopedigits-2"
-    assert new_run(root, None, ["runs/scopedigits/config.yaml"]).name == "scopedigits-2"  # empty: not a run yet
+    assert new_run(root, None, ["runs/scopedigits/config.yaml"]).name == "scopedigits-2"
+    with pytest.raises(ValueError, match=r"scopedigits is being trained by another process"):
+        new_run(root, "scopedigits", [])
+    checkpoint = tmp_path / "runs" / "scopedigits" / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.write_text("")
+    leave_runs()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["scopedigits"]  # the other had no checkpoint
     with pytest.raises(ValueError, match=r"scopedigits exists; choose another --run\.name"):
         new_run(root, "scopedigits", [])
     (tmp_path / "file").write_text("")
