@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mambascope.data.errors import DataError, worker_failure
@@ -48,6 +51,17 @@ def collate_items(items: Sequence[Item]) -> Packet:
     return Packet(default_collate(values) if values else None, skipped)
 
 
+def _in_shared_memory(collate: Callable[[Any], Packet], samples: Any) -> Packet:
+    """Collates; in a worker the tensors move to shared memory here, where it can be said that there is none left.
+
+    Left to the queue between the processes, the batch would be dropped and waited for without end.
+    """
+    packet = collate(samples)
+    if get_worker_info() is not None:
+        tree_map_only(Tensor, Tensor.share_memory_, packet.batch)
+    return packet
+
+
 class _Worklog:
     """Counts files that were left out and names the first of them."""
 
@@ -67,8 +81,9 @@ class _Worklog:
 
 def _receive(loader: DataLoader, worklog: _Worklog) -> Iterator[Any]:
     """Batches (None where nothing was left of one) with errors turned into one-line ones."""
-    iterator = iter(loader)
+    iterator = None
     try:
+        iterator = iter(loader)
         for packet in iterator:
             if packet.failure is not None:
                 raise DataError(packet.failure)
@@ -173,7 +188,7 @@ class ResumableLoader(_Positioned):
             batch_sampler=sampler,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            collate_fn=collate,
+            collate_fn=partial(_in_shared_memory, collate),
             persistent_workers=num_workers > 0,
         )
 
