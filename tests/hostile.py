@@ -37,6 +37,18 @@ def small_disk(folder: Path, size: str):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def small_shared_memory(size: str) -> list[str]:
+    """Words before a command that give it a ``/dev/shm`` of this size; skips the test where mounting is not allowed."""
+    before = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"', "sh"]
+    try:
+        done = subprocess.run([*before, "true"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no unshare here")
+    if done.returncode:
+        pytest.skip(f"no permission to mount a small /dev/shm: {done.stderr.strip()}")
+    return before
+
+
 def fill(disk: Path, leave: int) -> None:
     """Leaves about this many bytes free, by a file named ``filler``."""
     (disk / "filler").unlink(missing_ok=True)

@@ -43,8 +43,6 @@ class ResumableDataModule(LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
-        # Lightning's word: of fewer validation images than processes some get none
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         for name, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -28,8 +28,8 @@ def worker_failure(error: BaseException) -> DataError | None:
         return None
     if full or any(words in text for words in _SHARED_MEMORY):
         return DataError(
-            f"the loader's workers hand images over in shared memory (/dev/shm), which {_shared_memory()}: give more of "
-            "it (docker run --shm-size=2g), or set fewer num_workers, a smaller batch_size, or num_workers 0"
+            f"the loader's workers hand images over in shared memory (/dev/shm), which {_shared_memory()}: give more "
+            "of it (docker run --shm-size=2g), or set fewer num_workers, a smaller batch_size, or num_workers 0"
         )
     if not text.startswith("DataLoader worker"):
         return None

@@ -193,8 +193,11 @@ class ResumableLoader(_Positioned):
         )
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, also when the next iteration starts in its middle."""
-        return len(self.sampler)
+        """Batches of a whole epoch, also when the next iteration starts in its middle; 1 where a process has none.
+
+        Lightning leaves a process with 0 out of the validation, at whose end the others then wait for it.
+        """
+        return max(1, len(self.sampler))
 
     @property
     def num_workers(self) -> int:

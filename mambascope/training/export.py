@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mambascope.models import MambaScope
 from mambascope.models.checkpoint import save_safetensors
+from mambascope.training.limits import whole_epochs
 
 
 class ExportWeights(Callback):
@@ -26,7 +27,7 @@ class ExportWeights(Callback):
             return
         if isinstance(pl_module.model, MambaScope):
             pl_module.model.alpha = pl_module.model.config.alpha  # a run may end in its first phase
-        pl_module.model.description.update(epochs=trainer.current_epoch, steps=trainer.global_step)  # type: ignore
+        pl_module.model.description.update(epochs=whole_epochs(trainer), steps=trainer.global_step)  # type: ignore
         self.write(pl_module)
 
     def write(self, pl_module: LightningModule) -> None:

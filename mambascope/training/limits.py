@@ -21,6 +21,14 @@ def reached_limit(trainer: Trainer) -> str | None:
     return "a callback"
 
 
+def whole_epochs(trainer: Trainer) -> int:
+    """Epochs that were trained to their end; Lightning also counts the one that a limit broke off."""
+    loop = trainer.fit_loop
+    progress = loop.epoch_progress.current
+    broken_off = progress.ready == progress.completed and not loop.epoch_loop.batch_progress.is_last_batch
+    return max(0, trainer.current_epoch - int(broken_off))
+
+
 def planned_steps(trainer: Trainer) -> float:
     """Optimizer steps of all epochs; where their number is not limited, those of ``trainer.max_steps``.
 

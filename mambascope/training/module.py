@@ -259,6 +259,9 @@ class ClassifierModule(TrainModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics over all processes, and the mean GFLOPs they imply."""
+        if self.two_stage and self._val_size is None:  # a process without an image: its lists are empty ones, not none
+            nothing = torch.zeros(0, device=self.device)
+            self.val_metrics["gate_ece"].update(nothing, nothing.long())  # type: ignore[operator]
         results = self._results()
         height, width = self._over_processes(self._val_size or (0, 0), "max")
         share = float(results["val/share_refined"]) if self.two_stage else 1.0

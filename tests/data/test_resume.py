@@ -168,3 +168,13 @@ def test_state_of_other_data_is_reported(caplog):
     other = ScopeDigitsDataModule(train_length=40, batch_size=4, seed=3).train_dataloader()
     other.load_state_dict(state)
     assert "batch_size 8 -> 4" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["digits", "folder", "folder, workers"])
+def test_overfitting_sees_the_same_batches_in_every_epoch(kind, folder, tmp_path):
+    seen = run(make_data(kind, folder), tmp_path, Recorder(), overfit_batches=2).seen
+    assert [(epoch, step) for epoch, step, *_ in seen] == [(e, s) for e in range(EPOCHS) for s in range(2)]
+    assert len({total for *_, total, _ in seen}) == 2
+    assert seen[0][2:] != seen[1][2:]
+    assert [batch[2:] for batch in seen[2:4]] == [batch[2:] for batch in seen[:2]]
+    assert len({label for *_, labels in seen for label in labels}) > 2, "drawn from all classes, not the first images"

@@ -62,8 +62,8 @@ def tiny(**changes):
     return [f"--{key}={value}" for key, value in options.items()]
 
 
-def train(*args, cwd, timeout=240, env=None, **options):
-    """Runs the real command."""
+def train(*args, cwd, timeout=240, env=None, before=(), **options):
+    """Runs the real command, with these words before it."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -72,7 +72,7 @@ def train(*args, cwd, timeout=240, env=None, **options):
         **(env or {}),
     }
     return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, args)],
+        [*before, sys.executable, str(TOOL), *map(str, args)],
         cwd=cwd,
         env=environment,
         capture_output=True,

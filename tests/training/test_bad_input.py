@@ -13,7 +13,7 @@ from PIL import Image
 import mambascope
 from mambascope.models.checkpoint import read_state_dict
 from mambascope.training.cli import main
-from tests.hostile import RunsCode, fill, obey_modes, small_disk
+from tests.hostile import RunsCode, fill, obey_modes, small_disk, small_shared_memory
 from tests.training.helpers import tiny, train
 
 NAMES = ("ant", "bee", "cat")
@@ -222,3 +222,17 @@ def test_killed_worker_is_one_line(tmp_path, folder):
     assert "DataLoader worker" in last_line(done.stderr)
     assert "num_workers" in last_line(done.stderr)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("data", ["digits", "folder"])
+def test_small_shared_memory_is_one_line_and_no_wait(tmp_path, folder, data):
+    """The workers of the one collate there, those of the other leave it to the queue between the processes."""
+    args = [*on_images(folder), "--data.img_size=96"] if data == "folder" else tiny(data__digits__size=64)
+    done = train(*args, "--data.num_workers=1", cwd=tmp_path, before=small_shared_memory("80k"), timeout=100)
+    assert done.returncode == 1, done.stderr
+    line = last_line(done.stderr)
+    assert line.startswith("error: the loader's workers hand images over in shared memory (/dev/shm), which is full")
+    for word in ("it has 0.0781 MB", "docker run --shm-size=2g", "num_workers", "batch_size"):
+        assert word in line
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "runs").iterdir())

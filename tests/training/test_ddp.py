@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from mambascope.training.cli import main
+from tests.training import test_eye
 from tests.training.helpers import tiny, train
 from tests.training.test_resume import SIGTERM, checkpoint
 
@@ -60,3 +62,29 @@ def test_signal_to_one_process_stops_both_and_resumes(single, tmp_path):
     one, two = checkpoint(single), checkpoint(run)
     for name, value in one["current_model_state"].items():
         torch.testing.assert_close(two["current_model_state"][name], value, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_alpha_0_and_a_single_validation_image(tmp_path, monkeypatch):
+    """Steps that leave the fine stage's parameters out, after some that did not, and a process without an image."""
+    monkeypatch.chdir(tmp_path)
+    options = {**PLAIN, "model__net__args__alpha": 0, "data__train_length": 16, "data__val_length": 1}
+    done = train(*tiny(**options, data__batch_size=4, run__name="two"), *TWO, cwd=tmp_path, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "compute" not in done.stderr
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    assert main([*tiny(**options, data__batch_size=8, run__name="one"), "--trainer.accelerator=cpu"]) == 0
+    runs = [tmp_path / "runs" / name for name in ("one", "two")]
+    one, two = (checkpoint(run)["current_model_state"] for run in runs)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=2e-4, rtol=1e-3, msg=name)
+    for expected, found in zip(*map(metrics, runs), strict=True):
+        assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_mambaeye_with_a_single_validation_image(tmp_path):
+    args = test_eye.tiny(data__val_length=1, data__train_length=16, trainer__max_epochs=1)
+    done = train(*args, *TWO, cwd=tmp_path, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "val: top-1" in done.stdout
+    assert "Traceback" not in done.stderr

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 
+import mambascope
 from mambascope.training.cli import main
 from tests.training import test_eye
 from tests.training.helpers import tiny
@@ -77,6 +78,7 @@ def test_max_steps_resumes_exactly(steps, then, capsys):
         f"ended by trainer.max_steps={steps} after step {steps} of 16; to go on: --ckpt_path {last} with a larger"
         in out
     )
+    assert mambascope.load(f"runs/{name}/model.safetensors").description["epochs"] == steps // 8
     assert main([f"--ckpt_path={last}"]) == 0
     out = capsys.readouterr().out
     assert f"nothing is left to train: step {steps} has reached trainer.max_steps={steps}; to go on: " in out
