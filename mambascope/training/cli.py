@@ -261,6 +261,10 @@ class TrainCLI(LightningCLI):
         """One line where that is not the end of the last epoch, or where there was nothing to do."""
         step, limit = self.trainer.global_step, reached_limit(self.trainer)
         idle = step == self.resume_step
+        if idle and self.resume_from is None:
+            options = {name: getattr(self.trainer, name) for name in ("max_epochs", "max_steps", "limit_train_batches")}
+            print(f"nothing was trained: {', '.join(f'trainer.{name}={value}' for name, value in options.items())}")
+            return
         if limit is None and idle:
             limit = f"trainer.max_epochs={self.trainer.max_epochs}"
         if limit is None:

@@ -119,6 +119,14 @@ def test_after_a_checkpoint_everything_is_left(here):
     assert Path("runs/mine/logs/metrics.csv").is_file()
 
 
+def test_nothing_to_train_is_said(here, capsys):
+    for option in ("limit_train_batches=0", "max_epochs=0"):
+        assert main([*tiny(**SHORT), f"--trainer.{option}"]) == 0
+        out = capsys.readouterr().out
+        assert "nothing was trained: " in out
+        assert f"trainer.{option}" in out
+
+
 def test_fast_dev_run_of_a_run_leaves_it_as_it_is(here):
     assert main(tiny(**SHORT, run__name="mine")) == 0
     before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
