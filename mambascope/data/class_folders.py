@@ -18,7 +18,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar, extract_tari
 
 from mambascope._names import class_name
 from mambascope.data.errors import DataError
-from mambascope.data.files import LeftOut, ending, image_endings, is_hidden, walk
+from mambascope.data.files import LeftOut, ending, image_endings, is_hidden, walk_images
 
 _DIGITS = re.compile(r"(\d+)")
 _LISTED = 8  # names shown in a message
@@ -98,7 +98,7 @@ class FolderReader(ReaderImageFolder):
         self.root = str(root)
         start = len(os.path.join(self.root, ""))
         try:
-            files = list(walk(self.root, left_out))
+            files = list(walk_images(self.root, left_out))
             folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
         except OSError as error:
             raise DataError(f"cannot read {error.filename}: {error.strerror}") from None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 
+from mambascope.data.errors import DataError
 from mambascope.data.loader import ResumableLoader, StreamLoader
 from mambascope.data.seeding import check_seed
 
@@ -111,6 +112,18 @@ class ResumableDataModule(LightningDataModule):
         loader = self._train_loader() if self._train_loader is not None else None
         if loader is not None:
             loader.set_position(epoch, batches_done)
+
+    def fit_channels(self, in_chans: int) -> None:
+        """Makes the images fit a model with so many channels.
+
+        Raises:
+            DataError: where they cannot.
+        """
+        if in_chans != self.in_chans:
+            raise DataError(
+                f"the images of {type(self).__name__} have {self.in_chans} channels, the model takes {in_chans}: "
+                f"set --model.net.args.in_chans {self.in_chans}"
+            )
 
     def describe(self) -> dict[str, Any]:
         """What a model must know to be used without this module."""

@@ -9,26 +9,15 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageFile
+from PIL import Image
 
-# Pillow knows the formats' names; MPEG it cannot decode, for EPS it runs Ghostscript
-_NO_IMAGES = ("EPS", "MPEG")
+from mambascope.models.pictures import image_formats
+
+ARRAYS = ".npy"  # images, where there are no others
+
 _OTHER_USES = (".fit", ".gbr", ".pcd", ".vst")  # sports data, circuit boards, point clouds, drawings: rarely images
 _SYSTEM = ("__MACOSX", "__pycache__", "@eaDir", "lost+found")  # folders that machines, not users, put beside images
 _LISTED, _KINDS = 3, 8  # hidden names and endings in a message
-
-
-@cache
-def image_formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read as images, in the order in which they are tried."""
-    Image.preinit()  # the usual formats first
-    Image.init()
-    return tuple(kind for kind in Image.ID if kind not in _NO_IMAGES and not _is_stub(Image.OPEN[kind][0]))
-
-
-def _is_stub(opener: object) -> bool:
-    """Whether Pillow recognises a format and cannot read it: HDF5, GRIB, BUFR, WMF."""
-    return isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
 
 
 @cache
@@ -50,9 +39,14 @@ def is_hidden(name: str) -> bool:
 
 
 class LeftOut:
-    """Counts what is left out of folders, and says it in one line."""
+    """Counts what is left out of folders, and says it in one line.
 
-    def __init__(self) -> None:
+    Args:
+        accepted: endings of what is taken; by default those of images.
+    """
+
+    def __init__(self, accepted: frozenset[str] | None = None) -> None:
+        self._accepted = image_endings() if accepted is None else accepted
         self.endings: Counter[str] = Counter()
         self.hidden = self.loops = 0
         self._names: list[str] = []  # the first hidden ones
@@ -87,7 +81,7 @@ class LeftOut:
     def takes(self, name: str) -> bool:
         """Whether a file is an image by its name; counts it if not."""
         kind = ending(name)
-        if kind in image_endings():
+        if kind in self._accepted:
             return True
         self.endings[kind] += 1
         return False
@@ -129,6 +123,18 @@ def walk(folder: str, left_out: LeftOut, above: tuple[str, ...] = ()) -> Iterato
             yield entry.path
 
 
+def walk_images(folder: str, left_out: LeftOut) -> Iterator[str]:
+    """As :func:`walk`; where there are no images, arrays (``.npy``) are the images."""
+    empty = True
+    for path in walk(folder, left_out):
+        empty = False
+        yield path
+    if empty and ARRAYS in left_out.endings:
+        for path in walk(folder, LeftOut(frozenset({ARRAYS}))):
+            left_out.endings -= Counter({ARRAYS: 1})
+            yield path
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
@@ -161,7 +167,7 @@ def find_images(inputs: Sequence[str], left_out: LeftOut | None = None) -> Itera
     for path in paths:
         if path.is_dir():
             found = False
-            for file in walk(str(path), left_out):
+            for file in walk_images(str(path), left_out):
                 found = True
                 yield Source(Path(file), os.path.relpath(file, shared))
             if not found:

@@ -17,7 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from mambascope.data.errors import DataError
-from mambascope.data.glimpses import GlimpseSequence, Placement, make_sequence, paste, training_positions
+from mambascope.data.glimpses import (
+    GlimpseSequence,
+    Placement,
+    as_bands,
+    from_bands,
+    make_sequence,
+    paste,
+    training_positions,
+)
 
 _BLUR_KERNEL, _BLUR_SIGMA = (5, 9), (0.1, 5.0)  # width and height in pixels; standard deviation
 _ERASED_AREA, _ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)
@@ -71,54 +79,56 @@ class GlimpseAugment:
             if not 0 <= getattr(self, name) < 0.5:
                 raise DataError(f"augment.{name} must lie in [0, 0.5), got {getattr(self, name)!r}")
 
-    def __call__(self, picture: Image.Image, rng: np.random.Generator, patch_size: int) -> tuple[Tensor, Placement]:
-        """A random view on a canvas [3, S, S] uint8, and where it lies there."""
+    def __call__(self, picture: Any, rng: np.random.Generator, patch_size: int) -> tuple[Tensor, Placement]:
+        """A random view of a picture (RGB, or uint8 [H, W, C]) on a canvas [C, S, S] uint8, and where it lies there."""
+        bands = as_bands(picture)
         side = max(patch_size, int(rng.integers(*self.canvas_size, endpoint=True)))
-        scale = side / max(picture.size)
-        width, height = (max(1, int(scale * v)) for v in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        scale = side / max(bands[0].size)
+        width, height = (max(1, int(scale * v)) for v in bands[0].size)
+        bands = [band.resize((width, height), Image.Resampling.BICUBIC) for band in bands]
         if rng.random() < self.hflip:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        picture = self._colours(picture, rng)
+            bands = [band.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for band in bands]
+        bands = self._colours(bands, rng)
         if rng.random() < self.perspective:
-            picture = _perspective(picture, rng, self.perspective_shift)
-        smallest = max(patch_size, int(self.min_share * min(picture.size)))
+            bands = _perspective(bands, rng, self.perspective_shift)
+        smallest = max(patch_size, int(self.min_share * min(bands[0].size)))
         if rng.random() < self.crop:
-            picture = _crop(picture, rng, smallest)
+            bands = _crop(bands, rng, smallest)
         if self.stretch:
             smallest = min(smallest, side)
             width, height = rng.integers(smallest, side, 2, endpoint=True).tolist()
         else:  # the perspective view may be larger than the canvas, a thin image smaller than a patch
-            fit = min(1.0, side / max(picture.size))
-            width, height = (min(side, max(patch_size, int(fit * v))) for v in picture.size)
-        if (width, height) != picture.size:
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            fit = min(1.0, side / max(bands[0].size))
+            width, height = (min(side, max(patch_size, int(fit * v))) for v in bands[0].size)
+        if (width, height) != bands[0].size:
+            bands = [band.resize((width, height), Image.Resampling.LANCZOS) for band in bands]
+        pixels = from_bands(bands)
         if rng.random() < self.erase:
             _erase(pixels, rng)
         return paste(pixels, side)
 
-    def _colours(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def _colours(self, bands: list[Image.Image], rng: np.random.Generator) -> list[Image.Image]:
+        """Of other than three channels only brightness and contrast change: grey pictures have no colours to change."""
         if rng.random() < self.color_jitter_prob:
             adjust: list[Callable[..., Any]] = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation]
             for i in rng.permutation(4).tolist():
                 strength = self.color_jitter[i]
-                if i < 3:
-                    picture = adjust[i](picture, rng.uniform(1 - strength, 1 + strength))
-                else:
-                    picture = F.adjust_hue(picture, rng.uniform(-strength, strength))
+                change = adjust[i] if i < 3 else F.adjust_hue
+                amount = rng.uniform(1 - strength, 1 + strength) if i < 3 else rng.uniform(-strength, strength)
+                bands = [change(band, amount) for band in bands]
         if rng.random() < self.grayscale:
-            picture = picture.convert("L").convert("RGB")
+            bands = [band.convert("L").convert(band.mode) for band in bands]
         if rng.random() < self.blur:
             # mirrored at the edges, which a thinner image has no room for
-            kernel = [min(size, 2 * side - 1) for size, side in zip(_BLUR_KERNEL, picture.size, strict=True)]
-            picture = F.gaussian_blur(picture, kernel, [rng.uniform(*_BLUR_SIGMA)])
-        return picture
+            kernel = [min(size, 2 * side - 1) for size, side in zip(_BLUR_KERNEL, bands[0].size, strict=True)]
+            sigma = [rng.uniform(*_BLUR_SIGMA)]
+            bands = [F.gaussian_blur(band, kernel, sigma) for band in bands]
+        return bands
 
 
-def _perspective(picture: Image.Image, rng: np.random.Generator, shift: float) -> Image.Image:
+def _perspective(bands: list[Image.Image], rng: np.random.Generator, shift: float) -> list[Image.Image]:
     """Moves every corner; the result is the box around the moved corners, black outside the image."""
-    width, height = picture.size
+    width, height = bands[0].size
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], dtype=np.float64)
     reach = shift * min(width, height)
     moved = corners + rng.uniform(-reach, reach, (4, 2))
@@ -131,23 +141,22 @@ def _perspective(picture: Image.Image, rng: np.random.Generator, shift: float) -
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
         values += [u, v]
     coefficients = np.linalg.solve(np.array(rows), np.array(values))
-    return picture.transform(
-        (int(size[0]), int(size[1])),
-        Image.Transform.PERSPECTIVE,
-        coefficients.tolist(),
-        Image.Resampling.BICUBIC,
-    )
+    view = (int(size[0]), int(size[1]))
+    return [
+        band.transform(view, Image.Transform.PERSPECTIVE, coefficients.tolist(), Image.Resampling.BICUBIC)
+        for band in bands
+    ]
 
 
-def _crop(picture: Image.Image, rng: np.random.Generator, smallest: int) -> Image.Image:
+def _crop(bands: list[Image.Image], rng: np.random.Generator, smallest: int) -> list[Image.Image]:
     box = []
-    for length in picture.size:
+    for length in bands[0].size:
         low = min(smallest, length)
         size = int(rng.integers(low, max(low, length - smallest), endpoint=True))
         start = int(rng.integers(0, length - size, endpoint=True))
         box.append((start, start + size))
     (left, right), (top, bottom) = box
-    return picture.crop((left, top, right, bottom))
+    return [band.crop((left, top, right, bottom)) for band in bands]
 
 
 def _erase(pixels: Tensor, rng: np.random.Generator) -> None:
@@ -177,7 +186,7 @@ class TrainGlimpses:
     length: int
     patch_size: int = 16
 
-    def sequence(self, picture: Image.Image, rng: np.random.Generator) -> GlimpseSequence:
+    def sequence(self, picture: Any, rng: np.random.Generator) -> GlimpseSequence:
         """The sequence that follows from ``rng``."""
         canvas, placement = self.augment(picture, rng, self.patch_size)
         positions = training_positions(
@@ -185,6 +194,6 @@ class TrainGlimpses:
         )
         return make_sequence(canvas, placement, positions, self.patch_size)
 
-    def __call__(self, picture: Image.Image) -> GlimpseSequence:
+    def __call__(self, picture: Any) -> GlimpseSequence:
         """The same from PyTorch's global generator, which the loaders seed for every sample."""
         return self.sequence(picture, np.random.default_rng(int(torch.randint(2**62, ()).item())))

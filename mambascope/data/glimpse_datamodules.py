@@ -52,7 +52,7 @@ class EvalGlimpses:
     def __init__(self, options: GlimpseOptions) -> None:
         self.options = options
 
-    def __call__(self, picture: Image.Image) -> GlimpseSequence:
+    def __call__(self, picture: Any) -> GlimpseSequence:
         """The sequence."""
         return self.options.sequence(picture, int(torch.randint(2**62, ()).item()))
 
@@ -96,6 +96,8 @@ class GlimpseImageDataModule(ImageDataModule):
         num_workers: worker processes for each of the loaders.
         pin_memory: copy batches to page-locked memory; by default when there is a GPU.
         drop_last: leave out the training images that fill no whole batch.
+        value_range: values of the files that become 0 and 255; see
+            :class:`~mambascope.data.image_datamodule.ImageDataModule`.
         skip_bad_files: leave unreadable files out, with a count, instead of stopping at the first.
         num_samples: training images of a WebDataset that has no index file.
         download: fetch the data set if its reader can.
@@ -125,6 +127,7 @@ class GlimpseImageDataModule(ImageDataModule):
         num_workers: int = 4,
         pin_memory: bool | None = None,
         drop_last: bool = True,
+        value_range: tuple[float, float] | str | None = None,
         skip_bad_files: bool = False,
         num_samples: int | None = None,
         download: bool = False,
@@ -144,8 +147,9 @@ class GlimpseImageDataModule(ImageDataModule):
             num_workers=num_workers,
             pin_memory=pin_memory,
             drop_last=drop_last,
-            mean=(0.0, 0.0, 0.0),
-            std=(1.0, 1.0, 1.0),
+            mean=(0.0,),
+            std=(1.0,),
+            value_range=value_range,
             skip_bad_files=skip_bad_files,
             num_samples=num_samples,
             download=download,
@@ -157,11 +161,11 @@ class GlimpseImageDataModule(ImageDataModule):
         self.length, self.glimpses = length, _checked(length, patch_size, glimpses)
 
     def train_transform(self) -> Callable[[Any], Any]:
-        """Random augmentation and glimpses: RGB picture to sequence."""
+        """Random augmentation and glimpses: picture to sequence."""
         return TrainGlimpses(self.augment, self.length, self.patch_size)
 
     def val_transform(self) -> Callable[[Any], Any]:
-        """Resizing and glimpses: RGB picture to sequence."""
+        """Resizing and glimpses: picture to sequence."""
         return EvalGlimpses(self.glimpses)
 
     def _keyed(self, source: ImageSource, transform: Callable[[Any], Any], training: bool) -> KeyedImages:
@@ -170,8 +174,8 @@ class GlimpseImageDataModule(ImageDataModule):
         )
 
     def val_images(self) -> ImageSource:
-        """The validation images themselves: call it with a number for the RGB picture and its label."""
-        return ImageSource(self._open("val"), self.num_classes)
+        """The validation images themselves: call it with a number for the picture and its label."""
+        return self._source("val")
 
     def describe(self) -> dict[str, Any]:
         """What a model must know to be used without this module."""

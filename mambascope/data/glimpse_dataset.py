@@ -49,7 +49,7 @@ class GlimpseOptions:
     compat: bool = False
 
     def place(self, image: Any) -> tuple[Tensor, Placement]:
-        """The image on its canvas [3, H, W] uint8, and where it lies."""
+        """The image on its canvas [C, H, W] uint8, and where it lies."""
         return place_image(image, self.canvas_size, self.resize_mode, patch_size=self.patch_size, compat=self.compat)
 
     def positions(self, placement: Placement, seed: Seed) -> Any:

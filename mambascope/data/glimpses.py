@@ -358,13 +358,24 @@ class Coverage:
         return self.ratio
 
 
-def _as_image(image: Any) -> Image.Image:
+def as_bands(image: Any) -> list[Image.Image]:
+    """An image as pictures that can be resized: one in RGB, or a grey one for each of other than three channels.
+
+    Raises:
+        DataError: If it is no PIL image (which becomes RGB), uint8 array [H, W, C] or uint8 tensor [C, H, W].
+    """
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return [image.convert("RGB")]
     array = image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) and image.ndim == 3 else image
-    if not isinstance(array, np.ndarray) or array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise DataError("image must be a PIL image, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W]")
-    return Image.fromarray(np.ascontiguousarray(array))
+    if not isinstance(array, np.ndarray) or array.ndim != 3 or not array.size or array.dtype != np.uint8:
+        raise DataError("image must be a PIL image, a uint8 array [H, W, C] or a uint8 tensor [C, H, W]")
+    parts = [array] if array.shape[2] == 3 else [array[:, :, i] for i in range(array.shape[2])]
+    return [Image.fromarray(np.ascontiguousarray(part)) for part in parts]
+
+
+def from_bands(bands: Sequence[Image.Image]) -> Tensor:
+    """Pixels [C, H, W] uint8 of :func:`as_bands`."""
+    return torch.from_numpy(np.dstack([np.array(band) for band in bands])).permute(2, 0, 1)
 
 
 def paste(pixels: Tensor, canvas_size: int | tuple[int, int]) -> tuple[Tensor, Placement]:
@@ -380,6 +391,10 @@ def paste(pixels: Tensor, canvas_size: int | tuple[int, int]) -> tuple[Tensor, P
     return canvas, placement
 
 
+def _resized(bands: Sequence[Image.Image], size: tuple[int, int]) -> list[Image.Image]:
+    return [band.resize(size[::-1], Image.Resampling.LANCZOS) for band in bands]
+
+
 def place_image(
     image: Any,
     canvas_size: int | tuple[int, int] | None = 512,
@@ -391,7 +406,7 @@ def place_image(
     """Resizes an image (Lanczos) and puts it into the middle of a black canvas.
 
     Args:
-        image: PIL image, uint8 array [H, W, 3] or uint8 tensor [3, H, W].
+        image: PIL image, which becomes RGB, uint8 array [H, W, C] or uint8 tensor [C, H, W].
         canvas_size: Side of the canvas, or (height, width). ``None`` with mode ``none``: the square around the image.
         resize_mode: ``none`` keeps the size if it fits, else shrinks; ``fit`` scales to touch the canvas's edges, with
             the aspect kept; ``full`` stretches over the whole canvas.
@@ -399,15 +414,15 @@ def place_image(
         compat: Resample large images twice, as the published evaluation does.
 
     Returns:
-        The canvas [3, H, W] uint8 and where the image lies on it.
+        The canvas [C, H, W] uint8 and where the image lies on it.
 
     Raises:
         DataError: If an argument does not have an accepted value, or the image is smaller than a patch.
     """
     if resize_mode not in RESIZE_MODES:
         raise DataError(f"resize_mode must be one of {', '.join(RESIZE_MODES)}, got {resize_mode!r}")
-    picture = _as_image(image)
-    source = (picture.height, picture.width)
+    bands = as_bands(image)
+    height, width = source = (bands[0].height, bands[0].width)
     if canvas_size is None:
         if resize_mode != "none":
             raise DataError(f"canvas_size must be given for resize_mode {resize_mode!r}")
@@ -426,9 +441,10 @@ def place_image(
     if source[0] > rows or source[1] > columns:
         size = fitted(*source)
         if compat and resize_mode != "none":
-            picture = picture.resize(size[::-1], Image.Resampling.LANCZOS)
+            bands = _resized(bands, size)
+            height, width = size
     if resize_mode == "fit":
-        size = fitted(*((picture.height, picture.width) if compat else source))
+        size = fitted(height, width)
     elif resize_mode == "full":
         size = (rows, columns)
     if any(max(a, b) < patch_size for a, b in zip(source, size, strict=True)):
@@ -436,10 +452,9 @@ def place_image(
             f"an image of {source[0]}x{source[1]} pixels is smaller than a patch of {patch_size}x{patch_size}; "
             "use resize_mode 'full' or a smaller patch_size"
         )
-    if size != (picture.height, picture.width):
-        picture = picture.resize(size[::-1], Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    canvas, placement = paste(pixels, (rows, columns))
+    if size != (height, width):
+        bands = _resized(bands, size)
+    canvas, placement = paste(from_bands(bands), (rows, columns))
     if size != source:
         placement = Placement.centred(*size, (rows, columns), source)
     return canvas, placement

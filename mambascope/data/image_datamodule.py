@@ -24,6 +24,8 @@ from mambascope.data.readers import (
 from mambascope.data.sampling import EpochBatchSampler
 from mambascope.data.sources import ImageSource, KeyedImages, KeyedStream
 from mambascope.data.transforms import make_transform
+from mambascope.models.pictures import check_value_range
+from mambascope.models.preprocessing import average, per_channel
 
 
 class ImageDataModule(ResumableDataModule):
@@ -62,8 +64,12 @@ class ImageDataModule(ResumableDataModule):
         interpolation: of the validation images.
         train_interpolation: of the training crops.
         crop_pct: share of the resized validation image that the centre crop keeps.
-        mean: per channel, of values in 0–1.
-        std: per channel.
+        mean: per channel, or one for all, of values in 0–1; by default ImageNet's, and for other than three channels
+            their average.
+        std: the same.
+        value_range: values of the files that become 0 and 255: (low, high), values beyond are cut; "file": the smallest
+            and the largest of each file; "percentile": its 2nd and 98th percentile. By default all that such files can
+            hold. Kept in the weights.
         skip_bad_files: leave unreadable files out, with a count, instead of stopping at the first.
         num_samples: training images of a WebDataset that has no index file.
         download: fetch the data set if its reader can.
@@ -76,8 +82,6 @@ class ImageDataModule(ResumableDataModule):
         ValueError: for an argument out of range.
         DataError: when the data are missing or do not fit (raised as soon as they are looked at).
     """
-
-    in_chans = 3
 
     def __init__(
         self,
@@ -107,8 +111,9 @@ class ImageDataModule(ResumableDataModule):
         interpolation: str = "bicubic",
         train_interpolation: str = "bicubic",
         crop_pct: float = 0.875,
-        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
-        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        value_range: tuple[float, float] | str | None = None,
         skip_bad_files: bool = False,
         num_samples: int | None = None,
         download: bool = False,
@@ -134,7 +139,8 @@ class ImageDataModule(ResumableDataModule):
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         if min(self.img_size) < 1:
             raise ValueError(f"img_size must be positive, got {img_size}")
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.value_range, self._mean, self._std = check_value_range(value_range), mean, std
+        self.in_chans = 3
         self.repeats = max(1, num_aug_repeats)
         self.skip_bad_files = skip_bad_files
         self._wanted_classes = num_classes
@@ -154,6 +160,30 @@ class ImageDataModule(ResumableDataModule):
         self._eval_options: dict[str, Any] = {"interpolation": interpolation, "crop_pct": crop_pct}
         self._opened: dict[str, Any] = {}
         self._classes: dict[str, int] = {}
+
+    @property
+    def mean(self) -> tuple[float, ...]:  # type: ignore[override]
+        """Per channel, of values in 0–1; subtracted from the images."""
+        return self._normalisation("mean", self._mean, IMAGENET_DEFAULT_MEAN)
+
+    @property
+    def std(self) -> tuple[float, ...]:  # type: ignore[override]
+        """Per channel; the images are divided by it."""
+        return self._normalisation("std", self._std, IMAGENET_DEFAULT_STD)
+
+    def _normalisation(
+        self, name: str, given: tuple[float, ...] | None, colours: tuple[float, ...]
+    ) -> tuple[float, ...]:
+        return average(colours, self.in_chans) if given is None else per_channel(name, given, self.in_chans)
+
+    def fit_channels(self, in_chans: int) -> None:
+        """Makes the images fit a model with so many channels: colours become grey for one; others are in the files.
+
+        Raises:
+            ValueError: when ``mean`` or ``std`` hold other numbers of values.
+        """
+        self.in_chans = in_chans
+        self.describe()
 
     @property
     def streams(self) -> bool:
@@ -194,6 +224,8 @@ class ImageDataModule(ResumableDataModule):
         if stage in (None, "fit"):
             self._open("train")
         self._open("val")
+        if not self.streams:
+            self._source("train" if stage in (None, "fit") else "val").survey(warn=self._processes()[0] == 0)
 
     def _open_named(self, split: str, is_training: bool, epoch: int) -> Any:
         return open_named(
@@ -258,15 +290,22 @@ class ImageDataModule(ResumableDataModule):
 
     def describe(self) -> dict[str, Any]:
         """What a model must know to be used without this module; here also how images are resized and cropped."""
-        return {**super().describe(), **self._eval_options}
+        return {**super().describe(), **self._eval_options, "value_range": self.value_range}
+
+    @property
+    def _input_size(self) -> tuple[int, int, int]:
+        return (self.in_chans, *self.img_size)
+
+    def _source(self, which: Literal["train", "val"]) -> ImageSource:
+        return ImageSource(self._open(which), self.num_classes, self.in_chans, self.value_range)
 
     def train_transform(self) -> Callable[[Any], Any]:
-        """Random augmentation: RGB picture to tensor [3, H, W]."""
-        return make_transform(self.img_size, is_training=True, mean=self.mean, std=self.std, **self._augmentation)
+        """Random augmentation: picture as ``open_image`` gives it to tensor [C, H, W]."""
+        return make_transform(self._input_size, is_training=True, mean=self.mean, std=self.std, **self._augmentation)
 
     def val_transform(self) -> Callable[[Any], Any]:
-        """Resize and centre crop: RGB picture to tensor [3, H, W]."""
-        return make_transform(self.img_size, mean=self.mean, std=self.std, **self._eval_options)
+        """Resize and centre crop: picture as ``open_image`` gives it to tensor [C, H, W]."""
+        return make_transform(self._input_size, mean=self.mean, std=self.std, **self._eval_options)
 
     def _make_train_loader(self) -> Loader:
         return self._stream_loader(True) if self.streams else self._row_loader(True)
@@ -276,7 +315,7 @@ class ImageDataModule(ResumableDataModule):
 
     def _row_loader(self, training: bool) -> ResumableLoader:
         rank, world_size = self._processes()
-        source = ImageSource(self._open("train" if training else "val"), self.num_classes)
+        source = self._source("train" if training else "val")
         transform = self.train_transform() if training else self.val_transform()
         sampler = EpochBatchSampler(
             len(source),
@@ -312,7 +351,10 @@ class ImageDataModule(ResumableDataModule):
             return stream
 
         def factory(epoch: int) -> KeyedStream:
-            return KeyedStream(opened(epoch), transform, self.num_classes, self.seed, epoch, rank)
+            stream = opened(epoch)
+            return KeyedStream(
+                stream, transform, self.num_classes, self.seed, epoch, rank, self.in_chans, self.value_range
+            )
 
         batch_size = self.batch_size if training else self.val_batch_size
         batches = math.ceil(len(opened(0)) / batch_size)

@@ -1,139 +1,168 @@
-"""Opens any image that users really have, as RGB."""
+"""Opens any image that users really have, as models take it; files that cannot be read are named."""
 
 from __future__ import annotations
 
-import math
+import itertools
+import logging
 import os
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import IO, Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import IO, Any, Literal, overload
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mambascope.data.errors import DataError
-from mambascope.data.files import image_formats
+from mambascope.models import pictures
+from mambascope.models.pictures import ChannelsError, ValueRange, read_reason
 
-BACKGROUND = (255, 255, 255)  # what lies behind transparent pixels
-MAX_PIXELS = 2**30  # beyond this a file is taken for an attack or an accident
-REDUCE_ABOVE = 2**26  # images with more pixels are shrunk by a whole factor while they are read
-
-_lock = threading.Lock()
-_REDUCIBLE = ("L", "RGB", "RGBA", "CMYK", "LA", "YCbCr")
+_log = logging.getLogger("mambascope.data")
+LOOKED_AT = 16  # files whose values are looked at before a run
+_SMALL_PART = 0.25  # of the range
+_BELOW = 0.02  # of the range: a resampled image may overshoot a little
 
 
 class BadImageError(DataError):
     """A file that cannot be read as an image."""
 
 
-@contextmanager
-def _own_limit() -> Iterator[None]:
-    """Suspends Pillow's limit on the number of pixels, in favour of ours."""
-    with _lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before = Image.MAX_IMAGE_PIXELS
-        Image.MAX_IMAGE_PIXELS = None
-        try:
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = before
+def _name(source: Any, name: str | None) -> str:
+    if name is not None:
+        return name
+    return str(getattr(source, "name", source) if hasattr(source, "read") else os.fspath(source))
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Scales 16-bit, 32-bit and floating-point grey values to 0–255."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
-    top = values.max(initial=0.0)
-    if image.mode == "F":
-        scale = 255.0 if top <= 1 else 1.0 if top <= 255 else 255.0 / top
-    else:  # 16-bit files arrive as I;16, or as I where Pillow has no 16-bit mode for them
-        scale = 255.0 / (65535.0 if top <= 65535 else 2.0**31 - 1 if top < 2**31 else 2.0**32 - 1)
-    return Image.fromarray(np.clip(values * scale + 0.5, 0, 255).astype(np.uint8))
+@overload
+def open_image(
+    source: str | os.PathLike[str] | IO[bytes],
+    name: str | None = None,
+    channels: Literal[3] = 3,
+    value_range: ValueRange = None,
+    *,
+    whole: bool = False,
+) -> Image.Image: ...
 
 
-def _lab_to_rgb(image: Image.Image) -> Image.Image:
-    from PIL import ImageCms
-
-    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-    assert converted is not None
-    return converted
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bit(image)
-    if image.mode == "LAB":
-        return _lab_to_rgb(image)
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, (*BACKGROUND, 255))
-        return Image.alpha_composite(canvas, layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def _decode(source: str | os.PathLike[str] | IO[bytes], whole: bool) -> Image.Image:
-    with _own_limit():
-        file = Image.open(source, formats=image_formats())
-    with file:
-        image: Image.Image = file
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width}×{height} pixels are more than the {MAX_PIXELS / 1e6:.0f} million allowed")
-        factor = 1 if whole else math.ceil(math.sqrt(width * height / REDUCE_ABOVE))
-        if factor > 1:
-            file.draft(None, (width // factor, height // factor))  # JPEG: decodes at a fraction of the size
-        with _own_limit():
-            image.load()  # the first frame
-        if factor > 1 and image.size == (width, height) and image.mode in _REDUCIBLE:
-            image = _keep_info(image.reduce(factor), image)
-        with suppress(Exception):  # broken EXIF data is no reason to refuse an image
-            image = _keep_info(ImageOps.exif_transpose(image), image)
-        return _to_rgb(image)
-
-
-def _keep_info(image: Image.Image, original: Image.Image) -> Image.Image:
-    for name in ("transparency", "exif"):
-        if name in original.info:
-            image.info.setdefault(name, original.info[name])
-    return image
+@overload
+def open_image(
+    source: str | os.PathLike[str] | IO[bytes], name: str | None, channels: int, value_range: ValueRange = None
+) -> Image.Image | np.ndarray: ...
 
 
 def open_image(
-    source: str | os.PathLike[str] | IO[bytes], name: str | None = None, *, whole: bool = False
-) -> Image.Image:
-    """Reads an image file as RGB.
-
-    Grey, palette, CMYK, YCbCr, Lab, 1-bit, 16-bit, 32-bit and floating-point images are converted: 16-bit values are
-    divided by 257; floating-point ones up to 1 are multiplied by 255, larger ones scaled by their maximum when it
-    exceeds 255. Transparent pixels show :data:`BACKGROUND` (white). EXIF rotation is applied. Of several frames the
-    first is taken. Images of more than :data:`REDUCE_ABOVE` pixels come back smaller by a whole factor.
+    source: str | os.PathLike[str] | IO[bytes],
+    name: str | None = None,
+    channels: int = 3,
+    value_range: ValueRange = None,
+    *,
+    whole: bool = False,
+) -> Image.Image | np.ndarray:
+    """Reads an image file by the rules of :func:`mambascope.models.pictures.read_picture`.
 
     Args:
         source: path or binary file.
         name: how errors call it; by default the path.
+        channels: of the model.
+        value_range: the file's values that become 0–255: (low, high), ``"file"`` or ``"percentile"``; by default all
+            that such files can hold.
         whole: never to shrink it, for annotations that are in its pixels.
 
+    Returns:
+        An RGB picture for three channels, else uint8 [H, W, channels].
+
     Raises:
-        BadImageError: naming the file, when it is missing, no image, damaged, or larger than :data:`MAX_PIXELS`.
+        BadImageError: naming the file, when it is missing, no image, damaged, too large, or has other channels.
     """
-    if name is None:
-        name = str(getattr(source, "name", source) if hasattr(source, "read") else os.fspath(source))
     try:
-        return _decode(source, whole)
+        return pictures.read_picture(source, channels, value_range, whole)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise a dozen kinds of exceptions on damaged files
-        raise BadImageError(f"cannot read image {name}: {read_reason(error)}") from error
+        raise BadImageError(f"cannot read image {_name(source, name)}: {read_reason(error)}") from error
 
 
-def read_reason(error: Any) -> str:
-    """Why a file cannot be read, in one line."""
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image, or of an unknown format"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+def convert_image(image: Any, name: str, channels: int = 3, value_range: ValueRange = None) -> Image.Image | np.ndarray:
+    """An image that somebody else has read, as :func:`open_image` gives it.
+
+    Raises:
+        BadImageError: naming the image, when it has other channels.
+    """
+    try:
+        return pictures.to_picture(image, channels, value_range)
+    except ValueError as error:
+        raise BadImageError(f"cannot use image {name}: {error}") from error
+
+
+@dataclass
+class _Values:
+    """What the values of some files are, and which of them become 0 and 255."""
+
+    low: float = np.inf
+    high: float = -np.inf
+    full: tuple[float, float] = (np.inf, -np.inf)
+    files: int = 0
+
+    def add(self, values: np.ndarray, full: tuple[float, float]) -> None:
+        finite = values[np.isfinite(values)]
+        if finite.size:
+            self.low, self.high = min(self.low, float(finite.min())), max(self.high, float(finite.max()))
+            self.full = min(self.full[0], full[0]), max(self.full[1], full[1])
+        self.files += 1
+
+    def narrow(self, chosen: bool) -> bool:
+        """Whether little is left of the range, or values below it are cut although nobody chose it."""
+        bottom, top = self.full
+        used = min(self.high, top) - max(self.low, bottom)
+        below = not chosen and self.low < bottom - _BELOW * (top - bottom)
+        return self.low <= self.high and (used < _SMALL_PART * (top - bottom) or below)
+
+
+def survey(
+    sources: Iterable[tuple[Any, str]],
+    channels: int,
+    value_range: ValueRange,
+    warn: bool = True,
+) -> None:
+    """Looks at some images before many are read, and warns in one line when their values use little of the range.
+
+    Args:
+        sources: (path, binary file or Pillow image, name); the first :data:`LOOKED_AT` are taken.
+        channels: of the model.
+        value_range: as for :func:`open_image`.
+        warn: whether to say it; of several processes only one should.
+
+    Raises:
+        BadImageError: naming the first file, when all of them have other channels than the model. Single files that
+            cannot be read are left to whoever reads them all.
+    """
+    seen, chosen = _Values(), value_range is not None
+    fits, refusal = False, None
+    for source, name in itertools.islice(sources, LOOKED_AT):
+        try:
+            read = isinstance(source, Image.Image)
+            if not chosen and channels == 3 and not read and pictures.is_ordinary(source):
+                fits = True
+                continue
+            loaded = source if read else pictures.load(source, channels, deep=True)
+            pictures.to_picture(loaded, channels, value_range)
+        except ChannelsError as error:
+            refusal = refusal or BadImageError(f"cannot read image {name}: {error}")
+            continue
+        except Exception:  # named when it is read
+            continue
+        fits = True
+        if isinstance(loaded, Image.Image) and not pictures.is_deep(loaded):
+            loaded = loaded.convert("RGB")  # a palette's numbers are no values
+        values = loaded.values if isinstance(loaded, pictures.Colours) else np.asarray(loaded)
+        if not isinstance(value_range, str) and (chosen or values.dtype != np.uint8):
+            seen.add(values, value_range if isinstance(value_range, tuple) else pictures.full_range(values))
+    if refusal is not None and not fits:
+        raise refusal
+    if warn and seen.narrow(chosen):
+        bottom, top = seen.full
+        ends = pictures.to_bytes(np.array([seen.low, seen.high]), seen.full)
+        _log.warning(
+            "the values of %d images looked at are %g to %g; of the range %g to %g they become %d to %d of 0 to 255: "
+            "set value_range to those that shall become 0 and 255 ([low,high], file or percentile)",
+            *(seen.files, seen.low, seen.high, bottom, top, *ends),
+        )

@@ -149,6 +149,8 @@ def open_named(
             class_map=numbers,  # type: ignore[arg-type]
             download=download,
             **find_columns(dataset, root, split, input_key, target_key, numbers is not None),
+            # timm decodes streams; 16 bits and transparency are left to our own rules, where its reader can do that
+            input_img_mode="" if dataset.lower().startswith(("wds", "hfids")) else "RGB",
         )
     except DataError:
         raise

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -14,11 +16,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from mambascope.data.errors import DataError
-from mambascope.data.image_io import BadImageError, open_image, read_reason
+from mambascope.data.image_io import LOOKED_AT, BadImageError, convert_image, open_image, read_reason, survey
 from mambascope.data.loader import Item, Packet
 from mambascope.data.sampling import SampleKey
 from mambascope.data.scopedigits import ScopeDigits
 from mambascope.data.seeding import seeded
+from mambascope.models.pictures import ValueRange
 
 _MAX_TRIES = 20  # unreadable files in a row
 
@@ -43,15 +46,18 @@ def _close_tars(state: Any) -> None:
 
 
 class ImageSource:
-    """Rows of a data set as (RGB picture, label).
+    """Rows of a data set as (picture, label): RGB, or uint8 [H, W, C] where the model takes other than three channels.
 
     Args:
         rows: a timm ``ImageDataset`` (its reader hands over undecoded files), or any sequence of (picture, label).
         num_classes: labels must lie below it.
+        channels: of the model.
+        value_range: values of the files that become 0–255; see :func:`~mambascope.data.image_io.open_image`.
     """
 
-    def __init__(self, rows: Any, num_classes: int) -> None:
+    def __init__(self, rows: Any, num_classes: int, channels: int = 3, value_range: ValueRange = None) -> None:
         self.rows, self.num_classes = rows, num_classes
+        self.channels, self.value_range = channels, value_range
         self.reader = getattr(rows, "reader", None)
         self._pid = os.getpid()
 
@@ -67,7 +73,7 @@ class ImageSource:
                 return f"row {index}"
         return f"row {index}"
 
-    def __call__(self, index: int) -> tuple[Image.Image, int]:
+    def __call__(self, index: int) -> tuple[Image.Image | np.ndarray, int]:
         """Picture and label of a row.
 
         Raises:
@@ -78,17 +84,35 @@ class ImageSource:
             self._pid = os.getpid()
             _close_tars(getattr(self.reader, "tar_state", None))
         if self.reader is None:
-            picture, target = self.rows[index]
-            return picture.convert("RGB"), check_label(target, self.num_classes, f"row {index}")
+            image, target = self.rows[index]
+            picture = convert_image(image, f"row {index}", self.channels, self.value_range)
+            return picture, check_label(target, self.num_classes, f"row {index}")
+        file, target = self._open(index)
+        with file:
+            picture = open_image(file, self.name(index), self.channels, self.value_range)
+        return picture, check_label(target, self.num_classes, self.name(index))
+
+    def _open(self, index: int) -> tuple[Any, Any]:
+        """The undecoded file and the label of a row."""
+        assert self.reader is not None
         try:
-            file, target = self.reader[index][:2]
+            return self.reader[index][:2]
         except (OSError, tarfile.TarError) as error:
             raise BadImageError(f"cannot read image {self.name(index)}: {read_reason(error)}") from error
         except KeyError as error:
             raise DataError(f"label {error.args[0]!r} of {self.name(index)} is not in class_map") from None
-        with file:
-            picture = open_image(file, self.name(index))
-        return picture, check_label(target, self.num_classes, self.name(index))
+
+    def survey(self, warn: bool = True) -> None:
+        """Looks at some images, evenly spaced; see :func:`~mambascope.data.image_io.survey`."""
+
+        def some() -> Iterator[tuple[Any, str]]:
+            for index in range(0, len(self), max(1, len(self) // LOOKED_AT)):
+                with suppress(BadImageError):
+                    file = self.rows[index][0] if self.reader is None else self._open(index)[0]
+                    with file:
+                        yield file, self.name(index)
+
+        survey(some(), self.channels, self.value_range, warn)
 
 
 class KeyedImages(Dataset):
@@ -106,7 +130,7 @@ class KeyedImages(Dataset):
     def __init__(
         self,
         source: ImageSource,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Callable[[Any], Tensor],
         seed: int,
         skip_bad_files: bool = False,
         replace: bool = False,
@@ -143,20 +167,33 @@ class KeyedStream(IterableDataset):
         seed: decides, with the epoch, the process, the worker and the place in the worker's stream, the transform.
         epoch: of this pass.
         rank: this process.
+        channels: of the model.
+        value_range: as for :class:`ImageSource`.
     """
 
     def __init__(
-        self, stream: Any, transform: Callable[[Any], Tensor], num_classes: int, seed: int, epoch: int, rank: int = 0
+        self,
+        stream: Any,
+        transform: Callable[[Any], Tensor],
+        num_classes: int,
+        seed: int,
+        epoch: int,
+        rank: int = 0,
+        channels: int = 3,
+        value_range: ValueRange = None,
     ) -> None:
         self.stream, self.transform, self.num_classes = stream, transform, num_classes
+        self.channels, self.value_range = channels, value_range
         self.seed, self.epoch, self.rank = seed, epoch, rank
 
     def __iter__(self) -> Iterator[Item]:
         info = get_worker_info()
         worker = 0 if info is None else info.id
         try:
-            for place, (picture, target) in enumerate(self.stream):
-                label = check_label(target, self.num_classes, f"sample {place} of worker {worker}")
+            for place, (image, target) in enumerate(self.stream):
+                name = f"sample {place} of worker {worker}"
+                label = check_label(target, self.num_classes, name)
+                picture = convert_image(image, name, self.channels, self.value_range)
                 with seeded(self.seed, self.epoch, self.rank, worker, place):
                     value = self.transform(picture), label
                 yield Item(value)

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from PIL import Image
-from timm.data import auto_augment, create_transform
+from timm.data import auto_augment
+
+from mambascope.models.preprocessing import create_transform
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
@@ -28,14 +30,14 @@ def _operations(transform: Any) -> Iterator[Any]:
             yield from _operations(getattr(transform, name, ()))
 
 
-def make_transform(size: tuple[int, int], **options: Any) -> Callable[[Any], Any]:
-    """``timm.data.create_transform`` for RGB pictures of (height, width), returning tensors [3, H, W].
+def make_transform(input_size: tuple[int, int, int], **options: Any) -> Callable[[Any], Any]:
+    """:func:`mambascope.models.preprocessing.create_transform` for a model of (channels, height, width).
 
     Raises:
         ValueError: when timm does not accept an option.
     """
     try:
-        transform = create_transform((3, *size), **options)
+        transform = create_transform(input_size, **options)
     except AssertionError as error:
         raise ValueError(f"transform options not accepted: {error or options.get('auto_augment')}") from error
     for operation in _operations(transform):

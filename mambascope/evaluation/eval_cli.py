@@ -11,7 +11,7 @@ import torch
 
 from mambascope.evaluation.calibration import calibrate
 from mambascope.evaluation.eval_data import add_column_arguments, validation_loader
-from mambascope.evaluation.inference import CHECKPOINT_HELP, ready_model, run_command
+from mambascope.evaluation.inference import CHECKPOINT_HELP, add_value_range, ready_model, run_command, value_range
 from mambascope.evaluation.predict_cli import image_size
 from mambascope.evaluation.report import Report, write_report
 from mambascope.evaluation.sweep import Target
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-figures", action="store_true", help="numbers only")
     parser.add_argument("--alpha", type=float, help="share of the cells that the fine stage reads, 0 to 1")
     parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width, in pixels")
+    add_value_range(parser)
     parser.add_argument("--model", metavar="NAME", help="model of weights that do not describe it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
     parser.add_argument("--workers", type=int, default=0, help="worker processes that load images")
@@ -120,7 +121,12 @@ def _run(args: argparse.Namespace) -> int:
     target = chosen_target(args)
     checkpoint = find_weights(args.checkpoint)
     model = ready_model(
-        checkpoint, name=args.model, device=args.device, alpha=args.alpha, img_size=image_size(args.img_size)
+        checkpoint,
+        name=args.model,
+        device=args.device,
+        alpha=args.alpha,
+        img_size=image_size(args.img_size),
+        values=value_range(args.value_range),
     )
     if not isinstance(model, MambaScope):
         for name in ("threshold", "export", "engine", "fit_temperature"):

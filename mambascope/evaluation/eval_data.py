@@ -21,9 +21,9 @@ from mambascope.data.errors import DataError
 from mambascope.data.files import is_hidden
 from mambascope.data.readers import adopt_classes, find_split, is_stream, named_classes, open_folder, open_named
 from mambascope.data.scopedigits import ScopeDigitsConfig
-from mambascope.evaluation.inference import make_transform
 from mambascope.models.description import plain_values, shortened
 from mambascope.models.mambaeye import MambaEye
+from mambascope.models.preprocessing import make_transform, stored_value_range
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import SHIPPED
 
@@ -170,7 +170,8 @@ def _row_loader(
     from mambascope.data.sampling import EpochBatchSampler
     from mambascope.data.sources import ImageSource, KeyedImages
 
-    source = ImageSource(rows, model.num_classes)
+    source = ImageSource(rows, model.num_classes, model.in_chans, stored_value_range(model))
+    source.survey()
     sampler = EpochBatchSampler(len(source), batch_size, shuffle=False, drop_last=False, even=False)
     return ResumableLoader(KeyedImages(source, transform, 0, skip_bad_files), sampler, num_workers=num_workers)
 
@@ -193,6 +194,7 @@ def run_data(config: Path, model: VisionMamba) -> ResumableDataModule:
     module = run_module(config)
     if module.num_classes != model.num_classes:
         raise DataError(f"the data of {config} have {module.num_classes} classes, the model has {model.num_classes}")
+    module.fit_channels(model.in_chans)
     return module
 
 

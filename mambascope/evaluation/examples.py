@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mambascope.evaluation.collect import evaluating, model_device
-from mambascope.evaluation.inference import preprocessing
 from mambascope.models.exit import confidence
+from mambascope.models.preprocessing import preprocessing
 from mambascope.models.scope import MambaScope
 from mambascope.models.scope_states import ScopeOutput
 from mambascope.plotting import Example

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from mambascope._names import as_json
 from mambascope._version import __version__
 from mambascope.evaluation import early_exit
-from mambascope.evaluation.inference import CHECKPOINT_HELP, CommandError, preprocessing, ready_model, run_command
+from mambascope.evaluation.inference import CHECKPOINT_HELP, CommandError, ready_model, run_command
 from mambascope.evaluation.predict_cli import image_size
 from mambascope.models.checkpoint import atomic_path
 from mambascope.models.export import export_program, portable, quiet, stages, to_onnx
+from mambascope.models.preprocessing import preprocessing
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import find_weights
@@ -93,9 +94,7 @@ def check_program(module: nn.Module, inputs: Sequence[Tensor], path: Path) -> fl
 
 def describe_export(model: VisionMamba, alpha: float | None) -> dict[str, Any]:
     """What ``export.json`` says: how images are prepared, the labels, and what is fixed in the programs."""
-    facts = preprocessing(model)
-    facts["input_size"] = [model.in_chans, *model.config.image_hw]
-    facts |= {"labels": model.labels, "num_classes": model.num_classes, "version": __version__}
+    facts = preprocessing(model) | {"labels": model.labels, "num_classes": model.num_classes, "version": __version__}
     if isinstance(model, MambaScope):
         facts |= {"alpha": model.alpha if alpha is None else alpha, "threshold": model.threshold}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from mambascope.data.glimpses import Coverage, Placement, Positions, extract_patches
+from mambascope.data.glimpses import Coverage, Placement, Positions, as_bands, extract_patches, from_bands
 from mambascope.evaluation.collect import evaluating, model_device
 from mambascope.models.checkpoint import load_model
 from mambascope.models.eye_exit import corrected_confidence
@@ -144,13 +145,13 @@ class ByScope:
     cost: float = 1.0
 
     def importance(self, pixels: Tensor) -> Tensor:
-        """Coarse importance map [rows, columns], from 0, of pixels [3, h, w] uint8."""
-        from mambascope.evaluation.inference import make_transform
+        """Coarse importance map [rows, columns], from 0, of pixels [C, h, w] uint8."""
+        from mambascope.models.preprocessing import make_transform
 
-        picture = _picture(pixels)
         height, width = self.scope.config.image_hw
         # the map must show the whole image: no centre crop
-        image = make_transform(self.scope)(picture.resize((width, height), 3))
+        resized = [band.resize((width, height), Image.Resampling.BICUBIC) for band in as_bands(pixels)]
+        image = make_transform(self.scope)(from_bands(resized).numpy().transpose(1, 2, 0))
         with evaluating(self.scope):
             coarse = self.scope.forward_coarse(image[None].to(model_device(self.scope)))
         values = coarse.importance[0].float().cpu()
@@ -171,12 +172,6 @@ class ByScope:
             )
             for canvas, placement, seed in zip(canvases, placements, seeds, strict=True)
         ]
-
-
-def _picture(pixels: Tensor) -> Any:
-    from PIL import Image
-
-    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).cpu().numpy()))
 
 
 @dataclass

@@ -19,23 +19,34 @@ from mambascope.evaluation.eval_data import add_column_arguments, open_rows, run
 from mambascope.evaluation.eye_choice import CHOICES
 from mambascope.evaluation.eye_curves import Pictures, StopOptions
 from mambascope.evaluation.eye_report import write_eye_report
-from mambascope.evaluation.inference import CHECKPOINT_HELP, pick_device, ready_model, run_command
+from mambascope.evaluation.inference import (
+    CHECKPOINT_HELP,
+    add_value_range,
+    pick_device,
+    ready_model,
+    run_command,
+    use_value_range,
+    value_range,
+)
 from mambascope.models.checkpoint import load_checkpoint, load_model
 from mambascope.models.eye_exit import CRITERIA
 from mambascope.models.mambaeye import MambaEye
 from mambascope.models.mambaeye_config import MAMBAEYE_CONFIGS
+from mambascope.models.pictures import ValueRange
+from mambascope.models.preprocessing import stored_value_range
 from mambascope.models.weights import find_weights
 
 DIGITS = "scopedigits"
 
 
-def ready_eye(checkpoint: str, name: str | None = None, device: str = "auto") -> MambaEye:
+def ready_eye(checkpoint: str, name: str | None = None, device: str = "auto", values: ValueRange = None) -> MambaEye:
     """A MambaEye in evaluation mode on its device.
 
     Args:
         checkpoint: Weights that describe their model, or official ones together with `name`.
         name: Registered model that the weights belong to, where they do not describe it.
         device: See :func:`mambascope.evaluation.inference.pick_device`.
+        values: Values of the image files that become 0–255, in place of the stored ones.
 
     Raises:
         ValueError: If an argument does not have an accepted value, or the weights are of another model.
@@ -51,6 +62,7 @@ def ready_eye(checkpoint: str, name: str | None = None, device: str = "auto") ->
         raise ValueError(f"model must be one of {', '.join(MAMBAEYE_CONFIGS)}, got {name!r}")
     if not isinstance(model, MambaEye):
         raise ValueError(f"{path} holds a {type(model).__name__}, not a MambaEye; tools/eval_cls.py evaluates it")
+    use_value_range(model, values)
     return model.to(target).eval()
 
 
@@ -90,6 +102,7 @@ class EyeData:
                     "there is no run configuration beside the checkpoint: pass --data FOLDER or scopedigits"
                 )
             module = _run_data(config)
+            module.fit_channels(model.in_chans)
             self.pictures, self.name = module.val_images(), f"validation data of {config.parent.name}"
             if hasattr(module, "calibration_images"):
                 self.calibration = module.calibration_images()
@@ -101,7 +114,9 @@ class EyeData:
             self.calibration = DigitPictures(digits, length, start=length)
         else:
             rows, _ = open_rows(model, data, split, input_key, target_key)
-            self.pictures, self.name = ImageSource(rows, model.num_classes), data
+            source = ImageSource(rows, model.num_classes, model.in_chans, stored_value_range(model))
+            source.survey()
+            self.pictures, self.name = source, data
         classes = getattr(self.pictures, "num_classes", 10)
         if classes > model.num_classes:
             raise DataError(f"the data have {classes} classes, the model has {model.num_classes}")
@@ -173,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=64, help="images per pass (default 64)")
     parser.add_argument("--chunk", type=int, default=128, help="glimpses whose logits exist at once (default 128)")
     parser.add_argument("--seed", type=int, default=0, help="of the random positions (default 0)")
+    add_value_range(parser)
     parser.add_argument("--model", metavar="NAME", help="model of weights that do not describe it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
     parser.add_argument("--no-figures", action="store_true", help="numbers only")
@@ -204,7 +220,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"seed must not be negative, got {args.seed}")
     if args.length < 1:
         raise ValueError(f"length must be at least 1, got {args.length}")
-    model = ready_eye(args.checkpoint, args.model, args.device)
+    model = ready_eye(args.checkpoint, args.model, args.device, value_range(args.value_range))
     options, stop = given_options(model, args), _stop_options(args)
     sizes = _sizes(options, args.sizes)
     if None in sizes and options.resize_mode != "none":

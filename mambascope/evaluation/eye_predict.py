@@ -25,12 +25,13 @@ from mambascope.evaluation.collect import evaluating
 from mambascope.evaluation.eye_choice import CHOICES, make_chooser
 from mambascope.evaluation.eye_cli import add_glimpse_arguments, canvas, given_options, ready_eye
 from mambascope.evaluation.eye_curves import Chooser, read_glimpses
-from mambascope.evaluation.inference import CommandError
-from mambascope.evaluation.predict_cli import Skipped, open_output
+from mambascope.evaluation.inference import CommandError, value_range
+from mambascope.evaluation.predict_cli import Skipped, open_output, surveyed
 from mambascope.models.checkpoint import read_state_dict
 from mambascope.models.eye_exit import answer_when_sure
 from mambascope.models.mambaeye import MambaEye
 from mambascope.models.mambaeye_config import MAMBAEYE_CONFIGS
+from mambascope.models.preprocessing import stored_value_range
 from mambascope.models.weights import find_weights
 
 _NEVER = 2.0  # a threshold that no confidence reaches
@@ -164,7 +165,7 @@ def predict_eye(
         skipped: What to do with files that cannot be read.
         check: Called with every placement; raises :class:`DataError` for an image that the chooser cannot do.
     """
-    labels, skipped = model.labels, skipped or Skipped(False)
+    labels, skipped, values = model.labels, skipped or Skipped(False), stored_value_range(model)
 
     def name(index: int) -> str:
         return str(labels[index]) if labels and index < len(labels) else str(index)
@@ -203,7 +204,7 @@ def predict_eye(
 
     for source in sources:
         try:
-            picture = open_image(source.path)
+            picture = open_image(source.path, None, model.in_chans, values)
             # an image that cannot be placed, or has points outside, is named now and not in the middle of a batch
             placement = options.place(picture)[1]
             if check is not None:
@@ -271,8 +272,9 @@ def save_films(
         patches, moves, coverage = glimpses.read(torch.tensor([i]), 0, row.glimpses)
         with evaluating(model):
             probabilities = model(patches.to(device), moves.to(device))[0].float().softmax(-1).cpu()
+        canvas = glimpses.canvases[i]
         film = Film(
-            glimpses.canvases[i].permute(1, 2, 0).cpu().numpy(),
+            (canvas[:3] if len(canvas) >= 3 else canvas[:1].expand(3, -1, -1)).permute(1, 2, 0).cpu().numpy(),
             np.asarray(glimpses.positions[i])[: row.glimpses],
             probabilities.numpy(),
             coverage[0].numpy(),
@@ -298,7 +300,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"seed must not be negative, got {args.seed}")
     if args.points and (args.choose or args.glimpses or args.pattern):
         raise ValueError("points already say where to look: leave --choose, --glimpses and --pattern out")
-    model = ready_eye(args.checkpoint, args.model, args.device)
+    model = ready_eye(args.checkpoint, args.model, args.device, value_range(args.value_range))
     options = given_options(model, args)
     if args.canvas is not None:
         options = replace(options, canvas_size=canvas(args.canvas))
@@ -321,7 +323,7 @@ def run(args: argparse.Namespace) -> int:
         writer = EyeWriter(stream, args.format, model.labels)
         for rows, glimpses, files in predict_eye(
             model,
-            find_images(args.inputs, left_out),
+            surveyed(find_images(args.inputs, left_out), model.in_chans, stored_value_range(model)),
             options,
             threshold=args.threshold,
             chooser=chooser,

@@ -81,7 +81,7 @@ def vim_accuracy(
     limit: int | None = None,
 ) -> tuple[float, float]:
     """Accuracy (0 to 1) and GFLOPs per image of a Vim or MambaScope at an image size; its position tables follow."""
-    from mambascope.evaluation.inference import make_transform
+    from mambascope.models.preprocessing import make_transform
 
     model.set_input_size((size, size))
     transform, device = make_transform(model), model_device(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from mambascope.models.checkpoint import (
 )
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS
 from mambascope.models.exit import check_threshold
+from mambascope.models.pictures import ValueRange, check_value_range
 from mambascope.models.scope import MambaScope
 from mambascope.models.tables import table_stride
 from mambascope.models.vim import VisionMamba
@@ -59,6 +61,7 @@ def ready_model(
     threshold: float | None = None,
     alpha: float | None = None,
     img_size: Sequence[int] | None = None,
+    values: ValueRange = None,
 ) -> VisionMamba:
     """A model in evaluation mode on its device.
 
@@ -69,6 +72,7 @@ def ready_model(
         device: see :func:`pick_device`.
         threshold, alpha: replace the stored η and α of a MambaScope.
         img_size: (height, width) to run at; position tables are resampled. Default: the stored size.
+        values: values of the image files that become 0–255, in place of the stored ones.
 
     Raises:
         ValueError: an argument outside what is accepted, or a checkpoint that cannot be used.
@@ -88,6 +92,7 @@ def ready_model(
             model.set_alpha(alpha)
     elif threshold is not None or alpha is not None:
         raise ValueError(f"threshold and alpha need a MambaScope; {path} holds a one-stage {type(model).__name__}")
+    use_value_range(model, values)
     return model.to(target).eval()
 
 
@@ -121,36 +126,28 @@ def _named(name: str, path: Path) -> VisionMamba:
     return model
 
 
-def preprocessing(model: VisionMamba) -> dict[str, Any]:
-    """How images are prepared for `model`: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``.
-
-    From what the file says; the rest from timm's entry, and a whole, bicubically resized image by default.
-    """
-    description = getattr(model, "description", {})
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    config = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 1.0}
-    for source in (cfg, description, description.get("transform") or {}):
-        config.update({key: source[key] for key in config if source.get(key) is not None})
-    return {**config, "input_size": (3, *model.config.image_hw)}
+def add_value_range(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that says which values of image files become 0 and 255."""
+    parser.add_argument(
+        "--value-range",
+        nargs="+",
+        metavar="V",
+        help="values of the files that become 0 and 255: two numbers, or file or percentile; default: the weights'",
+    )
 
 
-def make_transform(model: VisionMamba) -> Callable[[Any], torch.Tensor]:
-    """Preprocessing of one RGB picture to the tensor [C, H, W] that `model` takes.
+def value_range(given: Sequence[str] | None) -> ValueRange:
+    """The value of a ``--value-range`` option."""
+    return check_value_range(given[0] if given and len(given) == 1 else given)
 
-    Raises:
-        ValueError: a model with other than 1 or 3 input channels.
-    """
-    from timm.data import create_transform
 
-    if model.in_chans not in (1, 3):
-        raise ValueError(f"pictures have 1 or 3 channels, the model takes {model.in_chans}")
-    transform = create_transform(**preprocessing(model))
-
-    def apply(picture: Any) -> torch.Tensor:
-        tensor = transform(picture)
-        return tensor if model.in_chans == 3 else tensor.mean(0, keepdim=True)
-
-    return apply
+def use_value_range(model: Any, values: ValueRange) -> None:
+    """Makes image files be read with other values than those that the weights say; None leaves them."""
+    if values is not None:
+        model.description = {
+            **model.description,
+            "transform": {**(model.description.get("transform") or {}), "value_range": values},
+        }
 
 
 class CommandError(Exception):

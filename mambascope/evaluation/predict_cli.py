@@ -25,10 +25,19 @@ from tqdm import tqdm
 
 from mambascope._names import as_json
 from mambascope.data.files import LeftOut, Source, find_images
-from mambascope.data.image_io import BadImageError, open_image
+from mambascope.data.image_io import LOOKED_AT, BadImageError, open_image, survey
 from mambascope.evaluation.engine import ScopePredictor
-from mambascope.evaluation.inference import CHECKPOINT_HELP, CommandError, make_transform, ready_model, run_command
+from mambascope.evaluation.inference import (
+    CHECKPOINT_HELP,
+    CommandError,
+    add_value_range,
+    ready_model,
+    run_command,
+    value_range,
+)
 from mambascope.models.exit import confidence
+from mambascope.models.pictures import ValueRange
+from mambascope.models.preprocessing import make_transform, stored_value_range
 from mambascope.models.scope import MambaScope
 from mambascope.models.scope_states import ScopeOutput
 from mambascope.models.vim import VisionMamba
@@ -75,12 +84,22 @@ class Skipped:
         tqdm.write(f"skipped: {error}", file=sys.stderr)
 
 
+def surveyed(sources: Iterable[Source], channels: int, values: ValueRange) -> Iterator[Source]:
+    """The same files, after a look at the first ones; see :func:`mambascope.data.image_io.survey`."""
+    feed = iter(sources)
+    some = list(itertools.islice(feed, LOOKED_AT))
+    survey([(source.path, str(source.path)) for source in some], channels, values)
+    return itertools.chain(some, feed)
+
+
 def load_batches(
     sources: Iterable[Source],
     transform: Callable[[Any], Tensor],
     batch_size: int,
     skipped: Skipped,
     workers: int = 4,
+    channels: int = 3,
+    values: ValueRange = None,
 ) -> Iterator[tuple[Tensor, list[Source]]]:
     """Decodes images in threads, a few batches ahead; gives images [B, C, H, W] and their files, in order.
 
@@ -90,7 +109,7 @@ def load_batches(
     """
 
     def decode(source: Source) -> Tensor:
-        return transform(open_image(source.path))
+        return transform(open_image(source.path, None, channels, values))
 
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode") as pool:
         waiting: deque[tuple[Source, Future[Tensor]]] = deque()
@@ -246,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threshold", type=float, help="confidence at which the coarse answer is taken")
     parser.add_argument("--alpha", type=float, help="share of the cells that the fine stage reads, 0 to 1")
     parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width, in pixels")
+    add_value_range(parser)
     parser.add_argument("--model", metavar="NAME", help="model of weights that do not describe it")
     parser.add_argument("--batch-size", type=int, default=32, help="images per coarse pass (default 32)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
@@ -281,12 +301,15 @@ def _run(args: argparse.Namespace) -> int:
         threshold=args.threshold,
         alpha=args.alpha,
         img_size=image_size(args.img_size),
+        values=value_range(args.value_range),
     )
     if args.save_dir and not isinstance(model, MambaScope):
         raise ValueError("save-dir draws what a MambaScope refined; this is a one-stage model")
     skipped, left_out = Skipped(args.skip_bad), LeftOut()
-    sources = find_images(args.inputs, left_out)
-    batches = load_batches(sources, make_transform(model), args.batch_size, skipped, args.workers)
+    values = stored_value_range(model)
+    sources = surveyed(find_images(args.inputs, left_out), model.in_chans, values)
+    transform = make_transform(model)
+    batches = load_batches(sources, transform, args.batch_size, skipped, args.workers, model.in_chans, values)
     count = left = 0
     with (
         tqdm(desc="images", unit="image", file=sys.stderr, disable=not sys.stderr.isatty()) as bar,

@@ -276,6 +276,7 @@ class Work:
         try:
             model = _changed(model, point.setting.model)
             _resize(model, data.img_size)
+            data.fit_channels(model.config.in_chans)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         if model.num_classes != data.num_classes:

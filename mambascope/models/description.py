@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mambascope.models.pictures import STRETCHES, check_value_range
+
 MAX_SIDE = 4096
 """Longest side of the images that a description may ask for where no tensor of the file shows the size."""
 
-TRANSFORM = ("input_size", "mean", "std", "interpolation", "crop_pct")
+TRANSFORM = ("input_size", "mean", "std", "interpolation", "crop_pct", "value_range")
 """What a description may say about preprocessing."""
 
 GLIMPSES = ("length", "canvas_size", "pattern", "resize_mode", "compat")
@@ -28,6 +30,14 @@ _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"
 
 def _number(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and low <= value <= high
+
+
+def _value_range(value: Any) -> bool:
+    try:
+        check_value_range(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _sides(value: Any, count: int) -> bool:
@@ -46,6 +56,7 @@ _WANTED: dict[str, tuple[Callable[[Any, int], bool], str]] = {
     "std": (lambda v, in_chans: _channels(v, in_chans, 1e-12), "finite, positive numbers, one per channel"),
     "interpolation": (lambda v, _: v in _INTERPOLATIONS, f"one of {', '.join(_INTERPOLATIONS)}"),
     "crop_pct": (lambda v, _: _number(v, 0.05, 2), "a number in [0.05, 2]"),
+    "value_range": (lambda v, _: _value_range(v), f"low and high, or one of {', '.join(STRETCHES)}"),
     "length": (lambda v, _: type(v) is int and 1 <= v <= _MOST_GLIMPSES, f"an integer in 1..{_MOST_GLIMPSES}"),
     "canvas_size": (lambda v, _: _sides(v, 2) or _sides([v], 1), f"one side or two, each in 1..{MAX_SIDE}"),
     "pattern": (lambda v, _: isinstance(v, str), "a text"),

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 
-from mambascope.models.description import TRANSFORM
+from mambascope.models.preprocessing import make_transform, stored_value_range
 from mambascope.models.weights import WEIGHTS
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -52,14 +52,17 @@ class HubMixin(ModelHubMixin):
         return self.description.get("labels")
 
     def transform(self, is_training: bool = False) -> Callable[[Any], Any]:
-        """The preprocessing stored with the weights, else the model's default: PIL image to tensor [C, H, W]."""
-        from timm.data import create_transform, resolve_data_config
+        """The preprocessing stored with the weights, else the model's default, as ``tools/predict.py`` does it.
 
-        size = (self.config.in_chans, *self.config.image_hw)  # type: ignore[attr-defined]
-        told = self.description.get("transform") or {}
-        stored = {"input_size": size, **{name: told[name] for name in TRANSFORM if name in told}}
-        known = resolve_data_config(stored, pretrained_cfg=getattr(self, "pretrained_cfg", None) or {})
-        return create_transform(**{**known, **stored}, is_training=is_training)
+        Args:
+            is_training: With timm's random crop, flip and colours.
+
+        Returns:
+            From an image to the tensor [C, H, W] that the model takes. The image is a path, a Pillow image of any mode,
+            or an array [H, W] or [H, W, C]; only by the path all of a 16-bit colour image, or of one with more than
+            four channels, is seen.
+        """
+        return make_transform(self, is_training, stored_value_range(self))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from mambascope.layers.norm import RMSNorm
 from mambascope.models.configs import with_overrides
 from mambascope.models.hub import HubMixin
 from mambascope.models.mambaeye_config import MambaEyeConfig
+from mambascope.models.preprocessing import ToPicture, stored_value_range
 
 
 def move_embedding(moves: Tensor, dim: int = 256) -> Tensor:
@@ -322,16 +323,18 @@ class MambaEye(nn.Module, HubMixin):
         return replace(state, logits=self.forward_head(state.feature))
 
     def transform(self, is_training: bool = False) -> Callable[[Any], Any]:
-        """RGB picture of any size to pixels [3, H, W] in [0, 1]; :mod:`mambascope.data.glimpses` cuts glimpses of it.
+        """Image of any size to pixels [C, H, W] in [0, 1]; :mod:`mambascope.data.glimpses` cuts glimpses of it.
+
+        The image is what :meth:`HubMixin.transform` takes.
 
         Raises:
             ValueError: If ``is_training``: random views come with their glimpses, from the training data modules.
         """
         if is_training:
             raise ValueError("is_training must be false: a MambaEye's random views come from its data modules")
-        from torchvision.transforms.functional import to_tensor
+        from torchvision.transforms import Compose, ToTensor
 
-        return to_tensor
+        return Compose([ToPicture(self.in_chans, stored_value_range(self)), ToTensor()])
 
     # ---- timm's model contract -----------------------------------------------------------------------------------
 

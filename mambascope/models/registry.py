@@ -12,14 +12,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor
 
 from mambascope.models.checkpoint import CheckpointError, described_config, read_state_dict
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, VimConfig, with_overrides
 from mambascope.models.meaning import differences
+from mambascope.models.preprocessing import default_preprocessing
 from mambascope.models.scope import MambaScope
 from mambascope.models.tables import fit_tables
 from mambascope.models.vim import VisionMamba
@@ -42,17 +41,13 @@ _FIRST_CONVS = ("patch_embed.proj", "patch_embed.stem.levels.0.0.0")
 
 
 def _default_cfg(config: VimConfig) -> dict[str, Any]:
-    small = config.image_hw[0] < 128
     return {
         "url": "",
         "num_classes": config.num_classes,
         "input_size": (config.in_chans, *config.image_hw),
         "fixed_input_size": False,
         "pool_size": None,
-        "crop_pct": 1.0 if small else 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_INCEPTION_MEAN if small else IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_INCEPTION_STD if small else IMAGENET_DEFAULT_STD,
+        **default_preprocessing(config.image_hw),
         "first_conv": _FIRST_CONVS[0],
         "classifier": "head",
         "license": "apache-2.0",

@@ -30,6 +30,7 @@ from mambascope.data.datamodule import ResumableDataModule
 from mambascope.data.errors import worker_failure
 from mambascope.models import MAMBAEYE_CONFIGS, MambaEye, MambaScope
 from mambascope.models.checkpoint import CheckpointError, atomic_path
+from mambascope.models.description import TRANSFORM
 from mambascope.training.args import RunArgs
 from mambascope.training.base import TrainModule
 from mambascope.training.checkpointing import NonFiniteLossError, RunCheckpoint
@@ -185,6 +186,8 @@ class TrainCLI(LightningCLI):
                 f"{self.model.net.name} reads {reads}, but data.class_path {type(self.datamodule).__name__} gives "
                 f"{gives}; Glimpse…DataModule is for a MambaEye, the others for MambaScope and Vim"
             )
+        if isinstance(self.datamodule, ResumableDataModule):
+            self.datamodule.fit_channels(self.model.model.config.in_chans)
         self.resume_from = None
         self.resume_step = 0
         if self.config.ckpt_path is not None:
@@ -230,7 +233,7 @@ class TrainCLI(LightningCLI):
     def _facts(self) -> dict[str, Any]:
         """What weights files say about the data, so that they can be used without them."""
         told = self.datamodule.describe() if hasattr(self.datamodule, "describe") else {}
-        transform = {name: told[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in told}
+        transform = {name: told[name] for name in TRANSFORM if told.get(name) is not None}
         facts = {"model": self.model.net.name, "labels": told.get("class_names"), "transform": transform}
         if isinstance(self.model, EyeModule):
             facts["glimpses"] = told.get("glimpses")

@@ -76,13 +76,14 @@ def test_each_change_does_what_it_says(change, check):
 def test_perspective_moves_corners_to_where_they_belong():
     """Coloured corners arrive at the edges of the new box; without shift nothing changes."""
     image = picture(40, 60)
-    same = _perspective(image, np.random.default_rng(0), 0.0)
+    same = _perspective([image], np.random.default_rng(0), 0.0)[0]
     assert np.abs(np.array(same).astype(int) - np.array(image)).max() <= 1
-    sizes = {_perspective(image, np.random.default_rng(i), 0.25).size for i in range(10)}
+    sizes = {_perspective([image], np.random.default_rng(i), 0.25)[0].size for i in range(10)}
     assert len(sizes) > 5
     assert all(60 - 20 <= w <= 60 + 21 and 40 - 20 <= h <= 40 + 21 for w, h in sizes)
     white = Image.new("RGB", (60, 40), (255, 255, 255))
-    share = np.mean([np.mean(np.array(_perspective(white, np.random.default_rng(i), 0.25)) > 0) for i in range(10)])
+    views = [_perspective([white], np.random.default_rng(i), 0.25)[0] for i in range(10)]
+    share = np.mean([np.mean(np.array(view) > 0) for view in views])
     assert 0.6 < share < 0.95  # black outside the image
 
 

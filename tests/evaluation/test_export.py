@@ -15,10 +15,11 @@ from PIL import Image
 from mambascope.evaluation import export_cli
 from mambascope.evaluation.early_exit import EarlyExit
 from mambascope.evaluation.export_cli import difference, run_onnx, run_program
-from mambascope.evaluation.inference import make_transform, ready_model
+from mambascope.evaluation.inference import ready_model
 from mambascope.models import MambaScope, ScopeConfig, VimConfig, VisionMamba, load_model
 from mambascope.models.checkpoint import save_safetensors
 from mambascope.models.export import export_program, portable, stages
+from mambascope.models.preprocessing import make_transform
 
 ROOT = Path(__file__).parents[2]
 TRANSFORM = {"mean": [0.4, 0.5, 0.4], "std": [0.2, 0.2, 0.3], "crop_pct": 0.8, "interpolation": "bilinear"}

@@ -15,9 +15,10 @@ from PIL import Image
 
 from mambascope.data.image_io import open_image
 from mambascope.evaluation import predict_cli
-from mambascope.evaluation.inference import make_transform, pick_device, preprocessing, ready_model
+from mambascope.evaluation.inference import pick_device, ready_model
 from mambascope.models import VimConfig, VisionMamba
 from mambascope.models.checkpoint import save_safetensors
+from mambascope.models.preprocessing import make_transform, preprocessing
 
 ROOT = Path(__file__).parents[2]
 LABELS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
@@ -272,7 +273,7 @@ def test_the_tool_itself_and_a_closed_pipe(checkpoint, folder):
 
 def test_preprocessing_comes_from_the_file(checkpoint):
     config = preprocessing(ready_model(checkpoint, device="cpu"))
-    assert config["mean"] == [0.4] * 3
+    assert config["mean"] == (0.4,) * 3
     assert config["interpolation"] == "bilinear"
     assert config["input_size"] == (3, 32, 32)
     assert pick_device("cpu").type == "cpu"
