@@ -1,15 +1,24 @@
 """Early exit over the two ONNX files of an export: coarse.onnx for every image, fine.onnx for the unsure ones only.
 
-Needs numpy, onnxruntime and Pillow, not mambascope: tools/export.py puts a copy of this file beside the models.
+Needs numpy, onnxruntime and Pillow, not mambascope: tools/export.py puts a copy of this file beside the models, and
+into it the rules by which tools/predict.py reads images.
 
     python early_exit.py IMAGE...
 """
 
+from __future__ import annotations
+
 import json
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
+from mambascope.models.pictures import check_value_range, read_picture, read_reason
+
+BATCH = 32  # images that are in memory at once
 
 
 class EarlyExit:
@@ -25,6 +34,7 @@ class EarlyExit:
 
         self.facts = json.loads((Path(folder) / "export.json").read_text(encoding="utf-8"))
         self.threshold = self.facts["threshold"] if threshold is None else threshold
+        self.value_range = check_value_range(self.facts.get("value_range"))
         self.coarse, self.fine = (
             onnxruntime.InferenceSession(str(Path(folder) / f"{name}.onnx")) for name in ("coarse", "fine")
         )
@@ -45,35 +55,54 @@ class EarlyExit:
         return logits, exited
 
     def read(self, path):
-        """One image file as the model takes it [C, H, W]."""
-        from PIL import Image, ImageOps
+        """One image file as the model takes it [C, H, W] float32."""
+        channels, *sides = self.facts["input_size"]
+        picture = read_picture(path, channels, self.value_range)
+        bands = [picture] if channels == 3 else map(Image.fromarray, np.asarray(picture).transpose(2, 0, 1).copy())
+        pixels = np.dstack([np.asarray(self._cropped(band, *sides)) for band in bands]).astype(np.float32) / 255
+        mean, std = (np.asarray(self.facts[name], np.float32) for name in ("mean", "std"))
+        return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
 
-        channels, height, width = self.facts["input_size"]
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        # the picture covers size / crop_pct, then the centre is cut out
-        wanted = [int(side / self.facts["crop_pct"]) for side in (width, height)]
-        scale = max(goal / side for goal, side in zip(wanted, picture.size))  # noqa: B905
-        size = [max(goal, int(side * scale + 1e-6)) for goal, side in zip(wanted, picture.size)]  # noqa: B905
-        way = {"bilinear": Image.Resampling.BILINEAR}.get(self.facts["interpolation"], Image.Resampling.BICUBIC)
-        picture = picture.resize(size, way)
+    def _cropped(self, picture, height, width):
+        """The picture resized to cover size / crop_pct, and the centre of that."""
+        goal = [math.floor(side / self.facts["crop_pct"]) for side in (width, height)]
+        if goal[0] == goal[1]:
+            short = min(picture.size)
+            size = [goal[0] if side == short else int(goal[0] * side / short) for side in picture.size]
+        else:
+            ratio = min(side / wanted for side, wanted in zip(picture.size, goal))  # noqa: B905
+            size = [round(side / ratio) for side in picture.size]
+        if size != list(picture.size):
+            picture = picture.resize(size, Image.Resampling[self.facts["interpolation"].upper()])
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
-        pixels = np.asarray(picture.crop((left, top, left + width, top + height)), np.float32) / 255
-        pixels = ((pixels - self.facts["mean"]) / self.facts["std"]).astype(np.float32).transpose(2, 0, 1)
-        return pixels if channels == 3 else pixels.mean(0, keepdims=True)
+        return picture.crop((left, top, left + width, top + height))
 
 
 def main(files):
-    """Prints one line per image."""
+    """Prints one line per image, in order; names files that cannot be read. Returns the status: 1 if there were any."""
     model = EarlyExit(Path(__file__).parent)
-    logits, exited = model(np.stack([model.read(file) for file in files]))
-    labels = model.facts["labels"] or range(logits.shape[1])
-    for file, row, left in zip(files, logits, exited):  # noqa: B905
-        odds = np.exp(row - row.max())
-        best = int(row.argmax())
-        print(f"{labels[best]}\t{odds[best] / odds.sum():.3f}\t{'coarse' if left else 'fine'}\t{file}")
+    labels, bad = model.facts["labels"], 0
+    for start in range(0, len(files), BATCH):
+        images, names = [], []
+        for file in files[start : start + BATCH]:
+            try:
+                images.append(model.read(file))
+                names.append(file)
+            except Exception as error:  # decoders raise a dozen kinds of exceptions on damaged files
+                bad += 1
+                print(f"cannot read image {file}: {read_reason(error)}", file=sys.stderr)
+        if not images:
+            continue
+        logits, exited = model(np.stack(images))
+        for file, row, left in zip(names, logits, exited):  # noqa: B905
+            odds = np.exp(row - row.max())
+            best = int(row.argmax())
+            label = labels[best] if labels else best
+            print(f"{label}\t{odds[best] / odds.sum():.3f}\t{'coarse' if left else 'fine'}\t{file}")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(f"usage: {sys.argv[0]} IMAGE...")
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -18,6 +18,7 @@ from mambascope._version import __version__
 from mambascope.evaluation import early_exit
 from mambascope.evaluation.inference import CHECKPOINT_HELP, CommandError, ready_model, run_command
 from mambascope.evaluation.predict_cli import image_size
+from mambascope.models import pictures
 from mambascope.models.checkpoint import atomic_path
 from mambascope.models.export import export_program, portable, quiet, stages, to_onnx
 from mambascope.models.preprocessing import preprocessing
@@ -100,6 +101,14 @@ def describe_export(model: VisionMamba, alpha: float | None) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
 
 
+def standalone_early_exit() -> str:
+    """The source of ``early_exit.py`` with that of ``pictures.py`` in the place of its import."""
+    text, rules = (Path(m.__file__).read_text(encoding="utf-8") for m in (early_exit, pictures))  # type: ignore[arg-type]
+    rules = rules.partition("from __future__ import annotations\n")[2]
+    before, _, after = text.partition(f"from {pictures.__name__} import ")
+    return f"{before}{rules}\n\n{after.partition(chr(10))[2]}"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Write ONNX files and torch.export programs of a model's stages, and compare them with the model.",
@@ -149,7 +158,7 @@ def _run(args: argparse.Namespace) -> int:
         temporary.write_text(text + "\n", encoding="utf-8")
     if "onnx" in args.format and isinstance(model, MambaScope):
         with atomic_path(out / "early_exit.py") as temporary:
-            temporary.write_text(Path(early_exit.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+            temporary.write_text(standalone_early_exit(), encoding="utf-8")
     print(f"written to {out}; batch sizes {' and '.join(map(str, CHECKED_BATCHES))} compared with the model")
     return 0
 

@@ -204,5 +204,10 @@ def to_onnx(program: ExportedProgram, outputs: tuple[str, ...], metadata: dict[s
         assert value.shape is not None
         if not isinstance(value.shape[0], int):
             value.shape = ir.Shape(["batch", *list(value.shape)[1:]])
+    inner = (value for node in graph.all_nodes() for value in node.outputs if not value.is_graph_output())
+    for value in (*inner, *graph.initializers.values()):
+        # what the file said of them would have to fit what tools make of the graph: quantize_dynamic refuses it
+        value.shape = value.type = None
+        value.metadata_props.clear()
     onnx.model.metadata_props.update(metadata or {})
     return onnx
