@@ -272,6 +272,8 @@ def load_weights(
     report.differs = differences(config, own, (*MEANING, *CHOICES))
     meant = [found for found in report.differs if found.name not in CHOICES]
     problems += map(str, meant)
+    # the shape of the first layer says it too, but not which option it is
+    problems += [f"{found} (--model.net.args.in_chans)" for found in differences(config, own, ("in_chans",))]
     stems = stem_width(source), getattr(model.config, "stem_width", 0)
     other_stem: tuple[str, ...] = ()
     if stems[0] != stems[1]:

@@ -265,6 +265,13 @@ def test_the_stored_range_is_applied_by_the_model(tmp_path):
     assert torch.equal(seen, make_transform(model)(open_image(path, None, 3, (0, 4095))))
 
 
+def test_a_range_from_a_stranger_is_checked(tmp_path):
+    config = ScopeConfig(img_size=32, patch_size=8, embed_dim=16, depth=1, num_classes=3)
+    save_safetensors(MambaScope(config), tmp_path / "a.safetensors", {"transform": {"value_range": [5, 5]}})
+    with pytest.raises(ValueError, match="value_range must be low and high, or one of file, percentile, got"):
+        load_model(tmp_path / "a.safetensors")
+
+
 def test_a_narrow_range_is_named_once(caplog, monkeypatch):
     def warned(*kinds, value_range=None, channels=3):
         caplog.clear()

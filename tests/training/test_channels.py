@@ -209,6 +209,8 @@ def test_the_wrong_number_of_channels_is_one_early_line(here, capsys):
     assert "value_range must be the values that become 0 and 255" in refused(
         data__root="grey", data__value_range=[5, 5]
     )
+    given = {"data__root": "bands", "model__net__args__in_chans": 13, "model__net__checkpoint": "scopedigits"}
+    assert "in_chans is 3 in the file and 13 in the model (--model.net.args.in_chans)" in refused(**given)
     assert predict_cli.main(["scopedigits", *files("bands")]) == 2
     assert "it has 13 channels, the model takes 3" in capsys.readouterr().err
 
