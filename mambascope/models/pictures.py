@@ -305,7 +305,7 @@ def _read_tiff(source: Source, channels: int) -> np.ndarray:
     import tifffile
 
     with _opened(source) as binary, tifffile.TiffFile(binary) as file:
-        page = file.pages[0]
+        page: Any = file.pages[0]
         series = file.series[0]
         # one page per channel
         stack = page.ndim == 2 and series.ndim == 3 and series.shape[0] == channels > 1

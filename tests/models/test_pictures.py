@@ -149,7 +149,8 @@ def test_arrays_have_their_channels_first_or_last():
 
 
 def test_bands_of_a_tiff(tmp_path):
-    tifffile = pytest.importorskip("tifffile")
+    import tifffile
+
     values = np.random.default_rng(0).integers(0, 10_000, (20, 30, 13)).astype(np.uint16)
     expected = to_bytes(values, (0, 10_000))
     ways = {
