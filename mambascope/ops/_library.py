@@ -51,23 +51,59 @@ def differentiable(name: str, setup_context: Callable, backward: Callable) -> No
             return backward(ctx, *grads)
         with torch.no_grad():
             found = backward(ctx, *grads)
-        return tuple(g if g is None else _refusing(g, name) for g in found)
+        return refusing(name, found, (*ctx.saved_tensors, *grads))
 
     torch.library.register_autograd(f"mambascope::{name}", once, setup_context=setup_context, lib=_LIBRARY)
 
 
-def _refusing(grad: Tensor, name: str) -> Tensor:
-    """A gradient whose own gradient is an error: without this it would silently be none."""
-    message = f"{name} has no second derivative"
-    return torch._C._functions.DelayedError(message.encode(), 1)(grad.detach().requires_grad_())
+class _NoSecondDerivative(torch.autograd.Function):
+    """Gradients that hang on what they were made of, by a node that refuses.
+
+    With ``torch.autograd.function.once_differentiable`` they hang on nothing: ``backward()`` meets its error, while
+    ``torch.autograd.grad`` finds no way to its inputs and leaves the second derivatives of this part out.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(f"{ctx.name} has no second derivative")
 
 
-def _forward_mode() -> bool:
-    """Whether tangents are being pushed forward, which these operators would drop."""
-    top = torch._C._functorch.peek_interpreter_stack()
-    if top is not None and top.key() == torch._C._functorch.TransformType.Jvp:
-        return True
-    return forward_ad._current_level >= 0
+def refusing(name: str, grads: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients, made without a graph, whose own gradients are an error.
+
+    Args:
+        name: Of the operator, for the message.
+        grads: The gradients.
+        sources: What they were computed from: saved tensors and incoming gradients.
+    """
+    found = [g for g in grads if g is not None]
+    marked = iter(_NoSecondDerivative.apply(name, len(found), *found, *(s for s in sources if s is not None)))
+    return tuple(None if g is None else next(marked) for g in grads)
+
+
+def transformed() -> bool:
+    """Whether tangents are being pushed forward or one of ``torch.func``'s transforms is at work."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _check_transforms(operator: Any) -> None:
+    """Refuses what would drop tangents or end deep inside ``torch.library``; ``torch.func.vmap`` alone is fine."""
+    kinds = {level.key() for level in torch._C._functorch.get_interpreter_stack() or ()}
+    name, transforms = operator.name(), torch._C._functorch.TransformType
+    if forward_ad._current_level >= 0 or transforms.Jvp in kinds:
+        raise RuntimeError(f"{name} has no forward-mode derivative")
+    if transforms.Grad in kinds:
+        raise RuntimeError(f"{name} works with torch.autograd, not with grad, vjp and jacrev of torch.func")
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -79,9 +115,10 @@ def call(operator: Any, grad: bool, *args: Any) -> Any:
     """Calls an operator; without gradients in eager mode it skips autograd's Python layer (7 of 11 us per call)."""
     if torch.compiler.is_compiling():
         return operator(*args)
-    if _forward_mode():
-        raise RuntimeError(f"{operator.name()} has no forward-mode derivative")
-    if grad or torch._C._functorch.maybe_current_level() is not None:
+    if transformed():
+        _check_transforms(operator)
+        return operator(*args)
+    if grad:
         return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mambascope.ops._library import needs_grad
+from mambascope.ops._library import needs_grad, transformed
 
 ENV = "MAMBASCOPE_GEMM"
 CHOICES = ("auto", "torch", "onednn")
@@ -70,12 +70,12 @@ class _OneDNNLinear(torch.autograd.Function):
         return _onednn(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
+        product = linear if torch.is_grad_enabled() else _onednn  # for second derivatives, of which this has all
         rows = grad.flatten(0, -2)
-        dx = _onednn(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        dw = _onednn(rows.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
+        dx = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        dw = product(rows.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
         db = rows.sum(0) if ctx.needs_input_grad[2] else None
         return dx, dw, db
 
@@ -100,6 +100,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or x.numel() < _MIN_ROWS * x.shape[-1]
         or torch.jit.is_tracing()
         or torch.is_autocast_enabled("cpu")
+        or transformed()
         or why_not_onednn() is not None
     ):
         return F.linear(x, weight, bias)

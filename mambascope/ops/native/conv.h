@@ -23,6 +23,16 @@ struct ConvArgs {
   float *dweight[2], *dbias[2];
 };
 
+// f(0), ..., f(count - 1), unrolled for all taps.  A tap that is not there has the weight zero, but zero times infinity is NaN.
+template <class F> MS_INLINE void each_tap(int64_t count, F f) {
+  if (__builtin_expect(count == TAPS, 1)) {
+#pragma GCC unroll 4
+    for (int j = 0; j < TAPS; j++) f(j);
+  } else {
+    for (int j = 0; j < count; j++) f(j);
+  }
+}
+
 struct Taps {
   vf w[TAPS], bias;  // w[j] multiplies the token j steps back (ahead when reversed)
 };
@@ -49,10 +59,10 @@ template <class S> class Conv {
     parallel_dynamic(tasks, threads, [&](int64_t task) {
       const int64_t b = task / blocks, ch = task % blocks * W;
       const int lanes = (int)std::min<int64_t>(W, a.channels - ch);
-      if (a.silu)
-        lanes == W ? walk<true, true>(b, ch, lanes) : walk<true, false>(b, ch, lanes);
+      if (a.taps < TAPS || lanes < W)
+        a.silu ? walk<true, false>(b, ch, lanes) : walk<false, false>(b, ch, lanes);
       else
-        lanes == W ? walk<false, true>(b, ch, lanes) : walk<false, false>(b, ch, lanes);
+        a.silu ? walk<true, true>(b, ch, lanes) : walk<false, true>(b, ch, lanes);
     });
   }
 
@@ -92,9 +102,10 @@ template <class S> class Conv {
       store_lanes(p, v, lanes);
   }
 
-  // x[l - 3 .. l + 3] slides through registers: one load per token serves both directions.
+  // x[l - 3 .. l + 3] slides through registers: one load per token serves both directions.  FULL: all lanes, all taps.
   template <bool SILU, bool FULL> void walk(int64_t b, int64_t ch, int lanes) const {
     const S *x = row_at<S>(a.x, a.x_batch, a.x_row, b, 0) + ch;
+    const int64_t count = FULL ? TAPS : a.taps;
     Taps taps[2];
     S *y[2];
     for (int d = 0; d < a.directions; d++) {
@@ -111,29 +122,28 @@ template <class S> class Conv {
         const Taps &t = taps[d];
         vf s = t.bias;
         if (a.reverse[d])
-          for (int j = 0; j < TAPS; j++) s = t.w[j] * v[TAPS - 1 + j] + s;
+          each_tap(count, [&](int j) { s = t.w[j] * v[TAPS - 1 + j] + s; });
         else
-          for (int j = 0; j < TAPS; j++) s = t.w[j] * v[TAPS - 1 - j] + s;
+          each_tap(count, [&](int j) { s = t.w[j] * v[TAPS - 1 - j] + s; });
         put<FULL>(y[d] + l * a.channels, SILU ? silu(s) : s, lanes);
       }
     }
   }
 
-  // Gradients of the pre-activations go to a scratch column with TAPS - 1 zeros at both ends, then dx gathers from it.
+  // Gradients of the pre-activations go to a scratch column, then dx gathers from it; x has TAPS - 1 zeros at both ends.
   void adjoint(int64_t b, int64_t ch, vf *sums) const {
     constexpr int PAD = TAPS - 1;
-    const int64_t L = a.length, column = L + 2 * PAD;
+    const int64_t L = a.length;
     const int lanes = (int)std::min<int64_t>(W, a.channels - ch);
     Scratch &scratch = Scratch::mine();
-    scratch.reset((a.directions + 1) * column * sizeof(vf) + 256);
-    vf *x = scratch.take<vf>(column) + PAD, *ga[2];
+    scratch.reset(((a.directions + 1) * L + 2 * PAD) * sizeof(vf) + 256);
+    vf *x = scratch.take<vf>(L + 2 * PAD) + PAD, *ga[2];
     const S *xs = row_at<S>(a.x, a.x_batch, a.x_row, b, 0) + ch;
     for (int i = 1; i <= PAD; i++) x[-i] = x[L + i - 1] = (vf){};
     for (int64_t l = 0; l < L; l++) x[l] = load_lanes(xs + l * a.x_row, lanes);
     Taps taps[2];
     for (int d = 0; d < a.directions; d++) {
-      ga[d] = scratch.take<vf>(column) + PAD;
-      for (int i = 1; i <= PAD; i++) ga[d][-i] = ga[d][L + i - 1] = (vf){};
+      ga[d] = scratch.take<vf>(L);
       taps[d] = load_taps(a, d, ch, lanes);
       vf *s = sums + d * (TAPS + 1);
       if (a.reverse[d])
@@ -146,7 +156,8 @@ template <class S> class Conv {
       vf s = (vf){};
       for (int d = 0; d < a.directions; d++) {
         const int64_t ahead = a.reverse[d] ? -1 : 1;
-        for (int j = 0; j < TAPS; j++) s = taps[d].w[j] * ga[d][l + ahead * j] + s;
+        const int64_t count = std::min(a.taps, a.reverse[d] ? l + 1 : L - l);  // outputs that this token reaches
+        each_tap(count, [&](int j) { s = taps[d].w[j] * ga[d][l + ahead * j] + s; });
       }
       store_lanes(dx + l * a.channels, s, lanes);
     }
@@ -161,7 +172,7 @@ template <class S> class Conv {
       vf grad = load_lanes(g + l * a.grad_row[d], lanes);
       if (a.silu) {
         vf pre = t.bias;
-        for (int j = 0; j < TAPS; j++) pre = t.w[j] * x[l + STEP * j] + pre;
+        each_tap(a.taps, [&](int j) { pre = t.w[j] * x[l + STEP * j] + pre; });
         const vf sig = sigmoid(pre);
         grad = grad * (sig + pre * sig * (1.f - sig));
       }

@@ -104,7 +104,8 @@ class PackedParameters {
   const vf *dt_weight(int d, int64_t block) const { return at(d, block) + states; }
   vf D(int d, int64_t block) const { return at(d, block)[states + rank]; }
   vf bias(int d, int64_t block) const { return at(d, block)[states + rank + 1]; }
-  // Step sizes up to this limit keep |dt * A * log2(e)| <= 126, the range of the unclamped exponential.
+  // Step sizes up to this limit keep |dt * A * log2(e)| <= 126, the range of the unclamped exponential; negative where A is
+  // not finite, so that none does.
   float dt_limit(int d, int64_t block) const { return limit_[d * blocks + block]; }
 
   const int64_t blocks, states, rank;
@@ -116,19 +117,21 @@ class PackedParameters {
     vf *out = &data_[slot * stride_];
     memset(out, 0, stride_ * sizeof(vf));
     float *values = (float *)out, largest = 0.f;
+    bool finite = true;
     for (int64_t lane = 0; lane < W && block * W + lane < s.channels; lane++) {
       const int64_t channel = block * W + lane;
       for (int64_t n = 0; n < s.states; n++) {
         const float a = dir.A[channel * s.states + n] * LOG2E;
         values[n * W + lane] = a;
         largest = std::max(largest, a < 0 ? -a : a);
+        finite = finite && a - a == 0.f;
       }
       for (int64_t r = 0; r < s.dt_rank; r++)
         values[(states + r) * W + lane] = dir.dt_weight[channel * s.dt_rank + r];
       if (dir.D) values[(states + rank) * W + lane] = dir.D[channel];
       if (dir.dt_bias) values[(states + rank + 1) * W + lane] = dir.dt_bias[channel];
     }
-    limit_[slot] = largest > 0.f ? 126.f / largest : 1e30f;
+    limit_[slot] = !finite ? -1.f : largest > 0.f ? 126.f / largest : 1e30f;
   }
 
   const int64_t stride_;
@@ -155,6 +158,13 @@ Rows small_rows(const S *first, int64_t stride, int columns, int64_t padded, int
     for (int64_t i = columns; i < padded; i++) out[i] = 0.f;
   }
   return {buffer, padded};
+}
+
+// Missing lanes are zero in every input, but zero times infinity is not: what is made of the small rows is cleared there.
+MS_INLINE void clear_missing(vf *v, int64_t count, int lanes) {
+  if (lanes == W) return;
+  const vi missing = missing_lanes(lanes);
+  for (int64_t i = 0; i < count; i++) v[i] = missing ? (vf){} : v[i];
 }
 
 // raw[k] = bias + dt_low[k] . dt_weight for the m tokens of a chunk (before softplus).

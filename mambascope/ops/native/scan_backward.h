@@ -119,7 +119,7 @@ template <class S> class BackwardScan {
     int d;
     int64_t b, first, blocks;
     Walk walk;
-    vf *e, *h, *dt, *raw, *dtx, *x, *g, *y, *du, *ddt, *dBC, *G, *ddelta, *start;
+    vf *e, *h, *dt, *raw, *dtx, *x, *g, *y, *du, *ddt, *dBC, *edge, *G, *ddelta, *start;
     float *B, *C, *low;
   };
 
@@ -127,7 +127,7 @@ template <class S> class BackwardScan {
     const int64_t T = chunks.size, first = blocks * group / groups, count = blocks * (group + 1) / groups - first;
     const int64_t Tpad = round_up(T, 4), replayed = a.states ? 0 : (chunks.count - 1) * count * N;
     Scratch &scratch = Scratch::mine();
-    scratch.reset(((2 * T + 1) * NB + 9 * T + T * 2 * N + count * N + count * Tpad + replayed + N) * sizeof(vf) +
+    scratch.reset(((2 * T + 1) * NB + 9 * T + 2 * T * 2 * N + count * N + count * Tpad + replayed + N) * sizeof(vf) +
                   Tpad * (2 * N + R) * sizeof(float) + 2048);
     Task t{};
     t.d = d;
@@ -139,6 +139,7 @@ template <class S> class BackwardScan {
     t.h = scratch.take<vf>((T + 1) * NB);
     for (vf **p : {&t.dt, &t.raw, &t.dtx, &t.x, &t.g, &t.y, &t.du, &t.ddt}) *p = scratch.take<vf>(T);
     t.dBC = scratch.take<vf>(T * 2 * N);
+    t.edge = scratch.take<vf>(T * 2 * N);
     t.G = scratch.take<vf>(count * N);
     t.ddelta = scratch.take<vf>(count * Tpad);
     t.start = scratch.take<vf>(replayed + N);
@@ -169,35 +170,43 @@ template <class S> class BackwardScan {
                  true);
   }
 
-  // Fills x, raw, dt, dtx of a chunk; returns whether the exponential needs its clamped form.
-  bool load_inputs(Task &t, int64_t block, int lanes, int64_t k0, int m) {
+  // What the numbers of a chunk ask for.
+  struct Care {
+    bool clamp;  // the clamped form of the exponential
+    bool odd;    // some are not finite: times the zeros of a padding state they are NaN
+  };
+
+  // Fills x, raw, dt, dtx of a chunk.
+  Care load_inputs(Task &t, int64_t block, int lanes, int64_t k0, int m) {
     const Direction &dir = a.dir[t.d];
     const int64_t l0 = t.walk.token(k0), step = t.walk.step(), ch = block * W;
     if (s.dt_rank) {
       project_dt(t.raw, m, packed.bias(t.d, block), packed.dt_weight(t.d, block), (int)R, Rows{t.low, R});
+      clear_missing(t.raw, m, lanes);
     } else {
       const S *p = row_at<S>(dir.dt, dir.dt_batch, dir.dt_row, t.b, l0) + ch;
       for (int k = 0; k < m; k++) t.raw[k] = load_lanes(p + k * step * dir.dt_row, lanes) + packed.bias(t.d, block);
     }
     const S *x = row_at<S>(dir.x, dir.x_batch, dir.x_row, t.b, l0) + ch;
     const vf limit = splat(packed.dt_limit(t.d, block));
-    vi beyond = (vi){};
+    vi beyond = (vi){}, odd = (vi){};
     for (int k = 0; k < m; k++) {
       t.x[k] = load_lanes(x + k * step * dir.x_row, lanes);
       t.dt[k] = s.softplus ? softplus(t.raw[k]) : t.raw[k];
       t.dtx[k] = t.dt[k] * t.x[k];
-      beyond |= (vi)(vabs(t.dt[k]) > limit);
+      beyond |= ~(vi)(vabs(t.dt[k]) <= limit);
+      if (N != s.states) odd |= not_finite(t.dtx[k]);
     }
-    return any_lane(beyond);
+    return {any_lane(beyond), any_lane(odd)};
   }
 
-  template <bool Y> void replay(const Task &t, bool clamp, int64_t block, int64_t n, const vf *h0, int m) {
+  template <int PASS, bool Y> void replay(const Task &t, bool clamp, int64_t block, int64_t n, const vf *h0, int m) {
     const vf *A2 = packed.A2(t.d, block) + n;
     const Rows B{t.B + n, N}, C{t.C + n, N};
     if (__builtin_expect(clamp, 0))
-      replay_states<NB, true, Y>(A2, h0, t.dt, t.dtx, B, C, m, t.e, t.h, t.y);
+      replay_states<PASS, true, Y>(A2, h0, t.dt, t.dtx, B, C, m, t.e, t.h, t.y);
     else
-      replay_states<NB, false, Y>(A2, h0, t.dt, t.dtx, B, C, m, t.e, t.h, t.y);
+      replay_states<PASS, false, Y>(A2, h0, t.dt, t.dtx, B, C, m, t.e, t.h, t.y);
   }
 
   // Without states from the forward pass: walk once and keep the state at every chunk start.
@@ -208,12 +217,22 @@ template <class S> class BackwardScan {
       for (int64_t c = 0; c + 1 < chunks.count; c++) {
         const int64_t k0 = c * chunks.size;
         load_small(t, k0, chunks.size, false);
-        const bool clamp = load_inputs(t, block, lanes, k0, chunks.size);
-        for (int64_t n = 0; n < N; n += NB) {
-          replay<false>(t, clamp, block, n, chunk_start(t, c, i) + n, chunks.size);
-          memcpy(t.start + N + (c * t.blocks + i) * N + n, t.h + chunks.size * NB, NB * sizeof(vf));
-        }
+        const Care care = load_inputs(t, block, lanes, k0, chunks.size);
+        if (__builtin_expect(care.odd, 0))
+          replay_to_end<1>(t, care, block, c, i);
+        else
+          replay_to_end<NB>(t, care, block, c, i);
       }
+    }
+  }
+
+  template <int PASS> void replay_to_end(Task &t, Care care, int64_t block, int64_t c, int64_t i) {
+    const vf *start = chunk_start(t, c, i);
+    vf *end = t.start + N + (c * t.blocks + i) * N;
+    memset(end, 0, N * sizeof(vf));
+    for (int64_t n = 0; n < (PASS == 1 ? s.states : N); n += PASS) {
+      replay<PASS, false>(t, care.clamp, block, n, start + n, chunks.size);
+      memcpy(end + n, t.h + chunks.size * PASS, PASS * sizeof(vf));
     }
   }
 
@@ -230,7 +249,8 @@ template <class S> class BackwardScan {
   void scan_block(int thread, Task &t, int64_t i, int64_t c, int64_t k0, int m) {
     const int64_t block = t.first + i, ch = block * W;
     const int lanes = (int)std::min<int64_t>(W, s.channels - ch);
-    const bool clamp = load_inputs(t, block, lanes, k0, m), need_y = a.z && !a.y_sum;
+    Care care = load_inputs(t, block, lanes, k0, m);
+    const bool need_y = a.z && !a.y_sum, has_D = a.dir[t.d].D != nullptr;
     const vf D = packed.D(t.d, block);
     const float scale = (float)a.scale;
     auto token_at = [&](int k) { return (t.b * s.length + t.walk.token(k0 + k)) * s.channels + ch; };
@@ -248,7 +268,7 @@ template <class S> class BackwardScan {
       // d silu; the first direction writes dz for both, without y_sum it waits for the recomputed y
       const vf dgate = g * (sig + z * sig * (1.f - sig));
       if (need_y) {
-        t.y[k] = D * t.x[k];
+        t.y[k] = has_D ? D * t.x[k] : (vf){};
         t.ddelta[i * round_up(chunks.size, 4) + k] = dgate;
       } else if (t.d == 0) {
         store_lanes((S *)a.dz + token_at(k), dgate * load_lanes((const S *)a.y_sum + token_at(k), lanes), lanes);
@@ -256,26 +276,35 @@ template <class S> class BackwardScan {
     }
 
     vf *own = sums_of(thread, t.d, block);
-    const vf *start = chunk_start(t, c, i);
-    for (int64_t n = 0; n < N; n += NB) {
-      if (need_y)
-        replay<true>(t, clamp, block, n, start + n, m);
-      else
-        replay<false>(t, clamp, block, n, start + n, m);
-      adjoint_states<NB>(packed.A2(t.d, block) + n, t.e, t.h, t.g, t.dt, t.dtx, Rows{t.B + n, N}, Rows{t.C + n, N}, m,
-                         t.G + i * N + n, own + n, AdjointSums{t.du, t.ddt, t.dBC + n, 2 * N, N});
+    if (N != s.states) {
+      vi odd = (vi){};
+      for (int k = 0; k < m; k++) odd |= not_finite(t.g[k]);
+      care.odd |= any_lane(odd);
+    }
+    // lanes of dB and dC are added up: those beyond the last channel go to a place of their own, where they are cleared
+    vf *dBC = lanes == W ? t.dBC : t.edge;
+    if (lanes < W) memset(t.edge, 0, m * 2 * N * sizeof(vf));
+    if (__builtin_expect(care.odd, 0))
+      walk_back<1>(t, care.clamp, need_y, i, c, m, own, dBC);
+    else
+      walk_back<NB>(t, care.clamp, need_y, i, c, m, own, dBC);
+    if (lanes < W) {
+      clear_missing(t.edge, m * 2 * N, lanes);
+      for (int64_t j = 0; j < m * 2 * N; j++) t.dBC[j] += t.edge[j];
     }
 
     vf *ddelta = t.ddelta + i * round_up(chunks.size, 4), dD = own[N + R], dbias = own[N + R + 1];
     for (int k = 0; k < m; k++) {
       if (need_y) store_lanes((S *)a.dz + token_at(k), ddelta[k] * t.y[k], lanes);
-      store_lanes((S *)a.out[t.d].dx + token_at(k), t.g[k] * D + t.dt[k] * t.du[k], lanes);
+      const vf dx = t.dt[k] * t.du[k];
+      store_lanes((S *)a.out[t.d].dx + token_at(k), has_D ? t.g[k] * D + dx : dx, lanes);
       vf dd = t.ddt[k] * (1.f / LOG2E) + t.x[k] * t.du[k];
       if (s.softplus) dd = dd * sigmoid(t.raw[k]);
       dD = t.g[k] * t.x[k] + dD;
       dbias = dbias + dd;
       ddelta[k] = dd;
     }
+    clear_missing(ddelta, m, lanes);
     own[N + R] = dD;
     own[N + R + 1] = dbias;
     if (s.dt_rank) {
@@ -284,6 +313,21 @@ template <class S> class BackwardScan {
       const DirectionGrad &out = a.out[t.d];
       for (int k = 0; k < m; k++)
         store_lanes((S *)out.ddt + (t.b * s.length + t.walk.token(k0 + k)) * out.ddt_row + ch, ddelta[k], lanes);
+    }
+  }
+
+  // Replays the chunk and walks its adjoint states back, PASS states at a time.
+  template <int PASS>
+  void walk_back(const Task &t, bool clamp, bool need_y, int64_t i, int64_t c, int m, vf *own, vf *dBC) {
+    const int64_t block = t.first + i;
+    const vf *start = chunk_start(t, c, i);
+    for (int64_t n = 0; n < (PASS == 1 ? s.states : N); n += PASS) {
+      if (need_y)
+        replay<PASS, true>(t, clamp, block, n, start + n, m);
+      else
+        replay<PASS, false>(t, clamp, block, n, start + n, m);
+      adjoint_states<PASS>(packed.A2(t.d, block) + n, t.e, t.h, t.g, t.dt, t.dtx, Rows{t.B + n, N}, Rows{t.C + n, N}, m,
+                           t.G + i * N + n, own + n, AdjointSums{t.du, t.ddt, dBC + n, 2 * N, N});
     }
   }
 

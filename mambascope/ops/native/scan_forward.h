@@ -39,6 +39,16 @@ MS_NOINLINE void scan_states(const vf *A2, vf *h_io, const vf *dt, const vf *dtx
   for (int n = 0; n < NB; n++) h_io[n] = h[n];
 }
 
+// All states, NB at a time.
+template <int NB, bool CLAMP>
+MS_INLINE void walk_states(int64_t states, const vf *A2, vf *h, const vf *dt, const vf *dtx, vf *y, Rows B, Rows C, int m,
+                           Prefetch next) {
+  for (int64_t n = 0; n < states; n += NB) {
+    scan_states<NB, CLAMP>(A2 + n, h + n, dt, dtx, y, Rows{B.p + n, B.stride}, Rows{C.p + n, C.stride}, m, next);
+    next.m = 0;
+  }
+}
+
 template <class S, int NB> class ForwardScan {
  public:
   explicit ForwardScan(const ForwardArgs &args)
@@ -57,7 +67,10 @@ template <class S, int NB> class ForwardScan {
     if (!a.score) return;
     for (int64_t i = 0; i < s.batch * s.length; i++) {
       float m = partial_score[i];
-      for (int64_t g = 1; g < groups; g++) m = std::max(m, partial_score[g * s.batch * s.length + i]);
+      for (int64_t g = 1; g < groups; g++) {
+        const float other = partial_score[g * s.batch * s.length + i];
+        if (!(other <= m) && m == m) m = other;  // the larger one, or NaN if either is
+      }
       a.score[i] = m;
     }
   }
@@ -103,30 +116,31 @@ template <class S, int NB> class ForwardScan {
           const int64_t x_step = step * dir.x_row;
           if (s.dt_rank) {
             project_dt(dt, m, packed.bias(d, block), packed.dt_weight(d, block), (int)s.dt_rank, low);
+            clear_missing(dt, m, lanes);
           } else {
             const S *p = row_at<S>(dir.dt, dir.dt_batch, dir.dt_row, b, l0) + ch;
             for (int k = 0; k < m; k++) dt[k] = load_lanes(p + k * step * dir.dt_row, lanes) + packed.bias(d, block);
           }
           const vf D = packed.D(d, block), limit = splat(packed.dt_limit(d, block));
-          vi beyond = (vi){};
+          vi beyond = (vi){}, odd = (vi){};
           for (int k = 0; k < m; k++) {
             const vf step_size = s.softplus ? softplus(dt[k]) : dt[k], xk = load_lanes(x + k * x_step, lanes);
             dt[k] = step_size;
             dtx[k] = step_size * xk;
-            y[k] = D * xk;
-            beyond |= (vi)(vabs(step_size) > limit);
+            y[k] = dir.D ? D * xk : (vf){};  // infinity times a missing D is not a NaN
+            beyond |= ~(vi)(vabs(step_size) <= limit);
+            if (N != s.states) odd |= not_finite(dtx[k]);  // times the zeros of a padding state it is a NaN
           }
 
           Prefetch next;
           if (k0 + m < L) next = next_rows(d, b, ch, walk.token(k0 + m), step, (int)std::min<int64_t>(m, L - k0 - m));
-          for (int64_t n = 0; n < N; n += NB) {
-            const Rows Bn{B.p + n, B.stride}, Cn{C.p + n, C.stride};
-            if (__builtin_expect(any_lane(beyond), 0))
-              scan_states<NB, true>(packed.A2(d, block) + n, state + n, dt, dtx, y, Bn, Cn, m, next);
-            else
-              scan_states<NB, false>(packed.A2(d, block) + n, state + n, dt, dtx, y, Bn, Cn, m, next);
-            next.m = 0;
-          }
+          const vf *A2 = packed.A2(d, block);
+          if (__builtin_expect(any_lane(odd), 0))
+            walk_states<1, true>(s.states, A2, state, dt, dtx, y, B, C, m, next);
+          else if (__builtin_expect(any_lane(beyond), 0))
+            walk_states<NB, true>(N, A2, state, dt, dtx, y, B, C, m, next);
+          else
+            walk_states<NB, false>(N, A2, state, dt, dtx, y, B, C, m, next);
 
           vf *partner = y_first + i * L;
           if (!last) {
@@ -157,11 +171,10 @@ template <class S, int NB> class ForwardScan {
 
   static void raise_top(vf *top, const vf *y, int m, int lanes, bool start) {
     vf floor = splat(-__builtin_inff());
-    vi missing;  // lanes beyond the last channel must not win
-    for (int i = 0; i < W; i++) missing[i] = i < lanes ? 0 : -1;
+    const vi missing = missing_lanes(lanes);  // they must not win
     for (int k = 0; k < m; k++) {
       const vf v = missing ? floor : y[k];
-      top[k] = start ? v : vmax(top[k], v);
+      top[k] = start ? v : Max::apply(top[k], v);
     }
   }
 

@@ -76,6 +76,7 @@ template <class S> MS_INLINE void store_lanes(S *p, vf v, int lanes) {
 
 // ---- elementwise functions --------------------------------------------------------------------------------------------
 
+// The second operand where either is NaN, as the machine's instructions have it: a NaN passes a limit that stands first.
 #if defined(__AVX512F__)
 MS_INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 MS_INLINE vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -90,16 +91,24 @@ MS_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 MS_INLINE bool any_lane(vi m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
 #endif
 MS_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+MS_INLINE vi not_finite(vf a) { return ~(vi)(a - a == (vf){}); }
+// All bits set in the lanes from `lanes` on, those beyond the last channel.
+MS_INLINE vi missing_lanes(int lanes) {
+  vi m;
+  for (int i = 0; i < W; i++) m[i] = i < lanes ? 0 : -1;
+  return m;
+}
 
 constexpr float LOG2E = 1.44269504088896340736f;
 constexpr float ROUND_MAGIC = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer kept in the low mantissa bits
 
 // 2^(a*b), relative error 9e-8.  The polynomial has p(0) = 1 exactly: a biased decay near 1 would add up over the sequence.
-// Without CLAMP the caller guarantees |a*b| <= 126 (the exponent is added as an integer).
-template <bool CLAMP> MS_INLINE vf exp2_product(vf a, vf b) {
-  vf t, f;
+// Without CLAMP the caller guarantees |a*b| <= 126 (the exponent is added as an integer).  With it the exponents at the
+// limits give exactly 0 and infinity.  NaN needs KEEP_NAN: the payload of some would be added to their exponent.
+template <bool CLAMP, bool KEEP_NAN = CLAMP> MS_INLINE vf exp2_product(vf a, vf b) {
+  vf t, f, x;
   if (CLAMP) {
-    const vf x = vmin(vmax(a * b, splat(-126.f)), splat(127.4f));
+    x = vmin(splat(128.f), vmax(splat(-127.f), a * b));
     t = x + ROUND_MAGIC;
     f = x - (t - ROUND_MAGIC);
   } else {
@@ -112,9 +121,11 @@ template <bool CLAMP> MS_INLINE vf exp2_product(vf a, vf b) {
   p = p * f + 2.402224208e-01f;
   p = p * f + 6.931469776e-01f;
   p = p * f + 1.0f;
-  return (vf)((vi)p + ((vi)t << 23));
+  const vf scaled = (vf)((vi)p + ((vi)t << 23));
+  return KEEP_NAN ? (x == x ? scaled : x) : scaled;
 }
-MS_INLINE vf exp_clamped(vf x) { return exp2_product<true>(x, splat(LOG2E)); }
+// Of no NaN: what follows is added to or multiplied by x itself, which keeps it.
+MS_INLINE vf exp_clamped(vf x) { return exp2_product<true, false>(x, splat(LOG2E)); }
 
 // max(x, 0) + log1p(exp(-|x|)); log1p as t*q(t) keeps small step sizes accurate in the relative sense.
 MS_INLINE vf softplus(vf x) {
@@ -128,7 +139,7 @@ MS_INLINE vf softplus(vf x) {
   p = p * t + 3.331909688e-01f;
   p = p * t - 4.999949315e-01f;
   p = p * t + 9.999999699e-01f;
-  return vmax(x, splat(0.f)) + t * p;
+  return vmax(splat(0.f), x) + t * p;
 }
 MS_INLINE vf sigmoid(vf x) { return 1.f / (1.f + exp_clamped(-x)); }
 MS_INLINE vf silu(vf x) { return x / (1.f + exp_clamped(-x)); }
@@ -153,7 +164,7 @@ struct Add {
   MS_INLINE vf apply(vf a, vf b) { return a + b; }
 };
 struct Max {
-  MS_INLINE vf apply(vf a, vf b) { return vmax(a, b); }
+  MS_INLINE vf apply(vf a, vf b) { return a == a ? vmax(a, b) : a; }  // NaN if either is
 };
 template <class Op, int S> MS_INLINE vf reduce_level(vf *v) {
   if constexpr (S == 1) {

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambascope.ops._checks import check_tensor
+from mambascope.ops._library import transformed
 from mambascope.ops.backends import BACKENDS, ENV
 from mambascope.ops.selective_scan.common import state_dtype
 from mambascope.ops.ssd import mamba_ssm
@@ -140,7 +141,7 @@ def ssd_scan(
         steps, state, decay = _step_sizes(dt, dt_bias, dt_softplus, dtype), initial_state.to(dtype), A.to(dtype)
         if name == "reference":
             y, last = scan_reference(x.to(dtype), steps, decay, B.to(dtype), C.to(dtype), state)
-        elif name == "torch":
+        elif name == "torch" or transformed():  # mamba_ssm's kernels know nothing of torch.func
             y, last = scan_chunked(x, steps, decay, B, C, state, chunk_size)
         else:
             y, last = mamba_ssm.scan_mamba_ssm(x, steps, decay, B, C, state)

@@ -4,6 +4,9 @@ Within a chunk the output is masked attention, ``y_i = sum_{j<=i} exp(s_i - s_j)
 running sum of ``dt A``; between chunks only the state is carried. The backward pass is written out: it keeps the inputs
 and the state at the head of every chunk, and makes the [Q, Q] matrices again.
 
+A product with a masked matrix gives NaN to every token of a chunk if one of them is NaN or infinite. On a CPU, where
+looking costs little, such a sequence is walked token by token instead.
+
 Shape letters: B batch, L tokens, H heads, P head width, N states, K chunks of a segment, Q tokens of a chunk, E = H P.
 B and C belong to one group here: the caller moves further groups into the batch.
 """
@@ -15,7 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from mambascope.ops._library import needs_grad, refusing, transformed
+from mambascope.ops.ssd.reference import scan_decayed
 
 CHUNK_SIZE = 64
 # Decay matrices made at once. On CPU they should stay in cache; on a GPU few large launches are better.
@@ -136,11 +141,38 @@ class _ChunkedScan(torch.autograd.Function):
         return y, last
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, log_decay, b, c, entries = ctx.saved_tensors
-        with torch.autocast(dy.device.type, enabled=False):
-            return (*_chunked_backward(x, dt, log_decay, b, c, entries, dy, dstate, ctx.chunk), None)
+        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+            grads = _chunked_backward(x, dt, log_decay, b, c, entries, dy, dstate, ctx.chunk)
+            if _seen_odd(grads[-1]):  # every token's gradient reaches the state before the first
+                grads = _token_by_token_backward((x, dt, log_decay, b, c, entries[:, 0]), dy, dstate)
+        if torch.is_grad_enabled():
+            return (*refusing("ssd_scan", grads, (*ctx.saved_tensors, dy, dstate)), None)
+        return (*grads, None)
+
+
+def _token_by_token(
+    x: Tensor, dt: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, L, H, P] and last state of :func:`chunked_forward`, by the recurrence."""
+    dtype = state.dtype
+    b_BLGN, c_BLGN = b[:, :, None].to(dtype), c[:, :, None].to(dtype)
+    return scan_decayed(x.to(dtype) * dt.to(dtype)[..., None], log_decay.to(dtype), b_BLGN, c_BLGN, state)
+
+
+def _token_by_token_backward(inputs: tuple[Tensor, ...], dy: Tensor, dstate: Tensor) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    with torch.enable_grad():
+        outputs = _token_by_token(*leaves)
+    return torch.autograd.grad(outputs, leaves, (dy, dstate))
+
+
+def _seen_odd(*tensors: Tensor) -> bool:
+    """Whether numbers that may be looked at are not all finite."""
+    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
+        return False
+    return not all(bool(t.sum().isfinite()) for t in tensors)
 
 
 def _chunked_backward(
@@ -231,10 +263,14 @@ def scan_chunked(
 
     inputs = (fold(x, 2), fold(dt, 2), fold(log_decay, 2), group(b), group(c), fold(state, 1))
     chunk = min(chunk, x.shape[1])
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        y, last = _ChunkedScan.apply(*inputs, chunk)
-    else:
+    if not needs_grad(*inputs):
         y, last, _ = chunked_forward(*inputs, chunk, keep=False)
+    elif transformed():  # the written-out backward pass is for torch.autograd alone
+        y, last = _token_by_token(*inputs)
+    else:
+        y, last = _ChunkedScan.apply(*inputs, chunk)
+    if _seen_odd(y.detach(), last.detach()):
+        y, last = _token_by_token(*inputs)
     if groups > 1:
         y = y.unflatten(0, (batch, groups)).movedim(1, 2).flatten(2, 3)
         last = last.unflatten(0, (batch, groups)).flatten(1, 2)

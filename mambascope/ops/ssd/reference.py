@@ -24,9 +24,15 @@ def step_reference(
     Returns:
         The output [B, H, P] and the new state [B, H, P, N].
     """
-    heads = x_BHP.shape[1]
-    kept_BHPN = torch.exp(dt_BH * A_H)[..., None, None] * state_BHPN
-    state_BHPN = torch.addcmul(kept_BHPN, (dt_BH[..., None] * x_BHP)[..., None], per_head(B_BGN, heads)[:, :, None])
+    return _advance(state_BHPN, dt_BH[..., None] * x_BHP, dt_BH * A_H, B_BGN, C_BGN)
+
+
+def _advance(
+    state_BHPN: Tensor, added_BHP: Tensor, log_decay_BH: Tensor, B_BGN: Tensor, C_BGN: Tensor
+) -> tuple[Tensor, Tensor]:
+    heads = added_BHP.shape[1]
+    kept_BHPN = torch.exp(log_decay_BH)[..., None, None] * state_BHPN
+    state_BHPN = torch.addcmul(kept_BHPN, added_BHP[..., None], per_head(B_BGN, heads)[:, :, None])
     return (state_BHPN @ per_head(C_BGN, heads)[..., None]).squeeze(-1), state_BHPN
 
 
@@ -38,9 +44,16 @@ def scan_reference(
     Returns:
         Outputs [B, L, H, P] without the skip term, and the state after the last token.
     """
+    return scan_decayed(dt_BLH[..., None] * x_BLHP, dt_BLH * A_H, B_BLGN, C_BLGN, state_BHPN)
+
+
+def scan_decayed(
+    added_BLHP: Tensor, log_decay_BLH: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, state_BHPN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`scan_reference` from ``dt x`` [B, L, H, P] and ``dt A`` [B, L, H]."""
     outputs = []
     # unbind, not indexing: the backward of x[:, t] would make a full-size zero tensor for every token
-    for x, dt, b, c in zip(*(t.unbind(1) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN)), strict=True):
-        y_BHP, state_BHPN = step_reference(state_BHPN, x, dt, A_H, b, c)
+    for added, log_decay, b, c in zip(*(t.unbind(1) for t in (added_BLHP, log_decay_BLH, B_BLGN, C_BLGN)), strict=True):
+        y_BHP, state_BHPN = _advance(state_BHPN, added, log_decay, b, c)
         outputs.append(y_BHP)
     return torch.stack(outputs, dim=1), state_BHPN
