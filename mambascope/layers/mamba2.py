@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from mambascope.layers.linear import Linear
 from mambascope.layers.norm import RMSNorm
-from mambascope.ops import causal_conv1d
+from mambascope.layers.plain import convolve, is_plain, project
 from mambascope.ops.selective_scan.common import state_dtype
 from mambascope.ops.ssd import ssd_scan, ssd_step
 
@@ -92,19 +91,20 @@ class Mamba2(nn.Module):
             raise ValueError(f"head_dim must divide the inner width {inner} (expand * dim), got {head_dim}")
         self.depth = depth
         self.d_state = d_state
+        self.d_conv = d_conv
         self.head_dim = head_dim
         self.inner = inner
         self.chunk_size = chunk_size
         self.scan_backend = scan_backend
         heads = inner // head_dim
         conv_dim = inner + 2 * d_state
-        self.in_proj = Linear(dim, inner + conv_dim + heads, bias=False)
+        self.in_proj = nn.Linear(dim, inner + conv_dim + heads, bias=False)
         self.conv1d = nn.Conv1d(conv_dim, conv_dim, d_conv, groups=conv_dim, padding=d_conv - 1)
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
         self.norm = GatedRMSNorm(inner, norm_eps)
-        self.out_proj = Linear(inner, dim, bias=False)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -121,25 +121,25 @@ class Mamba2(nn.Module):
 
     def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> Mamba2State:
         """The state before the first token."""
-        channels, _, taps = self.conv1d.weight.shape
+        channels = self.inner + 2 * self.d_state
         shape = (batch, self.dt_bias.numel(), self.head_dim, self.d_state)
         return Mamba2State(
-            torch.zeros(batch, taps - 1, channels, device=device, dtype=dtype),
+            torch.zeros(batch, self.d_conv - 1, channels, device=device, dtype=dtype),
             torch.zeros(shape, device=device, dtype=state_dtype(dtype)),
         )
 
     def _convolve(self, xbc_BLF: Tensor, history_BKF: Tensor | None) -> tuple[Tensor, Tensor]:
         """Convolution and SiLU after the remembered inputs; returns the outputs [B, L, F] and the new history."""
-        past, length = self.conv1d.weight.shape[-1] - 1, xbc_BLF.shape[1]
+        past, length = self.d_conv - 1, xbc_BLF.shape[1]
         if history_BKF is None:
             window = xbc_BLF if length >= past else F.pad(xbc_BLF, (0, 0, past - length, 0))
-            out = causal_conv1d(xbc_BLF, self.conv1d.weight, self.conv1d.bias, backend=self.scan_backend)
+            out = convolve(self.conv1d, xbc_BLF, backend=self.scan_backend)
         else:
             window = torch.cat([history_BKF.to(xbc_BLF.dtype), xbc_BLF], dim=1)
-            if length == 1:
+            if length == 1 and is_plain(self.conv1d, nn.Conv1d):
                 out = self._convolve_one(window)
             else:
-                out = causal_conv1d(window, self.conv1d.weight, self.conv1d.bias, backend=self.scan_backend)[:, past:]
+                out = convolve(self.conv1d, window, backend=self.scan_backend)[:, past:]
         # a copy: a view would keep the whole sequence alive
         return out, window[:, window.shape[1] - past :].clone()
 
@@ -157,7 +157,7 @@ class Mamba2(nn.Module):
             The mixed tokens [B, L, D] and the state after them; ``state`` itself is not changed.
         """
         n = self.d_state
-        z_BLE, xbc_BLF, dt_BLH = self.in_proj(u_BLD).split(
+        z_BLE, xbc_BLF, dt_BLH = project(self.in_proj, u_BLD).split(
             [self.inner, self.inner + 2 * n, self.dt_bias.numel()], dim=-1
         )
         xbc_BLF, history = self._convolve(xbc_BLF, None if state is None else state.conv)
@@ -190,7 +190,7 @@ class Mamba2(nn.Module):
                 chunk_size=self.chunk_size,
                 backend=self.scan_backend,
             )
-        return self.out_proj(self.norm(y_BLHP.flatten(2), z_BLE)), Mamba2State(history, ssm)
+        return project(self.out_proj, self.norm(y_BLHP.flatten(2), z_BLE)), Mamba2State(history, ssm)
 
 
 class Mamba2Block(nn.Module):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambascope.layers.cell_pool import CellPool
-from mambascope.layers.linear import Linear
+from mambascope.layers.plain import convolve, is_plain, project
 from mambascope.ops import ScanDirection, bidirectional_conv, bidirectional_scan, selective_scan
 
 SCORE_METRICS = ("max", "l2", "mean", "clip", "softplus", "topk")
@@ -105,18 +105,18 @@ class BidirectionalMamba(nn.Module):
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.depth = depth
         self.scan_backend = scan_backend
-        self.in_proj = Linear(dim, 2 * inner, bias=False)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
-        self.x_proj = Linear(inner, rank + 2 * d_state, bias=False)
-        self.dt_proj = Linear(rank, inner)
+        self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, d_state))
         self.D = nn.Parameter(torch.empty(inner))
         self.conv1d_b = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
-        self.x_proj_b = Linear(inner, rank + 2 * d_state, bias=False)
-        self.dt_proj_b = Linear(rank, inner)
+        self.x_proj_b = nn.Linear(inner, rank + 2 * d_state, bias=False)
+        self.dt_proj_b = nn.Linear(rank, inner)
         self.A_b_log = nn.Parameter(torch.empty(inner, d_state))
         self.D_b = nn.Parameter(torch.empty(inner))
-        self.out_proj = Linear(inner, dim, bias=False)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -135,19 +135,21 @@ class BidirectionalMamba(nn.Module):
 
     def project(self, u_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, L, D] as the SSM's input x and its gate z, both [B, L, E]."""
-        x_BLE, z_BLE = self.in_proj(u_BLD).chunk(2, dim=-1)
+        x_BLE, z_BLE = project(self.in_proj, u_BLD).chunk(2, dim=-1)
         return x_BLE, z_BLE
 
     def convolve(self, x_BLE: Tensor) -> tuple[Tensor, Tensor]:
         """Causal and anti-causal convolution with SiLU, both [B, L, E]."""
-        return bidirectional_conv(
-            x_BLE,
-            self.conv1d.weight,
-            self.conv1d.bias,
-            self.conv1d_b.weight,
-            self.conv1d_b.bias,
-            backend=self.scan_backend,
-        )
+        ahead, back = self.conv1d, self.conv1d_b
+        if is_plain(ahead, nn.Conv1d) and is_plain(back, nn.Conv1d):
+            return bidirectional_conv(
+                x_BLE, ahead.weight, ahead.bias, back.weight, back.bias, backend=self.scan_backend
+            )
+        return self.convolve_one(x_BLE, reverse=False), self.convolve_one(x_BLE, reverse=True)
+
+    def convolve_one(self, x_BLE: Tensor, *, reverse: bool) -> Tensor:
+        """One of the two convolutions with SiLU, [B, L, E]."""
+        return convolve(self.conv1d_b if reverse else self.conv1d, x_BLE, reverse=reverse, backend=self.scan_backend)
 
     def direction(self, x_BLE: Tensor, *, reverse: bool) -> ScanDirection:
         """What the scan of one direction needs, from its convolved tokens [B, L, E]."""
@@ -155,14 +157,14 @@ class BidirectionalMamba(nn.Module):
             x_proj, dt_proj, a_log, d_skip = self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
         else:
             x_proj, dt_proj, a_log, d_skip = self.x_proj, self.dt_proj, self.A_log, self.D
-        return ScanDirection(
-            x_BLE,
-            x_proj(x_BLE),
-            dt_proj.weight,
-            dt_proj.bias,
-            -torch.exp(_at_least_fp32(a_log)),
-            _at_least_fp32(d_skip),
-        )
+        proj, weight, bias = project(x_proj, x_BLE), None, None
+        if is_plain(dt_proj, nn.Linear) and dt_proj.bias is not None:
+            weight, bias = dt_proj.weight, dt_proj.bias
+        else:
+            n = a_log.shape[1]
+            low, b, c = proj.split([proj.shape[-1] - 2 * n, n, n], dim=-1)
+            proj = torch.cat([dt_proj(low), b, c], dim=-1)
+        return ScanDirection(x_BLE, proj, weight, bias, -torch.exp(_at_least_fp32(a_log)), _at_least_fp32(d_skip))
 
     def directions(self, x_BLE: Tensor) -> tuple[ScanDirection, ScanDirection]:
         """Both directions of tokens [B, L, E] that are not yet convolved."""
@@ -187,13 +189,13 @@ class BidirectionalMamba(nn.Module):
             return self._scan_pooled(x_BLE, z_BLE, pool), None
         forward, backward = self.directions(x_BLE)
         if score is None:
-            return self.out_proj(self.scan_both(forward, backward, z_BLE)), None
+            return project(self.out_proj, self.scan_both(forward, backward, z_BLE)), None
         if score.fused:
             y, top = bidirectional_scan(
                 forward, backward, z_BLE, scale=0.5, return_score=True, backend=self.scan_backend
             )
             # softplus is monotone: the largest softplus is the softplus of the largest output
-            return self.out_proj(y), F.softplus(top)
+            return project(self.out_proj, y), F.softplus(top)
         return self._forward_scored(forward, backward, z_BLE, score)
 
     def scan_both(self, forward: ScanDirection, backward: ScanDirection, z_BLE: Tensor) -> Tensor:
@@ -230,7 +232,7 @@ class BidirectionalMamba(nn.Module):
     def finish(self, y_BLE: Tensor, z_BLE: Tensor) -> Tensor:
         """The mixer's output [B, L, D] from the sum of both directions' SSM outputs and the gate, both [B, L, E]."""
         y_BLE = _at_least_fp32(y_BLE)
-        return self.out_proj((y_BLE * F.silu(_at_least_fp32(z_BLE)) * 0.5).to(z_BLE.dtype))
+        return project(self.out_proj, (y_BLE * F.silu(_at_least_fp32(z_BLE)) * 0.5).to(z_BLE.dtype))
 
     def scan(self, direction: ScanDirection, *, reverse: bool) -> Tensor:
         """SSM output [B, L, E] of one direction, not gated."""

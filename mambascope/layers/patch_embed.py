@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambascope.layers.plain import embed_patches
 from mambascope.layers.stem import ConvStem
-from mambascope.ops import linear
 
 
 def image_sides(x: Tensor) -> tuple[int, int]:
@@ -94,11 +94,11 @@ class PatchEmbed(nn.Module):
         Returns:
             Tokens [B, k, 4, d], children in the order (0,0), (0,1), (1,0), (1,1).
         """
-        tokens = linear(_cells(x, self.patch_size, rows, cols), self.proj.weight.flatten(1), self.proj.bias)
+        tokens = embed_patches(self.proj, _cells(x, self.patch_size, rows, cols), self.patch_size)
         if self.stem_proj is None:
             return tokens
         found = (self.stem_maps(x) if stem_maps is None else stem_maps)[-1]
-        return tokens + linear(_cells(found, 1, rows, cols), self.stem_proj.weight.flatten(1), None)
+        return tokens + embed_patches(self.stem_proj, _cells(found, 1, rows, cols), 1)
 
 
 def _cells(x: Tensor, side: int, rows: Tensor, cols: Tensor) -> Tensor:

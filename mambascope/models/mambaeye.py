@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mambascope.layers.linear import Linear
 from mambascope.layers.mamba2 import Mamba2, Mamba2Block, Mamba2State
 from mambascope.layers.norm import RMSNorm
+from mambascope.layers.plain import run_all
 from mambascope.models.configs import with_overrides
 from mambascope.models.hub import HubMixin
 from mambascope.models.mambaeye_config import MambaEyeConfig
@@ -191,13 +191,13 @@ class MambaEye(nn.Module, HubMixin):
         self.grad_checkpointing = False
         # the projection and the head keep PyTorch's initialisation, as in the official code
         self.init_fc = nn.Sequential(
-            Linear(config.input_dim, config.embed_dim), nn.SiLU(), nn.Dropout(config.drop_rate)
+            nn.Linear(config.input_dim, config.embed_dim), nn.SiLU(), nn.Dropout(config.drop_rate)
         )
         self.mamba2_net = _Encoder(config)
         self.classification_head = self._make_head(config.num_classes)
 
     def _make_head(self, num_classes: int) -> nn.Sequential:
-        return nn.Sequential(Linear(self.embed_dim, num_classes) if num_classes else nn.Identity())
+        return nn.Sequential(nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity())
 
     # ---- inputs --------------------------------------------------------------------------------------------------
 
@@ -236,7 +236,7 @@ class MambaEye(nn.Module, HubMixin):
     # ---- encoder -------------------------------------------------------------------------------------------------
 
     def _encode(self, inputs: Tensor, states: Sequence[Mamba2State | None]) -> tuple[Tensor, tuple[Mamba2State, ...]]:
-        hidden, residual = self.init_fc(inputs), None
+        hidden, residual = run_all(self.init_fc, inputs), None
         new: list[Mamba2State] = []
         for block, state in zip(self.mamba2_net.blocks(), states, strict=True):
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
@@ -252,7 +252,7 @@ class MambaEye(nn.Module, HubMixin):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits [..., C] of features [..., D] (the features themselves if ``pre_logits``)."""
-        return features if pre_logits else self.classification_head(features)
+        return features if pre_logits else run_all(self.classification_head, features)
 
     def forward(self, patches: Tensor, moves: Tensor) -> Tensor:
         """Logits [B, L, C] after every glimpse.

@@ -29,6 +29,7 @@ from mambascope.layers import (
     remove_registers,
     resample_pos_embed,
 )
+from mambascope.layers.plain import is_plain
 from mambascope.models.configs import GLOBAL_POOLS, VimConfig, with_overrides
 from mambascope.models.hub import HubMixin
 from mambascope.reduction import ReducedOutput, cls_to_place, patch_rows
@@ -367,6 +368,8 @@ class VisionMamba(nn.Module, HubMixin):
             changes["patch_size"], changes["stride"] = patch_size, None
         if "patch_size" in changes and self.config.stem_width:
             raise ValueError(f"patch_size must stay {self.config.patch_size} with a stem, got {patch_size}")
+        if "patch_size" in changes and not is_plain(self.patch_embed.proj, nn.Conv2d):
+            raise ValueError("patch_size cannot be changed while patch_embed.proj is wrapped or has hooks")
         # before anything changes: a wrong size must not leave half a model
         config = with_overrides(self.config, changes)
         if "patch_size" in changes:

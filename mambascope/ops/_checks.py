@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def check_tensor(name: str, tensor: Tensor, letters: str, sizes: tuple[int, ...], like: Tensor | None = None) -> None:
+def check_tensor(
+    name: str, tensor: Tensor | None, letters: str, sizes: tuple[int, ...], like: Tensor | None = None
+) -> None:
     """Raises ValueError unless `tensor` is floating point, has exactly these `sizes` and is on the device of `like`.
 
     Args:

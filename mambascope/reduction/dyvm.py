@@ -24,7 +24,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from mambascope.layers import BidirectionalMamba, cls_index, gather_rows
-from mambascope.ops import causal_conv1d
+from mambascope.layers.plain import project
 from mambascope.reduction.base import (
     EncoderSizes,
     ReducedOutput,
@@ -241,7 +241,7 @@ class DyVM(Reducer):
         x_BLE, z_BLE = mixer.project(u_BLD)
         if not self.switches:
             y_BLE = mixer.scan_both(*self._directions(mixer, x_BLE, state), z_BLE)
-            return mixer.out_proj(y_BLE), state
+            return project(mixer.out_proj, y_BLE), state
         on_B2 = self._switch(layer, cls_row(x_BLE, state.cls), cls_row(z_BLE, state.cls))
         state = replace(state, switches=(*state.switches, on_B2))
         if self.training:
@@ -250,7 +250,7 @@ class DyVM(Reducer):
             y_BLE = gate[:, 0] * mixer.scan(forward, reverse=False) + gate[:, 1] * mixer.scan(backward, reverse=True)
             return mixer.finish(y_BLE, z_BLE), state
         if bool(on_B2.all()):
-            return mixer.out_proj(mixer.scan_both(*mixer.directions(x_BLE), z_BLE)), state
+            return project(mixer.out_proj, mixer.scan_both(*mixer.directions(x_BLE), z_BLE)), state
         return mixer.finish(self._scan_active(mixer, x_BLE, on_B2 > 0), z_BLE), state
 
     def _switch(self, layer: int, x_B1E: Tensor, z_B1E: Tensor) -> Tensor:
@@ -284,8 +284,7 @@ class DyVM(Reducer):
             images = on_B2[:, int(reverse)].nonzero().squeeze(1)
             if not len(images):
                 continue
-            conv = mixer.conv1d_b if reverse else mixer.conv1d
-            x = causal_conv1d(x_BLE[images], conv.weight, conv.bias, reverse=reverse, backend=mixer.scan_backend)
+            x = mixer.convolve_one(x_BLE[images], reverse=reverse)
             y = mixer.scan(mixer.direction(x, reverse=reverse), reverse=reverse)
             y_BLE = y_BLE.index_add(0, images, y.to(y_BLE.dtype))
         return y_BLE

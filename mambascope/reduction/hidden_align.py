@@ -146,7 +146,15 @@ def aligned_scan(
 
     Returns:
         SSM output before the gate [B, L, E], at least fp32.
+
+    Raises:
+        ValueError: If the step sizes are not projected by a plain layer.
     """
+    if direction.dt_weight is None or direction.dt_bias is None:
+        raise ValueError(
+            "hidden_align needs plain dt_proj and dt_proj_b, for the step sizes where tokens were pruned: "
+            "merge adapters and remove hooks first"
+        )
     states = direction.A.shape[1]
     wide = torch.promote_types(direction.x.dtype, torch.float32)
     low, b, c = direction.proj.to(wide).split([direction.proj.shape[-1] - 2 * states, states, states], dim=-1)

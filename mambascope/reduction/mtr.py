@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mambascope.layers import BidirectionalMamba
+from mambascope.layers.plain import project
 from mambascope.ops import ScanDirection
+from mambascope.ops.selective_scan.common import step_sizes
 from mambascope.reduction.base import EncoderSizes, patch_rows
 from mambascope.reduction.merging import Matching, MergeConfig, MergeReducer, MergeState, match_least
 
@@ -46,9 +47,8 @@ class MTRConfig(MergeConfig):
 
 def mean_step(direction: ScanDirection) -> Tensor:
     """Mean step size of every token over the channels [B, L], fp32."""
-    rank = direction.dt_weight.shape[1]
-    low = direction.proj[..., :rank].float()
-    return F.softplus(F.linear(low, direction.dt_weight.float(), direction.dt_bias.float())).mean(-1)
+    low = direction.proj[..., : direction.proj.shape[-1] - 2 * direction.A.shape[1]]
+    return step_sizes(low, direction.dt_weight, direction.dt_bias, True, torch.float32).mean(-1)
 
 
 class MTR(MergeReducer):
@@ -62,7 +62,7 @@ class MTR(MergeReducer):
         forward, backward = mixer.directions(x_BLE)
         with torch.no_grad():
             score = mean_step(forward) + mean_step(backward)
-        return mixer.out_proj(mixer.scan_both(forward, backward, z_BLE)), replace(state, score=score)
+        return project(mixer.out_proj, mixer.scan_both(forward, backward, z_BLE)), replace(state, score=score)
 
     def match(self, metric_BMd: Tensor, state: MergeState) -> Matching:
         """Which patches are merged, from the block's input [B, M, d]."""

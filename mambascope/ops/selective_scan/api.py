@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, overload
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from mambascope.ops._checks import check_sequence, check_tensor
 from mambascope.ops._library import call, needs_grad
 from mambascope.ops.backends import check_backend, resolve
+from mambascope.ops.selective_scan.common import state_dtype
 from mambascope.ops.selective_scan.op import BIDIRECTIONAL, SCAN
 
 
@@ -21,16 +23,16 @@ class ScanDirection(NamedTuple):
     Attributes:
         x: Tokens after convolution and SiLU [B, L, E].
         proj: Output of ``x_proj`` [B, L, R + 2N], read as ``dt_low | B | C``.
-        dt_weight: [E, R].
-        dt_bias: [E].
+        dt_weight: [E, R]; ``None`` if ``proj`` is [B, L, E + 2N] and holds the step sizes themselves.
+        dt_bias: [E]; with ``dt_weight=None`` it may be ``None``.
         A: [E, N], negative.
         D: [E].
     """
 
     x: Tensor
     proj: Tensor
-    dt_weight: Tensor
-    dt_bias: Tensor
+    dt_weight: Tensor | None
+    dt_bias: Tensor | None
     A: Tensor
     D: Tensor
 
@@ -168,6 +170,8 @@ def bidirectional_scan(
     if not isinstance(forward.A, Tensor) or forward.A.dim() != 2:
         raise ValueError("forward.A must be [E, N]")
     states = forward.A.shape[1]
+    if forward.dt_weight is None or backward.dt_weight is None:
+        return _one_by_one(forward, backward, z, scale, return_score, backend)
     if not isinstance(forward.dt_weight, Tensor) or forward.dt_weight.dim() != 2:
         raise ValueError("forward.dt_weight must be [E, R]")
     rank = forward.dt_weight.shape[1]
@@ -191,3 +195,37 @@ def bidirectional_scan(
     chosen = resolve("scan", backend, forward.x.device.type, forward.x.dtype, states)
     out, score, *_ = call(BIDIRECTIONAL, grad, *tensors, float(scale), chosen, grad, return_score)
     return (out, score) if return_score else out
+
+
+def _one_by_one(
+    forward: ScanDirection,
+    backward: ScanDirection,
+    z: Tensor | None,
+    scale: float,
+    return_score: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`bidirectional_scan` as two scans: the operator takes low-rank step sizes only."""
+    if z is not None:
+        check_tensor("z", z, "[B, L, E]", tuple(forward.x.shape), forward.x)
+    sums = []
+    for side, reverse in ((forward, False), (backward, True)):
+        n = side.A.shape[1]
+        dt, b, c = side.proj.split([side.proj.shape[-1] - 2 * n, n, n], dim=-1)
+        y = selective_scan(
+            side.x,
+            dt,
+            side.A,
+            b,
+            c,
+            side.D,
+            dt_weight=side.dt_weight,
+            dt_bias=side.dt_bias,
+            reverse=reverse,
+            backend=backend,
+        )
+        sums.append(y.to(state_dtype(y.dtype)))
+    total = sums[0] + sums[1]
+    out = total * scale if z is None else total * scale * F.silu(z.to(total.dtype))
+    out = out.to(forward.x.dtype)
+    return (out, total.detach().amax(-1)) if return_score else out
