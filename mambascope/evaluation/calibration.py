@@ -16,6 +16,7 @@ from mambascope.models.scope import MambaScope
 
 BOUNDS = (0.05, 20.0)
 """Temperatures that are considered."""
+_DEVIATIONS = 1.96  # of a 95 % interval
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -50,7 +51,8 @@ def calibrate(model: MambaScope, loader: Iterable[Any]) -> float:
         loader: gives images [B, C, H, W] and labels [B] that the model was not trained on.
 
     Raises:
-        ValueError: the loader is empty or gives something else, or a logit is NaN or inf.
+        ValueError: the loader is empty or gives something else, a logit is NaN or inf, or there are too few images
+            to tell the temperature from an infinite one.
     """
     device = model_device(model)
     logits, labels = [], []
@@ -60,5 +62,19 @@ def calibrate(model: MambaScope, loader: Iterable[Any]) -> float:
             labels.append(y.cpu().long())
     if not logits:
         raise ValueError("there are no images to fit the temperature on")
-    model.temperature = fit_temperature(torch.cat(logits), torch.cat(labels))
-    return model.temperature
+    z = torch.cat(logits)
+    found = fit_temperature(z, torch.cat(labels))
+    if not BOUNDS[0] * 1.001 < found < BOUNDS[1] / 1.001 or 1 / found <= _DEVIATIONS * _deviation(z, found):
+        raise ValueError(
+            f"{len(z):,} images do not tell the temperature: the fit gives {found:.3g}, and an infinite one is within "
+            "its 95 % interval or it has left the accepted range; use more images"
+        )
+    model.temperature = found
+    return found
+
+
+def _deviation(logits: Tensor, temperature: float) -> float:
+    """Standard deviation of the fitted inverse temperature, from the curvature of the cross entropy at it."""
+    z = logits.double()
+    weights = (z / temperature).softmax(1)
+    return float(((weights * z.square()).sum(1) - (weights * z).sum(1).square()).sum()) ** -0.5

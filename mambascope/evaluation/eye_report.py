@@ -2,7 +2,7 @@
 
 Choice of the stopping threshold: of all that keep top-1 within half a point of reading every glimpse, the one that
 reads the fewest. It is made on calibration images if there are any, otherwise on the evaluated ones; the report says
-which.
+which. Too few images to decide leave the usual threshold (:mod:`mambascope.evaluation.choice`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from mambascope.data.glimpse_dataset import GlimpseOptions
+from mambascope.evaluation.choice import CONFIDENCE, binomial_interval, images_for_drop
 from mambascope.evaluation.collect import evaluating, model_device
 from mambascope.evaluation.cost import stage_macs
 from mambascope.evaluation.eye_choice import make_chooser
@@ -39,6 +41,7 @@ from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
 
 DROP = 0.005  # accuracy that early stopping may cost
+USUAL_THRESHOLD = 0.8  # where nothing decides
 
 
 @dataclass
@@ -221,6 +224,8 @@ def write_eye_report(
         )
     rows = _rows(name, model, curves, others, data.get("stopping"), size_label(main))
     table = _text(rows)
+    if stop is not None:
+        table += "\n" + _how_chosen(data["stopping"])
     if len(orders) > 1:
         table += "\n\n" + _text(_order_rows(orders, costs, size_label(main)))
     _write(directory, data, table, curves, orders, costs, model, base)
@@ -247,6 +252,24 @@ def _curve_data(curve: GlimpseCurve) -> dict[str, Any]:
     }
 
 
+def _drop_interval(whole: int, stopped: int, images: int) -> tuple[float, float]:
+    """Interval of the drop from `whole` to `stopped` right answers, whichever images they are of."""
+    each = (1 + CONFIDENCE) / 2
+    (low, high), (least, most) = (binomial_interval(hits, images, each) for hits in (whole, stopped))
+    return low - most, high - least
+
+
+def _how_chosen(stopping: Mapping[str, Any]) -> str:
+    used = stopping["criteria"][stopping["measured"]["criterion"]]
+    low, high = (100 * v for v in used["drop_interval"])
+    where = f"{stopping['images']:,} {stopping['chosen_on']}"
+    rule = f"fewest glimpses with top-1 at most {100 * DROP:g} points below all of them; chosen on {where}"
+    if not stopping["decided"]:
+        rule = f"the usual one stays: {where} are too few to choose, {stopping['images_needed']:,} can"
+    text = f"stopping threshold {used['threshold']:g}: {rule}"
+    return f"{text}; drop there {low:.2f} to {high:.2f} points ({100 * CONFIDENCE:g} % interval)"
+
+
 def _stopping(
     model: MambaEye,
     pictures: Pictures,
@@ -260,15 +283,22 @@ def _stopping(
     chosen_on = base
     if calibration is not None:
         chosen_on = evaluate_glimpses(model, calibration, options, stop=stop, **{**how, "seed": how["seed"] + 1})
+    needed = images_for_drop(DROP)
     result: dict[str, Any] = {
         "chosen_on": "evaluated images" if calibration is None else "calibration images",
+        "images": chosen_on.images,
+        "images_needed": needed,
+        "decided": chosen_on.images >= needed,
         "all_glimpses": {"top1": float(base.top1[-1]), "glimpses": options.length},
         "criteria": {},
     }
     for here, there in zip(base.stops, chosen_on.stops, strict=True):
         k = there.choose(float(chosen_on.top1[-1]) - DROP)
+        if chosen_on.images < needed:
+            k = int(np.abs(there.thresholds - USUAL_THRESHOLD).argmin())
         result["criteria"][here.criterion] = {
             "threshold": float(here.thresholds[k]),
+            "drop_interval": list(_drop_interval(int(chosen_on.hits[-1]), int(there.hits[k]), chosen_on.images)),
             "top1": float(here.top1[k]),
             "mean_glimpses": float(here.mean_glimpses[k]),
         }

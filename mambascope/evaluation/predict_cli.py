@@ -26,6 +26,7 @@ from tqdm import tqdm
 from mambascope._names import as_json
 from mambascope.data.files import LeftOut, Source, find_images
 from mambascope.data.image_io import LOOKED_AT, BadImageError, open_image, survey
+from mambascope.evaluation.choice import stored_rule
 from mambascope.evaluation.engine import ScopePredictor
 from mambascope.evaluation.inference import (
     CHECKPOINT_HELP,
@@ -327,7 +328,9 @@ def _run(args: argparse.Namespace) -> int:
             bar.update(len(rows))
     parts = [f"{count:,} images"]
     if isinstance(model, MambaScope) and count:
-        parts.append(f"{100 * left / count:.0f} % left after the coarse look (threshold {model.threshold:g})")
+        rule = "given" if args.threshold is not None else stored_rule(model)
+        eta = f"threshold {model.threshold:g}" + (f": {rule}" if rule else "")
+        parts.append(f"{100 * left / count:.0f} % left after the coarse look ({eta})")
     if skipped.count:
         parts.append(f"{skipped.count} unreadable files skipped")
     if left_out:

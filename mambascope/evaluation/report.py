@@ -2,7 +2,8 @@
 
 Choice of the threshold η: by default, of all that keep top-1 within half a point of refining every image, the one that
 refines the fewest images. It is made on the calibration data if there are any, otherwise on the evaluation data
-themselves; the report says which. With the latter the accuracy at η is slightly optimistic.
+themselves; the report says which. With the latter the accuracy at η is slightly optimistic. Too few images to decide
+leave the model's own η (:mod:`mambascope.evaluation.choice`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from mambascope._names import as_json
 from mambascope.evaluation import sweep as sw
+from mambascope.evaluation.choice import describe_choice, images_needed, interval_text
 from mambascope.evaluation.collect import Collected, collect, model_device
 from mambascope.evaluation.cost import CONVENTIONS, StageCost, format_gflops, plain_vim, stage_macs
 from mambascope.evaluation.flop_count import costs_of
@@ -122,7 +124,7 @@ def write_report(
         metrics_csv: Lightning's CSV log, for the training curves.
         calibration_loader: data on which η is chosen; default: the evaluation data.
         threshold: use this η instead of choosing one.
-        target: what η is chosen for.
+        target: what η is chosen for; with too few images to decide it the model's own stays.
         measure_thresholds: more η whose time is measured.
         batch_sizes: images per call of the timings; the first one is that of the printed table's first column.
         timing_images: images to time (at least 1), sampled from `data` so that their confidences are spread like those
@@ -169,8 +171,11 @@ def write_report(
     size = tuple(found.images.shape[-2:])
     costs = costs_of(model, size)
     curve = sw.sweep(found.record, costs)
-    chosen_on, choice = _choice_curve(model, found, curve, calibration_loader, threshold, target, effort, batch_sizes)
-    eta = check_threshold(threshold) if threshold is not None else float(chosen_on.threshold[target.pick(chosen_on)])
+    if threshold is None:
+        eta, choice = _choose(model, found, calibration_loader, target, effort, batch_sizes)
+    else:
+        eta = check_threshold(threshold)
+        choice = {"rule": "given", "threshold": eta, "data": None}
     etas = list(dict.fromkeys([eta, *map(float, measure_thresholds)]))
     timings = measure_all(model, found, etas, batch_sizes, **effort)
     points = [top1_at(found.record, t) for t in timings]
@@ -212,22 +217,20 @@ def _how_chosen(choice: dict[str, Any]) -> str:
     if choice["data"] is None:
         return "η was given"
     own = "" if choice["data"] == CALIBRATION else ", the same as above: its accuracy is slightly optimistic"
-    return f"η: {choice['rule']}; chosen on {choice['images']} images of the {choice['data']}{own}"
+    found = "chosen on" if choice["decided"] else "looked at"
+    where = f"{found} {choice['images']:,} images of the {choice['data']}{own}"
+    return f"η: {choice['rule']}; {where}\n{interval_text(choice)}"
 
 
-def _choice_curve(
+def _choose(
     model: MambaScope,
     found: Collected,
-    curve: sw.SweepCurve,
     calibration: Iterable[Any] | None,
-    threshold: float | None,
     target: sw.Target,
     effort: dict[str, Any],
     batch_sizes: Sequence[int],
-) -> tuple[sw.SweepCurve, dict[str, Any]]:
-    """The sweep on which η is chosen, and what the report says about the choice."""
-    if threshold is not None:
-        return curve, {"rule": "given", "data": None}
+) -> tuple[float, dict[str, Any]]:
+    """η, and what the report says about its choice."""
     record, source = found.record, "evaluation data"
     if calibration is not None:
         record = collect(model, calibration, progress=effort["progress"], description="calibrating").record
@@ -237,7 +240,11 @@ def _choice_curve(
         chosen_on = sw.sweep(record, ms_coarse=coarse.ms, ms_refined=full.ms)
     else:
         chosen_on = sw.sweep(record, costs_of(model, tuple(found.images.shape[-2:])))
-    return chosen_on, {"rule": target.describe(), **asdict(target), "data": source, "images": len(record)}
+    eta = float(chosen_on.threshold[target.pick(chosen_on)])  # also where it is not used: it may refuse the target
+    if len(record) < images_needed(target):
+        eta = model.threshold
+    choice = describe_choice(target, record, eta, model.threshold)
+    return eta, {**asdict(target), "data": source, **choice}
 
 
 def measure_all(

@@ -327,7 +327,8 @@ class TrainCLI(LightningCLI):
             print(f"\n{report.table}\n")
             if isinstance(model, MambaScope) and report.threshold is not None:
                 model.threshold = report.threshold
-            model.description["report"] = {"threshold": report.threshold, "table": report.data["table"]}
+            kept = ("threshold", "table", "choice")
+            model.description["report"] = {key: report.data.get(key) for key in kept}
             self.export.write(self.model)
             print(f"report:  {self.run_dir / REPORT_DIR}")
         print(f"weights: {self.run_dir / WEIGHTS_NAME}")

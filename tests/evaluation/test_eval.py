@@ -188,9 +188,12 @@ def test_the_tool_itself(digits_run, tmp_path):
 
 def test_the_gate_is_calibrated_on_images_of_its_own(digits_run, checkpoint, data, tmp_path, capsys):
     target = tmp_path / "warm.safetensors"
-    status, out, err = run(
-        capsys, digits_run / "model.safetensors", "--fit-temperature", "--export", target, "--out", tmp_path
-    )
+    fit = ["--fit-temperature", "--export", target, "--out", tmp_path]
+    status, _, err = run(capsys, digits_run / "model.safetensors", *fit)
+    assert status == 2
+    assert "do not tell the temperature" in err.splitlines()[-1]  # too few of a model that knows too little
+    assert not target.exists()
+    status, out, err = run(capsys, "scopedigits", "--length", 100, *fit)
     assert status == 0, err
     assert "fitted on the calibration data" in out
     found = float(out.split("temperature ")[1].split(",")[0])

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from mambascope.evaluation import report as report_module
+from mambascope.evaluation.choice import interval_text
 from mambascope.evaluation.cost import stage_macs
 from mambascope.evaluation.examples import make_examples, run_scope, to_rgb
 from mambascope.evaluation.report import write_report
@@ -91,6 +92,7 @@ def test_table_shows_the_three_ways_and_the_savings(written):
         "saved by dynamic",
         f"η: {written.data['choice']['rule']}; chosen on 30 images of the evaluation data, the same as above: "
         "its accuracy is slightly optimistic",
+        interval_text(written.data["choice"]),
     ]
     assert "ms/image (batch 8)" in lines[0]
     assert "ms/image (batch 1)" in lines[0]
@@ -114,7 +116,7 @@ def test_calibration_data_decide_when_there_are_any(tiny_scope, loader, images, 
     with torch.no_grad():
         right = tiny_scope.forward_coarse(images).logits.argmax(1)
     # on data where the coarse stage is always right nothing needs to be refined
-    found = write_report(tiny_scope, loader, tmp_path, calibration_loader=[(images, right)], **NO_FIGURES)
+    found = write_report(tiny_scope, loader, tmp_path, calibration_loader=[(images, right)] * 20, **NO_FIGURES)
     assert found.threshold == 0.0
     assert found.data["choice"]["data"] == "calibration data"
     assert found.data["images"] == 30
