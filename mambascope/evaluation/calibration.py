@@ -6,9 +6,11 @@ N images, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import log
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mambascope.evaluation.collect import evaluating, model_device, unpack
@@ -16,7 +18,7 @@ from mambascope.models.scope import MambaScope
 
 BOUNDS = (0.05, 20.0)
 """Temperatures that are considered."""
-_DEVIATIONS = 1.96  # of a 95 % interval
+_CHI_SQUARE = 3.84  # 95 % quantile with one degree of freedom
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -64,17 +66,12 @@ def calibrate(model: MambaScope, loader: Iterable[Any]) -> float:
         raise ValueError("there are no images to fit the temperature on")
     z = torch.cat(logits)
     found = fit_temperature(z, torch.cat(labels))
-    if not BOUNDS[0] * 1.001 < found < BOUNDS[1] / 1.001 or 1 / found <= _DEVIATIONS * _deviation(z, found):
+    # what the temperature explains, against an infinite one at which every class is as likely: a likelihood ratio test
+    explained = len(z) * log(z.shape[1]) - float(F.cross_entropy(z / found, torch.cat(labels), reduction="sum"))
+    if not BOUNDS[0] * 1.001 < found < BOUNDS[1] / 1.001 or 2 * explained < _CHI_SQUARE:
         raise ValueError(
-            f"{len(z):,} images do not tell the temperature: the fit gives {found:.3g}, and an infinite one is within "
-            "its 95 % interval or it has left the accepted range; use more images"
+            f"{len(z):,} images do not tell the temperature: the fit gives {found:.3g}, which is at the end of the "
+            "accepted range or no better than an infinite one; use more images"
         )
     model.temperature = found
     return found
-
-
-def _deviation(logits: Tensor, temperature: float) -> float:
-    """Standard deviation of the fitted inverse temperature, from the curvature of the cross entropy at it."""
-    z = logits.double()
-    weights = (z / temperature).softmax(1)
-    return float(((weights * z.square()).sum(1) - (weights * z).sum(1).square()).sum()) ** -0.5
