@@ -1,5 +1,6 @@
 """What the README tells people to type is there: options exist, configurations parse, the first example runs."""
 
+import csv
 import importlib
 import re
 import shlex
@@ -9,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+TEXT = " ".join(README.split())
 
 
 def blocks(language):
@@ -77,3 +79,31 @@ def test_the_first_example_runs(capsys):
 def test_pictures_and_links_exist():
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def result(name):
+    with (ROOT / "benchmarks" / "results" / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_precision_and_onnx_are_as_measured():
+    """The figures of these sentences come from files that benchmarks/demo_model.py writes."""
+    changes = [abs(float(row["change_points"])) for row in result("demo_precision.csv")]
+    said = re.search(r"`model\.bfloat16\(\)` moved the accuracies of the demo's table by at most ([\d.]+) points", TEXT)
+    assert float(said[1]) == round(max(changes), 2)
+    ratios = {}
+    for row in result("demo_onnx.csv"):
+        if row["runtime"] == "onnxruntime":
+            ratios.setdefault(row["batch"], []).append(float(row["times_the_package"]))
+    said = re.search(r"takes ([\d.]+) times as long as the package at batch 64 and ([\d.]+) to ([\d.]+) times", TEXT)
+    wanted = [max(ratios["64"]), min(ratios["1"]), max(ratios["1"])]
+    assert [float(v) for v in said.groups()] == [round(v, 1) for v in wanted]
+
+
+def test_the_number_of_cells_of_an_image_is_worth_what_its_rows_say():
+    table = (ROOT / "benchmarks/results/ablations/ablations.md").read_text()
+    gain = {
+        name: float(re.search(rf"\| {name} \|.*\| ([-+][\d.]+) ±", table)[1]) for name in ("mass 0.98", "mass 0.95")
+    }
+    said = re.search(r"([\d.]+) ± 0\.2 at a mass of 0\.98 and at 15 of 16 cells, (-[\d.]+) ± 0\.2 at 0\.95", TEXT)
+    assert [float(v) for v in said.groups()] == [round(v, 1) for v in gain.values()]
