@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from mambascope._names import open_streams, printable
+from mambascope.evaluation.choice import images_for_drop
 from mambascope.mm.data_checks import check_data
 from mambascope.models.checkpoint import atomic_path
 
@@ -144,10 +145,11 @@ def run(args: argparse.Namespace) -> int:
             _coco_ready(metric)
             _limited(metric, loader_all, args.limit)
     record = evaluate.collect(model, loader, metrics, _progress)
-    grid = [args.threshold] if args.threshold is not None else []
+    fixed, choice = how_chosen(len(record), args.threshold, args.max_drop, float(model.backbone.threshold))
+    grid = [] if fixed is None else [fixed]
     thresholds = sorted({0.0, 1.0, *grid, *map(float, evaluate.thresholds_for(record.confidence, args.points))})
     rows = evaluate.sweep(record, metrics, thresholds)
-    chosen = thresholds.index(args.threshold) if grid else evaluate.choose(rows, args.max_drop)
+    chosen = evaluate.choose(rows, args.max_drop) if fixed is None else thresholds.index(fixed)
     vim = None
     if args.vim:
         vim = evaluate.scores(metrics, evaluate.predictions(plain, loader, metrics, _progress("plain Vim")))
@@ -159,7 +161,6 @@ def run(args: argparse.Namespace) -> int:
     batches = _grouped(first, args.batch_size)
     timings = evaluate.measure(model, plain, batches, sides, settings, rounds=args.rounds, max_seconds=args.max_seconds)
     out = Path(args.out) if args.out else Path(args.checkpoint).parent / "eval"
-    choice = how_chosen(len(record), None if grid else args.max_drop)
     print(sweep_table(rows, chosen, vim, choice))
     print("\n" + timing_table(timings, args.batch_size))
     out.mkdir(parents=True, exist_ok=True)
@@ -212,11 +213,24 @@ def _cell(value: Any) -> Any:
     return value
 
 
-def how_chosen(images: int, max_drop: float | None) -> str:
-    """Says where the threshold comes from; ``max_drop`` in points, ``None`` if it was given."""
-    if max_drop is None:
-        return "the threshold was given"
-    return (
+def how_chosen(images: int, given: float | None, max_drop: float, own: float) -> tuple[float | None, str]:
+    """Where the marked threshold comes from.
+
+    Args:
+        images: How many there are to choose on.
+        given: The threshold that was asked for, if one was.
+        max_drop: Accepted loss in points.
+        own: The model's threshold.
+
+    Returns:
+        The threshold, ``None`` if the images are to choose it, and why it is that.
+    """
+    if given is not None:
+        return given, "the threshold was given"
+    needed = images_for_drop(max_drop / 100)
+    if images < needed:
+        return own, f"the config's threshold: {images} images are too few to choose one, {needed} can"
+    return None, (
         f"fewest refined at most {max_drop:g} points below refining all; chosen on the {images} images reported here: "
         "its figures are slightly optimistic"
     )
