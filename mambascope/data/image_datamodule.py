@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from mambascope.data.datamodule import Loader, ResumableDataModule
@@ -159,6 +160,7 @@ class ImageDataModule(ResumableDataModule):
         }
         self._eval_options: dict[str, Any] = {"interpolation": interpolation, "crop_pct": crop_pct}
         self._opened: dict[str, Any] = {}
+        self._surveyed: set[str] = set()
         self._classes: dict[str, int] = {}
 
     @property
@@ -224,8 +226,10 @@ class ImageDataModule(ResumableDataModule):
         if stage in (None, "fit"):
             self._open("train")
         self._open("val")
-        if not self.streams:
-            self._source("train" if stage in (None, "fit") else "val").survey(warn=self._processes()[0] == 0)
+        which: Literal["train", "val"] = "train" if stage in (None, "fit") else "val"
+        if not self.streams and which not in self._surveyed:
+            self._surveyed.add(which)
+            self._source(which).survey(warn=getattr(rank_zero_only, "rank", 0) == 0)
 
     def _open_named(self, split: str, is_training: bool, epoch: int) -> Any:
         return open_named(

@@ -87,10 +87,20 @@ class Skipped:
 
 def surveyed(sources: Iterable[Source], channels: int, values: ValueRange) -> Iterator[Source]:
     """The same files, after a look at the first ones; see :func:`mambascope.data.image_io.survey`."""
-    feed = iter(sources)
-    some = list(itertools.islice(feed, LOOKED_AT))
+    feed, some, failure = iter(sources), [], None
+    try:
+        for source in itertools.islice(feed, LOOKED_AT):
+            some.append(source)
+    except ValueError as error:  # of an input: what comes before it is answered first
+        failure = error
     survey([(source.path, str(source.path)) for source in some], channels, values)
-    return itertools.chain(some, feed)
+
+    def rest() -> Iterator[Source]:
+        if failure is not None:
+            raise failure
+        yield from feed
+
+    return itertools.chain(some, rest())
 
 
 def load_batches(

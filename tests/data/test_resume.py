@@ -148,7 +148,7 @@ def test_fast_forward_reads_no_image(folder, monkeypatch):
     data.setup()
     opened = []
     real = sources.open_image
-    monkeypatch.setattr(sources, "open_image", lambda file, name: opened.append(name) or real(file, name))
+    monkeypatch.setattr(sources, "open_image", lambda file, name, *how: opened.append(name) or real(file, name, *how))
     data.set_position(0, 4)
     assert len(list(data.train_dataloader())) == 1
     assert len(opened) == 8

@@ -163,7 +163,7 @@ def test_bad_scan_arguments(changes, message):
         ({"proj_f": torch.randn(1, 4, 33)}, r"forward.proj must be \[B, L, R \+ 2N\] = \[1, 4, 34\]"),
         ({"A_b": torch.randn(8, 8)}, "backward.A must be"),
         ({"A_f": None}, "forward.A must be"),
-        ({"dt_weight_f": None}, "forward.dt_weight must be"),
+        ({"dt_weight_f": torch.randn(7, 2)}, "forward.dt_weight must be"),
         ({"z": torch.randn(1, 4, 4)}, r"z must be \[B, L, E\]"),
     ],
 )

@@ -131,7 +131,7 @@ def test_print_config_is_a_config(here, capsys):
         (["--model.net.args.alhpa", "0.5"], "unknown model argument alhpa"),
         (["--model.optimizer.lr", "fast"], "model.optimizer.lr"),
         (["--model.net.name", "resnet51"], "net.name must be one of mambascope_base_patch16_224"),
-        (["--model.net.name", "resnet18", "--model.net.args.depth=3"], "resnet18 cannot be built from these arguments"),
+        (["--model.net.name", "resnet18", "--model.net.args.depth=3"], "resnet18 is not made with alpha, fine_cls"),
         (["--model.net.checkpoint", "no.pth"], "checkpoint no.pth does not exist"),
         (["--trainer.max_epoch", "3"], "--trainer.max_epoch"),
         (["--ckpt_path", "last"], "ckpt_path 'last': no run below runs/ has a last.ckpt"),
