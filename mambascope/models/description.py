@@ -25,6 +25,7 @@ GLIMPSES = ("length", "canvas_size", "pattern", "resize_mode", "compat")
 """What a description may say about how images become glimpses."""
 
 _MOST_GLIMPSES = 2**16
+_LONGEST_LINE = 1000
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
@@ -38,6 +39,10 @@ def _value_range(value: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _line(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and len(value) <= _LONGEST_LINE
 
 
 def _sides(value: Any, count: int) -> bool:
@@ -134,11 +139,14 @@ def checked_description(path: Path, description: Any) -> dict[str, Any]:
         value = known.get(name)
         if value is not None and type(value) not in kinds:
             raise CheckpointError(f"{damaged}: {name} must be {words}, got a {type(value).__name__}")
-    table = (known.get("report") or {}).get("table")
+    report = known.get("report") or {}
+    table, choice = report.get("table"), report.get("choice")
     if not all(isinstance(label, str) for label in known.get("labels") or ()):
         raise CheckpointError(f"{damaged}: labels must be texts")
     if table is not None and not (isinstance(table, list) and all(isinstance(row, dict) for row in table)):
         raise CheckpointError(f"{damaged}: report.table must be a list of mappings")
+    if choice is not None and not (isinstance(choice, dict) and _line(choice.get("rule", ""))):
+        raise CheckpointError(f"{damaged}: report.choice must be a mapping whose rule is one line of text")
     return {name: value for name, value in known.items() if value is not None}
 
 

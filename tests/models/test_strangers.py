@@ -18,6 +18,7 @@ import mambascope
 from mambascope import MambaEye, MambaScope, VisionMamba, load_checkpoint
 from mambascope.data.errors import DataError
 from mambascope.evaluation import eval_cli
+from mambascope.evaluation.choice import stored_rule
 from mambascope.evaluation.eval_data import run_module
 from mambascope.evaluation.inference import ready_model
 from mambascope.models.checkpoint import CheckpointError, describe, save_safetensors
@@ -223,6 +224,19 @@ def test_descriptions_that_are_no_plain_values(tmp_path):
     for text in ("9" * 5000, "[" * 100_000, "[1]", '{"config": 5}'):
         save_file(state, tmp_path / "a.safetensors", {"mambascope": text})
         refused(lambda: mambascope.load(tmp_path / "a.safetensors"), "damaged description")
+
+
+@pytest.mark.parametrize(
+    "choice", [3, ["rule"], {"rule": 5}, {"rule": "\x1b[2J"}, {"rule": "a\nb"}, {"rule": "x" * 2000}]
+)
+def test_the_rule_that_predict_prints_is_one_line(choice, tmp_path):
+    model = MAKE["scope"]()
+    state, description = model.state_dict(), describe(model)
+    path = stored(tmp_path / "a.safetensors", state, {**description, "report": {"choice": choice}})
+    refused(lambda: mambascope.load(path), "report.choice must be a mapping whose rule is one line")
+    kept = {"rule": "top-1 drop at most 0.50 %", "threshold": model.threshold}
+    stored(path, state, {**description, "report": {"choice": kept}})
+    assert stored_rule(mambascope.load(path)) == kept["rule"]
 
 
 @pytest.mark.parametrize(
