@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -85,8 +84,6 @@ def finish_training(folder: Path, options: Sequence[str], group: Group | None = 
     if last.is_file():
         options = ["--ckpt_path", str(last)]
     else:
-        if (folder / "config.yaml").is_file():
-            shutil.rmtree(folder)  # it was killed before it had anything to save
         options = [*options, "--run.root", str(folder.parent), "--run.name", folder.name]
     status, message = _run(options, group or Group(), name)
     if status or finished(folder) is None:

@@ -139,10 +139,10 @@ def _take(path: Path, configs: Sequence[str]) -> str | None:
     while True:
         if path.exists() and not path.is_dir():
             return f"run directory {path} is a file; choose another --run.name"
-        path.mkdir(exist_ok=True)
-        if own or not _is_free(path):
-            break
+        path.resolve().mkdir(exist_ok=True)
         try:
+            if own or not _is_free(path):
+                break
             held = hold_run(path, new=True)
         except FileNotFoundError:  # a run that could not start has just been removed
             continue
@@ -151,22 +151,26 @@ def _take(path: Path, configs: Sequence[str]) -> str | None:
         if not _is_free(path):  # whoever held it got further
             _release(path)
             break
-        for leftover in (LOG_DIR, CHECKPOINT_DIR, "wandb"):
-            shutil.rmtree(path / leftover, ignore_errors=True)
+        _clear(path)
         return None
     if (path / CHECKPOINT_DIR / LAST_NAME).is_file():
         return f"run {path} exists; choose another --run.name, or continue it with --ckpt_path last"
     return f"run directory {path} exists, and holds no checkpoint to continue from; choose another --run.name"
 
 
-def _has_checkpoint(path: Path) -> bool:
-    return any(not file.name.startswith(".") for file in (path / CHECKPOINT_DIR).glob("*.ckpt"))
-
-
 def _is_free(path: Path) -> bool:
     """Whether a directory is empty, or holds no more than a run that did not come to its first checkpoint."""
     names = {entry.name for entry in path.iterdir() if not entry.name.startswith(f".{CONFIG_NAME}.")}
-    return not names or (_LOCK_NAME in names and names <= _STARTED and not _has_checkpoint(path))
+    return not names or (_LOCK_NAME in names and names <= _STARTED and not any(path.rglob("*.ckpt")))
+
+
+def _clear(path: Path) -> None:
+    """Removes what a run left in a free directory, but for its lock."""
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != _LOCK_NAME:
+            entry.unlink(missing_ok=True)
 
 
 def in_use(run: Path) -> str:
@@ -219,11 +223,18 @@ def scratch_run() -> Path:
 
 
 def leave_runs() -> None:
-    """Gives back the directories that this process holds; those in which it made nothing to go on from are removed."""
+    """Gives back the directories that this process holds; new ones without anything to keep are removed."""
     for run, held in list(_held.items()):
-        if held.scratch or (held.new and not _has_checkpoint(run) and not (run / WEIGHTS_NAME).exists()):
+        if held.scratch:
             shutil.rmtree(run, ignore_errors=True)
+        leave = held.new and not held.scratch and run.is_dir() and _is_free(run)
+        if leave:
+            _clear(run)
+            (run / _LOCK_NAME).unlink(missing_ok=True)  # last: from here on the directory is anybody's
         _release(run)
+        if leave:
+            with contextlib.suppress(OSError):  # somebody has taken it
+                run.rmdir()
 
 
 def _release(run: Path) -> None:

@@ -16,6 +16,8 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 
+from mambascope.evaluation.inference import CommandError
+from mambascope.evaluation.trainings import finish_training
 from mambascope.training.cli import TrainCLI, complete_args, main
 from mambascope.training.runs import hold_run, leave_runs, new_run
 from tests.training.helpers import tiny
@@ -158,6 +160,33 @@ def test_a_config_by_hand_is_nobodys_leftover(here):
     assert sorted(path.name for path in Path("runs/mine").iterdir()) == ["config.yaml"]
 
 
+@pytest.mark.parametrize("own", ["samples.txt", "logs/checkpoints/epoch=0-step=2.ckpt", "model.safetensors"])
+def test_what_a_failed_run_holds_besides_is_left(own, here):
+    run = new_run("runs", "mine", [])
+    (run / "logs").mkdir()
+    kept = run / own
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text("made by a callback")
+    leave_runs()
+    assert kept.is_file()
+    with pytest.raises(ValueError, match="holds no checkpoint to continue from"):
+        new_run("runs", "mine", [])
+    assert kept.is_file()
+
+
+def test_links_are_followed_but_not_emptied(here):
+    (here / "runs").mkdir()
+    (here / "disk" / "logs").mkdir(parents=True)
+    (here / "disk" / "logs" / "old.csv").write_text("1")
+    (here / "runs" / "mine").symlink_to(here / "elsewhere")
+    run = new_run("runs", "mine", [])
+    (run / "logs").symlink_to(here / "disk" / "logs")
+    leave_runs()
+    assert not (here / "elsewhere").exists()
+    assert (here / "disk" / "logs" / "old.csv").is_file()
+    assert new_run("runs", "mine", []) == run
+
+
 def _remove(path):
     for file in path.iterdir():
         file.unlink()
@@ -234,6 +263,14 @@ def test_a_run_is_not_resumed_by_two_processes(here, capsys):
     done.set()
     other.join()
     assert main(args) == 0
+
+
+def test_a_comparison_leaves_the_start_of_another_alone(here):
+    run = new_run("runs", "mine", [])
+    (run / "config.yaml").write_text("trainer:\n")
+    with pytest.raises(CommandError, match=r"training in runs/mine: run runs/mine is being trained by another process"):
+        finish_training(run, tiny(**SHORT))
+    assert (run / "config.yaml").is_file()
 
 
 def _outlive(path, name):
