@@ -195,8 +195,10 @@ class TrainCLI(LightningCLI):
             self.resume_step = int(read_training_checkpoint(self.resume_from, mmap=True)["global_step"])
         trainer = self.config_init.trainer
         cluster = slurm_plugins()
-        if isinstance(self.datamodule, ResumableDataModule):
-            self.datamodule.setup("fit")  # what is wrong with the data is a mistake like any other so far
+        # what is wrong with the data is a mistake like any other so far; one process downloads, as later on
+        elsewhere = getattr(self.datamodule, "download", False) and not main
+        if isinstance(self.datamodule, ResumableDataModule) and not elsewhere:
+            self.datamodule.setup("fit")
         self.run_dir = self._run_dir(run, main)
         checkpoint: RunCheckpoint = self.config_init.checkpoint
         checkpoint.dirpath = self.run_dir / CHECKPOINT_DIR
