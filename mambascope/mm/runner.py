@@ -21,11 +21,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mambascope._names import printable
-from mambascope.data.errors import DataError
+from mambascope.data.errors import DataError, worker_failure
 from mambascope.mm.backbone import EncoderBackbone
 from mambascope.mm.data_checks import check_data, check_masks, plain_configs
 from mambascope.mm.dense import UnpaddedMixin
-from mambascope.mm.transforms import name_annotations
+from mambascope.mm.transforms import name_annotations, survey_images
 from mambascope.mm.weights import local_file
 from mambascope.models.checkpoint import CheckpointError
 
@@ -49,6 +49,10 @@ def one_line() -> Iterator[None]:
             text = re.sub(r"^[\w.]+: ", "", text.rstrip().splitlines()[-1])
             raise DataError(text) from None
         raise
+    except RuntimeError as error:
+        if (failure := worker_failure(error)) is None:
+            raise
+        raise failure from None
     except ValueError as error:
         if "Expected more than 1 value per channel when training" not in str(error):
             raise
@@ -128,8 +132,9 @@ class ScopeRunner(Runner):
             if is_main_process() and not began:
                 shutil.rmtree(self._log_dir, ignore_errors=True)
                 folder = Path(self.work_dir)
-                dumped = folder / (Path(self.cfg.filename).name if self.cfg.filename else f"{self.timestamp}.py")
-                if set(folder.iterdir()) <= {dumped}:
+                given = Path(self.cfg.filename or f"{self.timestamp}.py")
+                dumped = folder / given.name
+                if set(folder.iterdir()) <= {dumped} and given.resolve() != dumped.resolve():
                     dumped.unlink(missing_ok=True)
                     folder.rmdir()
             raise
@@ -150,6 +155,7 @@ class ScopeRunner(Runner):
             raise DataError(f"no image of {where} is left after filter_cfg={left}") from None
         name_annotations(loader.dataset)
         check_masks(loader.dataset)
+        survey_images(loader.dataset)
         return loader
 
     def load_checkpoint(self, filename: str, map_location: Any = "cpu", strict: bool = False, **kwargs: Any) -> Any:

@@ -9,12 +9,14 @@ from typing import Any
 import mmengine.fileio as fileio
 import numpy as np
 from mmcv.transforms import LoadAnnotations, LoadImageFromFile
+from mmengine.dist import is_main_process
 from mmengine.registry import TRANSFORMS
 from PIL import Image
 
 from mambascope.data.errors import DataError
-from mambascope.data.image_io import open_image, read_reason
+from mambascope.data.image_io import LOOKED_AT, open_image, read_reason, survey
 from mambascope.mm.gate import check_labels
+from mambascope.models.pictures import ValueRange, check_value_range
 
 
 @TRANSFORMS.register_module()
@@ -27,23 +29,31 @@ class LoadAnyImage(LoadImageFromFile):
     Args:
         to_float32: Whether to convert from uint8.
         ignore_empty: Whether another image takes the place of one that cannot be read.
+        value_range: The files' values that become 0 to 255, as ``--data.value_range`` of the classifiers.
         backend_args: Where files lie, see ``mmengine.fileio``.
 
     Raises:
+        ValueError: If ``value_range`` is none.
         DataError: If the file cannot be read as an image.
     """
 
     def __init__(
-        self, to_float32: bool = False, ignore_empty: bool = False, *, backend_args: dict | None = None
+        self,
+        to_float32: bool = False,
+        ignore_empty: bool = False,
+        value_range: ValueRange = None,
+        *,
+        backend_args: dict | None = None,
     ) -> None:
         super().__init__(to_float32=to_float32, ignore_empty=ignore_empty, backend_args=backend_args)
+        self.value_range = check_value_range(value_range)
 
     def transform(self, results: dict) -> dict | None:
         """Adds ``img``, ``img_shape`` and ``ori_shape`` to what has ``img_path``."""
         name = str(results["img_path"])
         try:
             with fileio.get_local_path(name, backend_args=self.backend_args) as path:
-                picture = open_image(path, name=name, whole=True)
+                picture = open_image(path, name=name, value_range=self.value_range, whole=True)
         except (OSError, DataError) as error:
             if self.ignore_empty:
                 return None
@@ -175,6 +185,16 @@ def name_annotations(dataset: Any) -> None:
                     classes = getattr(plain, "metainfo", {}).get("classes")
                     ignored = getattr(plain, "ignore_index", 255)
                     steps[i] = NamedAnnotations(step, getattr(plain, "ann_file", ""), classes and len(classes), ignored)
+
+
+def survey_images(dataset: Any) -> None:
+    """Warns when images use a small part of their values, see :func:`~mambascope.data.image_io.survey`."""
+    for plain in plain_datasets(dataset):
+        loads = [s for steps in _steps(getattr(plain, "pipeline", None)) for s in steps if isinstance(s, LoadAnyImage)]
+        if loads:
+            paths = [str(plain.get_data_info(i)["img_path"]) for i in range(min(len(plain), LOOKED_AT))]
+            local = [(path, path) for path in paths if os.path.isfile(path)]
+            survey(local, 3, loads[0].value_range, warn=is_main_process())
 
 
 def _steps(pipeline: Any) -> Iterator[list[Any]]:

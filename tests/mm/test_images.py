@@ -122,6 +122,34 @@ def test_large_images_keep_their_size(tmp_path, monkeypatch):
     assert TRANSFORMS.build({"type": "LoadAnyImage"})({"img_path": str(tmp_path / "a.png")})["img"].shape == (32, 48, 3)
 
 
+def test_values_of_12_bits(tmp_path):
+    values = np.linspace(0, 4095, 32 * 48).reshape(32, 48).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    for value_range in (None, [0, 4095], "file"):
+        found = TRANSFORMS.build({"type": "LoadAnyImage", "value_range": value_range})
+        image = found({"img_path": str(tmp_path / "a.png")})["img"]
+        assert np.array_equal(image, np.asarray(open_image(tmp_path / "a.png", value_range=value_range))[..., ::-1])
+        assert int(image.max()) == (16 if value_range is None else 255)
+    with pytest.raises(ValueError, match="value_range must be the values that become 0 and 255"):
+        TRANSFORMS.build({"type": "LoadAnyImage", "value_range": [5]})
+
+
+def test_a_loader_warns_of_images_that_use_a_small_part_of_their_values(source, tmp_path, caplog):
+    root = shutil.copytree(source["seg"], tmp_path / "seg")
+    for path in root.glob("images/training/*"):  # Pillow goes by what a file holds
+        Image.fromarray(np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 16).save(path, format="PNG")
+    cfg = common.demo_config("seg", root)
+    ScopeRunner.build_dataloader(cfg.test_dataloader)
+    assert not caplog.records
+    ScopeRunner.build_dataloader(cfg.train_dataloader)
+    [record] = caplog.records
+    assert "the values of 4 images looked at are" in record.getMessage()
+    caplog.clear()
+    cfg.train_dataloader.dataset.pipeline[0]["value_range"] = [0, 4080]
+    ScopeRunner.build_dataloader(cfg.train_dataloader)
+    assert not caplog.records
+
+
 def test_missing_and_broken_images(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     step = TRANSFORMS.build({"type": "LoadAnyImage"})

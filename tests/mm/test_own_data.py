@@ -16,7 +16,7 @@ from mambascope.mm.data_checks import check_data
 from mambascope.mm.eval_cli import main as eval_dense
 from mambascope.mm.eval_cli import parse_options
 from tests.mm import common
-from tests.mm.common import runner
+from tests.mm.common import named_runner, runner
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 TRAIN = "annotations/instances_train2017.json"
@@ -92,6 +92,19 @@ def test_binary_masks_of_0_and_255(seg, tmp_path, capsys):
     text = dense_command(cfg, tmp_path, capsys, tmp_path / "seg.pth")
     assert text.startswith("error: 'digit' is in none of the 3 masks")
     assert text.count("\n") == 1
+
+
+def test_a_config_in_the_runs_folder_stays(seg, tmp_path):
+    binary_masks(seg, 255)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    cfg = common.demo_config("seg", seg, **BINARY)
+    cfg.dump(folder / "own.py")
+    cfg = Config.fromfile(folder / "own.py")
+    cfg.merge_from_dict({"work_dir": str(folder), "launcher": "none"})
+    with pytest.raises(DataError, match="'digit' is in none"):
+        named_runner(cfg).train()
+    assert [path.name for path in folder.iterdir()] == ["own.py"]
 
 
 def test_binary_masks_of_0_and_1_train(seg, tmp_path):

@@ -9,9 +9,11 @@ import torch
 from mmengine.registry import RUNNERS
 from PIL import Image
 
+from mambascope.data.errors import DataError
 from mambascope.mm import loading
 from mambascope.mm.data_checks import data_folders
 from mambascope.mm.loading import plain_config
+from mambascope.mm.runner import one_line
 from tests.mm import common
 from tests.mm.common import runner
 
@@ -240,3 +242,19 @@ def test_batch_predictions_equal_single_ones(kind, threshold, data, tmp_path):
                 torch.testing.assert_close(a.bboxes, b.bboxes, rtol=1e-4, atol=1e-3)
                 torch.testing.assert_close(a.scores, b.scores, rtol=1e-4, atol=1e-5)
     assert len(shares) == (1 if threshold in (0.0, 1.0) else 2)
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (
+            "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are "
+            "out of shared memory. Please try to raise your shared memory limit.",
+            r"^the loader's workers hand images over in shared memory .*--shm-size=2g\), or set fewer num_workers",
+        ),
+        ("DataLoader worker (pid(s) 7) exited unexpectedly", r"^DataLoader worker \(pid\(s\) 7\) exited unexpectedly"),
+    ],
+)
+def test_workers_that_die_end_in_one_line(said, line):
+    with pytest.raises(DataError, match=line), one_line():
+        raise RuntimeError(said)
