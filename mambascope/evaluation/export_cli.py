@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from mambascope._names import as_json
 from mambascope._version import __version__
 from mambascope.evaluation import early_exit
-from mambascope.evaluation.inference import CHECKPOINT_HELP, CommandError, ready_model, run_command
+from mambascope.evaluation.inference import (
+    CHECKPOINT_HELP,
+    CommandError,
+    add_value_range,
+    ready_model,
+    run_command,
+    value_range,
+)
 from mambascope.evaluation.predict_cli import image_size
 from mambascope.models import pictures
 from mambascope.models.checkpoint import atomic_path
@@ -122,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threshold", type=float, help="confidence at which the coarse answer is taken")
     parser.add_argument("--alpha", type=float, help="share of the cells that the fine stage reads, above 0")
     parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width, in pixels")
+    add_value_range(parser)
     parser.add_argument("--model", metavar="NAME", help="model of weights that do not describe it")
     return parser
 
@@ -137,6 +145,7 @@ def _run(args: argparse.Namespace) -> int:
         threshold=args.threshold,
         alpha=args.alpha,
         img_size=image_size(args.img_size),
+        values=value_range(args.value_range),
     )
     own = find_weights(args.checkpoint).parent / "export"
     out = Path(args.out) if args.out else own if Path(args.checkpoint).exists() else Path("export")

@@ -173,9 +173,12 @@ def test_a_standalone_file_loads_without_this_package(exported, images, tmp_path
 def test_one_stage_models(tmp_path, capsys):
     model = VisionMamba(VimConfig(img_size=32, patch_size=8, embed_dim=16, depth=1, num_classes=3))
     save_safetensors(model, tmp_path / "vim.safetensors")
-    assert export_cli.main([str(tmp_path / "vim.safetensors"), "--format", "pt2", "--out", str(tmp_path / "o")]) == 0
+    options = ["--format", "pt2", "--value-range", "0", "4095"]
+    assert export_cli.main([str(tmp_path / "vim.safetensors"), *options, "--out", str(tmp_path / "o")]) == 0
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["export.json", "model.pt2"]
-    assert "threshold" not in json.loads((tmp_path / "o" / "export.json").read_text())
+    facts = json.loads((tmp_path / "o" / "export.json").read_text())
+    assert "threshold" not in facts
+    assert facts["value_range"] == [0, 4095]
 
 
 @pytest.mark.parametrize(
