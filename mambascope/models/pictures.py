@@ -232,6 +232,8 @@ def to_picture(image: Any, channels: int = 3, value_range: ValueRange = None) ->
         return _colour_picture(image, channels, value_range)
     if not isinstance(image, Image.Image):
         return _array_picture(np.asarray(image), channels, value_range)
+    if _is_turned(image):
+        image = _upright(image)
     if channels == 3:
         return _to_rgb(image, value_range)
     if channels > 1:
@@ -307,8 +309,8 @@ def _read_tiff(source: Source, channels: int) -> np.ndarray:
     with _opened(source) as binary, tifffile.TiffFile(binary) as file:
         page: Any = file.pages[0]
         series = file.series[0]
-        # one page per channel
-        stack = page.ndim == 2 and series.ndim == 3 and series.shape[0] == channels > 1
+        # one page per channel; or, as tifffile writes an array [H, W, C] unless it is told more, one per row
+        stack = page.ndim == 2 and series.ndim == 3 and channels > 1 and channels in (series.shape[0], series.shape[2])
         _check_size(page.imagelength, page.imagewidth)
         values: np.ndarray = series.asarray() if stack else page.asarray()
     if not stack and page.ndim == 3 and page.planarconfig == 2:
@@ -328,6 +330,12 @@ def _keep_info(image: Image.Image, original: Image.Image) -> Image.Image:
         if name in original.info:
             image.info.setdefault(name, original.info[name])
     return image
+
+
+def _is_turned(image: Image.Image) -> bool:
+    with suppress(Exception):
+        return bool(image.getexif().get(274, 1) != 1)
+    return False
 
 
 def _upright(image: Image.Image) -> Image.Image:

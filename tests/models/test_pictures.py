@@ -165,6 +165,8 @@ def test_bands_of_a_tiff(tmp_path):
         if name != "page":  # whose first is a grey picture
             with pytest.raises(DataError, match="it has 13 channels, the model takes 3"):
                 open_image(tmp_path / f"{name}.tif")
+    tifffile.imwrite(tmp_path / "array.tif", values)  # tifffile makes a page of each row
+    assert np.array_equal(open_image(tmp_path / "array.tif", None, 13, (0, 10_000)), expected)
     # what Pillow refuses, or makes noise of
     for dtype in (np.float32, np.int16, np.uint16):
         colours = values[..., :3].astype(dtype)
@@ -264,6 +266,21 @@ def test_the_stored_range_is_applied_by_the_model(tmp_path):
     assert 0.8 < seen.max() <= 1  # 0.05 without the range
     assert torch.equal(seen, model.transform()(path))
     assert torch.equal(seen, make_transform(model)(open_image(path, None, 3, (0, 4095))))
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_opened_images_are_turned_as_files_are(tmp_path, kind, channels):
+    model = MambaScope(ScopeConfig(img_size=32, patch_size=8, embed_dim=16, depth=1, in_chans=channels))
+    picture, path = Image.fromarray(np.tile(EIGHT[..., None], 3)), tmp_path / "a"
+    turned = picture.getexif()
+    turned[274] = 6
+    picture.save(path, kind, exif=turned)
+    with Image.open(path) as image:
+        seen = model.transform()(image)
+    assert torch.equal(seen, model.transform()(path))
+    assert seen[0, -1].mean() > seen[0, 0].mean() + 1  # bright at the right before, below now
+    assert torch.equal(seen, make_transform(model)(open_image(path, None, channels, None)))  # turned once
 
 
 def test_a_range_from_a_stranger_is_checked(tmp_path):
