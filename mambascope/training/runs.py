@@ -175,7 +175,10 @@ def _clear(path: Path) -> None:
 
 def in_use(run: Path) -> str:
     """What to say of a run that another process holds."""
-    return f"run {run} is being trained by another process; wait for its end, or choose another --run.name"
+    return (
+        f"run {run} is being trained by another process; wait for its end, or choose another --run.name (where that "
+        f"process was killed and the file system has no locks, remove {run / _LOCK_NAME})"
+    )
 
 
 def hold_run(run: Path, new: bool = False) -> bool:
