@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mambascope.data.glimpses import Coverage, Placement, information_ratio, scan_positions
-from mambascope.models.checkpoint import atomic_path
+from mambascope.eye.glimpses import Coverage, Placement, information_ratio, scan_positions
+from mambascope.utils import atomic_path
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:

@@ -25,10 +25,10 @@ from measure import show, write
 from torch import Tensor
 
 import mambascope
+from mambascope.commands.early_exit import EarlyExit
+from mambascope.commands.export import main as export
+from mambascope.data.open import validation_loader
 from mambascope.evaluation.collect import collect
-from mambascope.evaluation.early_exit import EarlyExit
-from mambascope.evaluation.eval_data import validation_loader
-from mambascope.evaluation.export_cli import main as export
 from mambascope.evaluation.sweep import StageRecord, sweep
 from mambascope.models.scope import MambaScope
 from mambascope.models.weights import find_weights

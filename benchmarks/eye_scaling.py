@@ -27,7 +27,7 @@ from torch import Tensor
 
 import mambascope  # noqa: F401  (registers the timm entries)
 from mambascope.models import MambaEye
-from mambascope.models.checkpoint import atomic_path
+from mambascope.utils import atomic_path
 
 RESULTS = Path(__file__).parent / "results" / "mambaeye"
 MODES = {"stream": "carried state, 256 at a time", "step": "carried state, one at a time", "whole": "one pass"}
@@ -142,7 +142,7 @@ def main() -> None:
         writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    from mambascope.plotting.eye import plot_scaling
+    from mambascope.eye.plots import plot_scaling
 
     series = {}
     for mode, label in MODES.items():

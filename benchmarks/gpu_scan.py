@@ -28,10 +28,10 @@ import torch
 from gpu_peers import OwnLayout, functions, use_their_mixer
 from torch import Tensor
 
-from mambascope.models.checkpoint import atomic_path
 from mambascope.ops import ScanDirection, bidirectional_conv, bidirectional_scan, mamba_ssm, triton
 from mambascope.ops.backends import Request, why_not
 from mambascope.ops.graphs import graphed
+from mambascope.utils import atomic_path
 
 PARTS = ("ops", "conv", "models", "tune")
 FIELDS = (

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mambascope.evaluation.report import machine_info
-from mambascope.models.checkpoint import atomic_path
+from mambascope.utils import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("mambapy", "transformers", "mamba_ssm")

@@ -21,8 +21,8 @@ from measure import RESULTS, medians, show, write
 from torch import Tensor
 
 from mambascope.layers.mixer import BidirectionalMamba
-from mambascope.models.checkpoint import atomic_path
 from mambascope.ops import ScanDirection, bidirectional_scan, selective_scan
+from mambascope.utils import atomic_path
 
 SIZES = ((8, 50), (8, 155), (8, 197), (2, 577), (1, 1025), (1, 4097), (1, 16385))  # images, tokens
 LONGEST = {"torch.compile": 200, "formula": 600, "ref": 600}  # tokens: compiling an unrolled loop takes minutes

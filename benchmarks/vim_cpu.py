@@ -23,8 +23,8 @@ from measure import RESULTS, medians, show, write
 from torch import Tensor, nn
 
 from mambascope.models import MambaScope, VisionMamba
-from mambascope.models.checkpoint import atomic_path
 from mambascope.ops import linear
+from mambascope.utils import atomic_path
 
 SIZES = {"T": "tiny", "S": "small"}
 OFFICIAL = "official formulas"

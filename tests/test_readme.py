@@ -55,7 +55,7 @@ def test_options_of_tools_exist(tool, capsys):
 
 @pytest.mark.parametrize("args", of_tool("train_cls"), ids=" ".join)
 def test_training_commands_parse(args, capsys):
-    from mambascope.training.cli import main
+    from mambascope.commands.train import main
 
     if "--ckpt_path" in args:
         pytest.skip("needs a run")

@@ -4,7 +4,7 @@
 import sys
 
 from mambascope._names import utf8_mode
-from mambascope.evaluation.export_cli import main
+from mambascope.commands.export import main
 
 if __name__ == "__main__":
     utf8_mode()

@@ -3,7 +3,7 @@
 import sys
 
 from mambascope._names import utf8_mode
-from mambascope.data.export_scopedigits import main
+from mambascope.commands.digits import main
 
 if __name__ == "__main__":
     utf8_mode()

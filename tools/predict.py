@@ -4,7 +4,7 @@
 import sys
 
 from mambascope._names import utf8_mode
-from mambascope.evaluation.predict_cli import main
+from mambascope.commands.predict import main
 
 if __name__ == "__main__":
     utf8_mode()

@@ -12,14 +12,15 @@ from mambascope.data.errors import DataError
 
 if TYPE_CHECKING:
     from mambascope.data.digits_datamodule import ScopeDigitsDataModule
-    from mambascope.data.glimpse_datamodules import GlimpseDigitsDataModule, GlimpseImageDataModule
     from mambascope.data.image_datamodule import ImageDataModule
     from mambascope.data.image_io import open_image
-    from mambascope.data.scopedigits import ScopeDigits, ScopeDigitsConfig
+    from mambascope.data.scopedigits import ScopeDigits
+    from mambascope.data.scopedigits_config import ScopeDigitsConfig
+    from mambascope.eye.datamodules import GlimpseDigitsDataModule, GlimpseImageDataModule
 
 _LAZY = {
-    "GlimpseDigitsDataModule": "mambascope.data.glimpse_datamodules",
-    "GlimpseImageDataModule": "mambascope.data.glimpse_datamodules",
+    "GlimpseDigitsDataModule": "mambascope.eye.datamodules",
+    "GlimpseImageDataModule": "mambascope.eye.datamodules",
     "ImageDataModule": "mambascope.data.image_datamodule",
     "ScopeDigits": "mambascope.data.scopedigits",
     "ScopeDigitsConfig": "mambascope.data.scopedigits",

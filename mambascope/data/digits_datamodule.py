@@ -7,7 +7,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from mambascope.data.datamodule import ResumableDataModule
 from mambascope.data.loader import ResumableLoader
 from mambascope.data.sampling import EpochBatchSampler
-from mambascope.data.scopedigits import CLASS_NAMES, ScopeDigits, ScopeDigitsConfig
+from mambascope.data.scopedigits import CLASS_NAMES, ScopeDigits
+from mambascope.data.scopedigits_config import ScopeDigitsConfig
 from mambascope.data.sources import KeyedDigits, first
 
 _DIGITS = ScopeDigitsConfig()

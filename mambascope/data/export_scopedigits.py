@@ -5,16 +5,12 @@ The folder appears in one step when it is complete: images are written to a hidd
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
-import signal
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +22,8 @@ from tqdm import tqdm
 from mambascope.data.coco_categories import COCO_CATEGORIES
 from mambascope.data.errors import DataError
 from mambascope.data.glyphs import NUM_CLASSES
-from mambascope.data.scopedigits import CLASS_NAMES, ScopeDigits, ScopeDigitsConfig, Task
+from mambascope.data.scopedigits import CLASS_NAMES, ScopeDigits, Task
+from mambascope.data.scopedigits_config import ScopeDigitsConfig
 
 MARKER = "scopedigits.json"
 _ADE_BACKGROUND = 1  # "wall", the first of the 150 classes
@@ -131,7 +128,7 @@ def _write_det(root: Path, data: ScopeDigits, quiet: bool, mapped: bool) -> None
     (root / "annotations" / f"instances_{folder}.json").write_text(json.dumps(table))
 
 
-_WRITERS: dict[str, Callable[[Path, ScopeDigits, bool, bool], None]] = {
+WRITERS: dict[str, Callable[[Path, ScopeDigits, bool, bool], None]] = {
     "cls": _write_cls,
     "seg": _write_seg,
     "det": _write_det,
@@ -187,8 +184,8 @@ def export(
         DataError: when ``out`` cannot be written.
         ValueError: for an option out of range.
     """
-    if task not in _WRITERS:
-        raise ValueError(f"task must be one of {', '.join(_WRITERS)}, got {task!r}")
+    if task not in WRITERS:
+        raise ValueError(f"task must be one of {', '.join(WRITERS)}, got {task!r}")
     if mapped_ids and task == "cls":
         raise ValueError("mapped ids exist for the tasks 'seg' and 'det' only")
     defaults = _DEFAULTS[task]
@@ -207,7 +204,7 @@ def export(
     try:
         work.chmod(0o755)  # mkdtemp makes it private
         for split, length in lengths.items():
-            _WRITERS[task](work, ScopeDigits(task, split, length, config), quiet, mapped_ids)
+            WRITERS[task](work, ScopeDigits(task, split, length, config), quiet, mapped_ids)
         facts = {"task": task, "mapped_ids": mapped_ids, "images": lengths, "config": dataclasses.asdict(config)}
         (work / MARKER).write_text(json.dumps(facts, indent=2) + "\n")
         (work / "README.txt").write_text("ScopeDigits, made by tools/make_scopedigits.py\n" + _README[task])
@@ -217,68 +214,3 @@ def export(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return out
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="make_scopedigits.py", description="Write ScopeDigits in the layout of ImageNet, ADE20K or COCO."
-    )
-    parser.add_argument("--task", required=True, choices=tuple(_WRITERS), help="ImageFolder, ADE20K or COCO layout")
-    parser.add_argument("--out", required=True, type=Path, help="folder to make")
-    parser.add_argument("--size", type=int, help="image side in pixels (default: 64 for cls, 128 otherwise)")
-    parser.add_argument("--train", type=int, help="training images (default: 6000 for cls, 1000 otherwise)")
-    parser.add_argument("--val", type=int, help="validation images (default: 1000 for cls, 200 otherwise)")
-    parser.add_argument("--seed", type=int, default=0, help="other images, same division of the scans")
-    parser.add_argument("--easy-share", type=float, default=ScopeDigitsConfig.easy_share, metavar="SHARE")
-    parser.add_argument("--ade-ids", action="store_true", help="seg: class ids of ADE20K's 150 classes")
-    parser.add_argument("--coco-ids", action="store_true", help="det: ids and names of COCO's 80 categories")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser
-
-
-@contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Lets SIGTERM clean up like Ctrl-C does."""
-
-    def stop(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: leave signals alone
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
-    args = _parser().parse_args(argv)
-    try:
-        if (args.ade_ids and args.task != "seg") or (args.coco_ids and args.task != "det"):
-            raise ValueError("--ade-ids belongs to --task seg and --coco-ids to --task det")
-        with _terminate_as_interrupt():
-            out = export(
-                args.task,
-                args.out,
-                size=args.size,
-                train=args.train,
-                val=args.val,
-                mapped_ids=args.ade_ids or args.coco_ids,
-                overwrite=args.overwrite,
-                quiet=args.quiet,
-                seed=args.seed,
-                easy_share=args.easy_share,
-            )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted: nothing was written to {args.out}", file=sys.stderr)
-        return 130
-    print(f"wrote {out}")
-    return 0

@@ -12,7 +12,7 @@ from mambascope.data.canvas import Box, Canvas, overlap
 from mambascope.data.glyphs import Scans, enlarge
 
 if TYPE_CHECKING:
-    from mambascope.data.scopedigits import ScopeDigitsConfig
+    from mambascope.data.scopedigits_config import ScopeDigitsConfig
 
 _MAX_OVERLAP = 0.08  # of the smaller digit's box
 _TRIES = 20

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -28,79 +27,11 @@ from PIL import Image
 from mambascope.data.canvas import Box, Canvas
 from mambascope.data.glyphs import NUM_CLASSES, check_split, enlarge, load_scans
 from mambascope.data.scenes import Scene, draw_scene
+from mambascope.data.scopedigits_config import ScopeDigitsConfig
 
 Task = Literal["cls", "seg", "det"]
 CLASS_NAMES: tuple[str, ...] = tuple(str(digit) for digit in range(NUM_CLASSES))
 _SPLIT_KEY = {"train": 0, "val": 1}
-_HARD_PIXELS = (10.0, 15.0)  # the 8 scan pixels still fit; halved to 5–7.5 they do not
-_MIN_SIDE = 6  # pixels; smaller digits carry no information
-
-
-@dataclass(frozen=True)
-class ScopeDigitsConfig:
-    """What the images look like. Sizes are the side of the digit's 8×8 scan.
-
-    Attributes:
-        size: image side in pixels (at least 32).
-        easy_share: share of images that show only large digits, in [0, 1].
-        easy_size: smallest and largest large digit of a one-digit image, as fractions of the image side.
-        hard_size: the same for small digits; ``None`` means 10–15 pixels whatever the image size, because it is the
-            number of pixels left after halving that decides whether a digit can be read.
-        hard_outline: strength of a dark outline around small digits, in [0, 1]; near 1 halving the image hides them.
-        scene_size: smallest and largest large digit of a many-digit image (segmentation and detection).
-        scene_large: fewest and most large digits in a many-digit image.
-        scene_small: fewest and most small digits in a many-digit image that is not easy.
-        jitter: how far a digit may lie from the centre: 0 centred, 1 anywhere inside the image.
-        clutter: fewest and most fragments of other digits.
-        contrast: range of the ink's brightness above the background, in (0, 1].
-        noise: standard deviation of the pixel noise, in [0, 1].
-        texture: strength of the background's smooth texture, in [0, 1].
-        seed: every image depends on it; the division of the scans into training and test scans does not.
-    """
-
-    size: int = 64
-    easy_share: float = 0.6
-    easy_size: tuple[float, float] = (0.41, 0.83)
-    hard_size: tuple[float, float] | None = None
-    hard_outline: float = 0.0
-    scene_size: tuple[float, float] = (0.28, 0.45)
-    scene_large: tuple[int, int] = (1, 3)
-    scene_small: tuple[int, int] = (1, 4)
-    jitter: float = 0.4
-    clutter: tuple[int, int] = (1, 3)
-    contrast: tuple[float, float] = (0.35, 0.6)
-    noise: float = 0.03
-    texture: float = 0.15
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or self.size < 32:
-            raise ValueError(f"size must be an integer of at least 32 pixels, got {self.size!r}")
-        for name in ("easy_share", "hard_outline", "jitter", "noise", "texture"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1], got {value!r}")
-        for name in ("easy_size", "hard_size", "scene_size", "contrast"):
-            value = getattr(self, name)
-            if value is not None and not (len(value) == 2 and 0 < value[0] <= value[1] <= 1):
-                raise ValueError(f"{name} must be (smallest, largest) with 0 < smallest <= largest <= 1, got {value!r}")
-        for name in ("scene_large", "scene_small", "clutter"):
-            value = getattr(self, name)
-            if not (len(value) == 2 and 0 <= value[0] <= value[1]):
-                raise ValueError(f"{name} must be (fewest, most) with 0 <= fewest <= most, got {value!r}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
-
-    def pixels(self, kind: Literal["easy", "hard", "scene"]) -> tuple[int, int]:
-        """Smallest and largest side in pixels of a kind of digit."""
-        if kind == "hard" and self.hard_size is None:
-            low, high = _HARD_PIXELS
-        else:
-            fractions = {"easy": self.easy_size, "hard": self.hard_size, "scene": self.scene_size}[kind]
-            assert fractions is not None
-            low, high = fractions[0] * self.size, fractions[1] * self.size
-        smallest = min(max(round(low), _MIN_SIDE), self.size)
-        return smallest, min(max(round(high), smallest), self.size)
 
 
 class ScopeDigits(torch.utils.data.Dataset):

@@ -2,7 +2,7 @@
 
 Modules (imported one by one, so that a command pays only for what it uses):
 
-- ``cost``: parameters and multiply-adds in closed form; ``python -m mambascope.evaluation.cost MODEL`` prints them.
+- ``cost``: parameters and multiply-adds in closed form; ``python -m mambascope.models.cost MODEL`` prints them.
 - ``flop_count``: the same counted by ``torch.utils.flop_counter`` on the running model.
 - ``collect``: both stages on a data set once. ``sweep``: every threshold from that, and the choice of one.
 - ``throughput``: measured milliseconds per image. ``engine``: a predictor that keeps fine batches full.

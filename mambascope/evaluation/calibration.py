@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambascope.evaluation.collect import evaluating, model_device, unpack
 from mambascope.models.scope import MambaScope
+from mambascope.utils import evaluating, model_device, unpack
 
 BOUNDS = (0.05, 20.0)
 """Temperatures that are considered."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mambascope.evaluation.sweep import StageRecord
-from mambascope.models.exit import confidence
+from mambascope.models.gate import confidence
 from mambascope.models.scope import MambaScope
+from mambascope.utils import evaluating, model_device, unpack
 
 
 @dataclass
@@ -32,38 +32,6 @@ class Collected:
     images: Tensor
     labels: Tensor
     index: Tensor
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts `model` in evaluation mode without gradients, and back as it was."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
-
-
-def unpack(batch: Any) -> tuple[Tensor, Tensor]:
-    """Images and labels of a loader's batch.
-
-    Raises:
-        ValueError: the batch is not (images [B, C, H, W], labels [B]).
-    """
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-        raise ValueError(f"a loader for evaluation must give (images, labels), got {type(batch).__name__}")
-    images, labels = batch[0], torch.as_tensor(batch[1])
-    if not isinstance(images, Tensor) or images.ndim != 4 or labels.shape != images.shape[:1]:
-        shapes = [list(getattr(part, "shape", [])) for part in (images, labels)]
-        raise ValueError(f"a loader for evaluation must give images [B, C, H, W] and labels [B], got {shapes}")
-    return images, labels
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
-    return next(model.parameters()).device
 
 
 def stage_answers(

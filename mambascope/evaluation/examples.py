@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambascope.evaluation.collect import evaluating, model_device
-from mambascope.models.exit import confidence
+from mambascope.models.gate import confidence
 from mambascope.models.preprocessing import preprocessing
 from mambascope.models.scope import MambaScope
-from mambascope.models.scope_states import ScopeOutput
+from mambascope.models.states import ScopeOutput
 from mambascope.plotting import Example
+from mambascope.utils import evaluating, model_device
 
 
 def to_rgb(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

@@ -22,17 +22,17 @@ import torch
 from mambascope._names import as_json
 from mambascope.evaluation import sweep as sw
 from mambascope.evaluation.choice import describe_choice, images_needed, interval_text
-from mambascope.evaluation.collect import Collected, collect, model_device
-from mambascope.evaluation.cost import CONVENTIONS, StageCost, format_gflops, plain_vim, stage_macs
-from mambascope.evaluation.flop_count import costs_of
+from mambascope.evaluation.collect import Collected, collect
 from mambascope.evaluation.published import rows_for
-from mambascope.evaluation.reduced import scan_share
 from mambascope.evaluation.tables import card_rows, curve_csv, curve_rows, results_table, savings, timings_csv
 from mambascope.evaluation.throughput import Timing, measure_model, measure_scope, representative
-from mambascope.models.checkpoint import atomic_path
-from mambascope.models.exit import check_threshold
+from mambascope.models.cost import CONVENTIONS, StageCost, format_gflops, plain_vim, stage_macs
+from mambascope.models.flop_count import costs_of
+from mambascope.models.gate import check_threshold
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
+from mambascope.peers.reduced import scan_share
+from mambascope.utils import atomic_path, model_device
 
 CALIBRATION = "calibration data"
 PICTURE_IMAGES = 192  # candidates for the figures

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mambascope.evaluation.cost import StageCost
+from mambascope.models.cost import StageCost
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from mambascope.evaluation.cost import CONVENTIONS, format_gflops
 from mambascope.evaluation.sweep import SweepCurve
 from mambascope.evaluation.throughput import Timing
+from mambascope.models.cost import CONVENTIONS, format_gflops
 
 CURVE_POINTS = 201  # thresholds in the files; the choice is made on all
 

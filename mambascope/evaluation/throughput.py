@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mambascope.evaluation.collect import evaluating, model_device
-from mambascope.evaluation.engine import ScopePredictor
+from mambascope.models.engine import ScopePredictor
 from mambascope.models.scope import MambaScope
+from mambascope.utils import evaluating, model_device
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mambascope.evaluation.cost import stage_macs
 from mambascope.mm.canvas import (
     Group,
     Look,
@@ -34,6 +33,7 @@ from mambascope.mm.pyramid import STEPS, ImageDetail, SimplePyramid
 from mambascope.mm.weights import pretrained_options, read_weights, start_backbone
 from mambascope.models.checkpoint import CheckpointError
 from mambascope.models.configs import VIM_CONFIGS, VimConfig, with_overrides
+from mambascope.models.cost import stage_macs
 from mambascope.models.description import shortened
 from mambascope.models.meaning import MEANING, differences
 from mambascope.models.scope import MambaScope

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mambascope._names import open_streams, printable
 from mambascope.evaluation.choice import images_for_drop
 from mambascope.mm.data_checks import check_data
-from mambascope.models.checkpoint import atomic_path
+from mambascope.utils import atomic_path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,9 +126,9 @@ def _limited(metric: Any, loader: Any, images: int) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the tables and writes the files."""
-    from mambascope.evaluation.inference import pick_device
     from mambascope.mm import evaluate, loading
     from mambascope.mm.runner import ScopeRunner
+    from mambascope.utils import pick_device
 
     _check(args)
     device = pick_device(args.device)

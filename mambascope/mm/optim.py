@@ -12,8 +12,8 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from timm.models import group_parameters
 from torch import nn
 
-from mambascope.models.configs import flat
 from mambascope.models.vim import VisionMamba
+from mambascope.utils import flat
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

@@ -79,10 +79,10 @@ def picture(model: Any, pipeline: Any, path: Path, score: float) -> Any:
 
 def run(args: argparse.Namespace) -> int:
     """Predicts, prints a line per image and writes the pictures."""
-    from mambascope.evaluation.inference import pick_device
     from mambascope.mm import loading
-    from mambascope.models.exit import check_threshold
+    from mambascope.models.gate import check_threshold
     from mambascope.plotting.dense import dense_sheet, draw_dense
+    from mambascope.utils import pick_device
 
     left_out, out = LeftOut(), Path(args.out)
     sources = list(find_images(args.images, left_out))

@@ -10,8 +10,8 @@ from mmcv.cnn import build_norm_layer
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from mambascope.evaluation.cost import stem_macs
 from mambascope.layers import ConvStem, conv_half, stem_convs
+from mambascope.models.cost import stem_macs
 
 # finest level first: how the patch grid is brought to 1/4, 1/2, 1 and 2 times the patch side
 STEPS = (4, 2, 1, 0.5)

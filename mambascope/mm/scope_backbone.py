@@ -18,11 +18,11 @@ from mambascope.mm.backbone import EncoderBackbone
 from mambascope.mm.canvas import Look, Size, batch_order, cells_on_canvas, cover, join, join_looks, pad_map
 from mambascope.mm.gate import GateHead
 from mambascope.mm.pyramid import STEPS, double
+from mambascope.models.cells import num_selected
 from mambascope.models.configs import SCOPE_CONFIGS
-from mambascope.models.exit import check_threshold, exit_mask
+from mambascope.models.gate import check_threshold, exit_mask
 from mambascope.models.scope import MambaScope
-from mambascope.models.scope_states import CoarseState
-from mambascope.models.selection import num_selected
+from mambascope.models.states import CoarseState
 
 
 @dataclass

@@ -1,13 +1,13 @@
 """Encoders and their timm entries."""
 
+from mambascope.eye.config import MAMBAEYE_CONFIGS, MambaEyeConfig
+from mambascope.eye.model import EyeState, MambaEye
+from mambascope.eye.registry import *  # noqa: F403  (registers the timm entries)
 from mambascope.models.checkpoint import LoadReport, load_checkpoint, load_model, read_state_dict, save_safetensors
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, ScopeConfig, VimConfig
-from mambascope.models.mambaeye import EyeState, MambaEye
-from mambascope.models.mambaeye_config import MAMBAEYE_CONFIGS, MambaEyeConfig
-from mambascope.models.mambaeye_registry import *  # noqa: F403  (registers the timm entries)
 from mambascope.models.registry import *  # noqa: F403  (registers the timm entries)
 from mambascope.models.scope import MambaScope
-from mambascope.models.scope_states import CoarseState, FineState, ScopeOutput, StageLogits
+from mambascope.models.states import CoarseState, FineState, ScopeOutput, StageLogits
 from mambascope.models.vim import VisionMamba
 
 __all__ = [

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import pickle
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mambascope._version import __version__
+from mambascope.eye.model import MambaEye
 from mambascope.layers import resample_pos_embed
 from mambascope.models.configs import with_overrides
 from mambascope.models.description import (
@@ -32,13 +31,13 @@ from mambascope.models.description import (
     shortened,
     unlike,
 )
-from mambascope.models.mambaeye import MambaEye
 from mambascope.models.meaning import CHOICES, MEANING, Difference, differences
 from mambascope.models.scope import MambaScope
 from mambascope.models.tables import POSITION_TABLES, other_stride, table_grid
-from mambascope.models.timm_classifier import START_ARGS, TimmConfig, create_timm_classifier
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import SHIPPED, find_weights
+from mambascope.peers.timm_classifier import START_ARGS, TimmConfig, create_timm_classifier
+from mambascope.utils import _UMASK, atomic_path
 
 _WRAPPERS = ("_orig_mod.", "module.", "model.", "backbone.")  # compile, DDP, a LightningModule, a segmentor or detector
 ENCODER = "encoder."  # where a backbone for segmentors and detectors keeps it
@@ -346,24 +345,7 @@ def stem_width(state: Mapping[str, Tensor]) -> int:
     return 0 if projection is None or projection.ndim < 2 else projection.shape[1] // 2
 
 
-_UMASK = os.umask(0)  # it can only be read by changing it, for all threads: once, here
 os.umask(_UMASK)
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary name beside ``path``, renamed to it when the block succeeds; a failure changes nothing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:50]}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes private files
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def describe(model: VisionMamba | MambaEye, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:

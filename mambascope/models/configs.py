@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -11,9 +10,10 @@ from mambascope.layers.mixer import ScoreOptions
 from mambascope.layers.pos_embed import CLS_POSITIONS
 from mambascope.layers.reuse import REUSE_KINDS
 from mambascope.layers.stem import stem_convs
-from mambascope.models.exit import CONFIDENCES, as_number, check_temperature, check_threshold
+from mambascope.models.gate import CONFIDENCES, check_temperature, check_threshold
 from mambascope.ops import check_backend
-from mambascope.reduction import EncoderSizes, ReductionConfig, reduction_config
+from mambascope.peers import EncoderSizes, ReductionConfig, reduction_config
+from mambascope.utils import as_number, check_choice, check_positive, share
 
 GLOBAL_POOLS = ("token", "avg", "lse", "")
 CELL_ORDERS = ("cell", "raster")
@@ -23,24 +23,6 @@ REST_TOKENS = ("embedding", "features", "state", "none")
 FINE_POOLS = ("off", "alternate", "all")
 ALPHA_RULES = ("constant", "mass")
 COARSE_INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
-
-
-def _choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(repr(a) for a in accepted)}, got {value!r}")
-
-
-def _positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-
-
-def share(name: str, value: Any, *, below_one: bool = False) -> float:
-    """Returns a number in [0, 1] as a float; raises ``ValueError``, naming it, for anything else."""
-    number = as_number(value)
-    if number is None or not 0 <= number <= 1 or (below_one and number == 1):
-        raise ValueError(f"{name} must lie in [0, 1{')' if below_one else ']'}, got {value!r}")
-    return number
 
 
 @dataclass(frozen=True)
@@ -77,7 +59,7 @@ class VimConfig:
         shuffle_rate: Probability with which the last block's mixer reads the tokens in a random order in training;
             earlier blocks rise to it linearly (layer-wise shuffle, arXiv 2408.17081).
         reduction: Token reduction: a mapping with the ``name`` of a method and its settings
-            (:mod:`mambascope.reduction`); ``None`` for none. Not for MambaScope.
+            (:mod:`mambascope.peers`); ``None`` for none. Not for MambaScope.
     """
 
     img_size: int | tuple[int, int] = 224
@@ -109,10 +91,10 @@ class VimConfig:
         if len(sizes) != 2 or any(not isinstance(s, int) or s < 1 for s in sizes):
             raise ValueError(f"img_size must be a positive integer or (height, width), got {self.img_size!r}")
         for name in ("patch_size", "in_chans", "embed_dim", "depth", "d_state", "d_conv", "expand"):
-            _positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         for name in ("stride", "dt_rank"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
+                check_positive(name, getattr(self, name))
         if self.stride is not None and self.stride > self.patch_size:
             raise ValueError(f"stride must not exceed patch_size {self.patch_size}, got {self.stride}")
         if not isinstance(self.num_classes, int) or self.num_classes < 0:
@@ -132,8 +114,8 @@ class VimConfig:
             check_backend(self.scan_backend)
         except ValueError as error:
             raise ValueError(f"scan_{error}") from None
-        _choice("cls_position", self.cls_position, CLS_POSITIONS)
-        _choice("global_pool", self.global_pool, GLOBAL_POOLS)
+        check_choice("cls_position", self.cls_position, CLS_POSITIONS)
+        check_choice("global_pool", self.global_pool, GLOBAL_POOLS)
         object.__setattr__(self, "reduction", reduction_config(self.reduction))
         if self.reduction is not None:
             self.reduction.patch_counts(math.prod(self.patch_grid), self.depth)
@@ -274,33 +256,33 @@ class ScopeConfig(VimConfig):
             )
         for name in ("alpha", "alpha_min", "alpha_max"):
             object.__setattr__(self, name, share(name, getattr(self, name)))
-        _choice("alpha_rule", self.alpha_rule, ALPHA_RULES)
-        _positive("alpha_buckets", self.alpha_buckets)
+        check_choice("alpha_rule", self.alpha_rule, ALPHA_RULES)
+        check_positive("alpha_buckets", self.alpha_buckets)
         if self.alpha_min > self.alpha_max or self.alpha_max == 0:
             raise ValueError(
                 f"alpha_max must be above 0 and not below alpha_min {self.alpha_min:g}, got {self.alpha_max:g}"
             )
         object.__setattr__(self, "beta", share("beta", self.beta, below_one=True))
         object.__setattr__(self, "threshold", check_threshold(self.threshold))
-        _choice("confidence", self.confidence, CONFIDENCES)
+        check_choice("confidence", self.confidence, CONFIDENCES)
         object.__setattr__(self, "temperature", check_temperature(self.temperature))
-        _positive("score_topk", self.score_topk)
+        check_positive("score_topk", self.score_topk)
         _ = self.score  # checks the metric, source and direction
         if self.score_layers is not None:
-            _positive("score_layers", self.score_layers)
+            check_positive("score_layers", self.score_layers)
             if self.score_layers > self.depth:
                 raise ValueError(f"score_layers must lie in 1..{self.depth} (the depth), got {self.score_layers}")
-        _positive("score_stride", self.score_stride)
-        _choice("fine_cls", self.fine_cls, CLS_POSITIONS)
-        _choice("fine_order", self.fine_order, FINE_ORDERS)
-        _choice("cell_order", self.cell_order, CELL_ORDERS)
+        check_positive("score_stride", self.score_stride)
+        check_choice("fine_cls", self.fine_cls, CLS_POSITIONS)
+        check_choice("fine_order", self.fine_order, FINE_ORDERS)
+        check_choice("cell_order", self.cell_order, CELL_ORDERS)
         if self.reuse is False:  # how YAML reads "off"
             object.__setattr__(self, "reuse", "off")
-        _choice("reuse", self.reuse, REUSE_KINDS)
-        _choice("rest_tokens", self.rest_tokens, REST_TOKENS)
+        check_choice("reuse", self.reuse, REUSE_KINDS)
+        check_choice("rest_tokens", self.rest_tokens, REST_TOKENS)
         self._check_fine_pass()
-        _choice("coarse_pos", self.coarse_pos, COARSE_POSITIONS)
-        _choice("coarse_interpolation", self.coarse_interpolation, COARSE_INTERPOLATIONS)
+        check_choice("coarse_pos", self.coarse_pos, COARSE_POSITIONS)
+        check_choice("coarse_interpolation", self.coarse_interpolation, COARSE_INTERPOLATIONS)
         ratio = as_number(self.reuse_ratio)
         if ratio is None or not 0 < ratio < math.inf:
             raise ValueError(f"reuse_ratio must be a positive number, got {self.reuse_ratio!r}")
@@ -311,7 +293,7 @@ class ScopeConfig(VimConfig):
 
     def _check_fine_pass(self) -> None:
         if self.fine_depth is not None:
-            _positive("fine_depth", self.fine_depth)
+            check_positive("fine_depth", self.fine_depth)
             if self.fine_depth > self.depth:
                 raise ValueError(f"fine_depth must lie in 1..{self.depth} (the depth), got {self.fine_depth}")
         if self.rest_join is not None:
@@ -322,7 +304,7 @@ class ScopeConfig(VimConfig):
                     f"rest_join must lie in {self.fine_start}..{self.depth - 1} (blocks of the fine pass), "
                     f"got {self.rest_join!r}"
                 )
-        _choice("fine_pool", self.fine_pool, FINE_POOLS)
+        check_choice("fine_pool", self.fine_pool, FINE_POOLS)
         if self.fine_pool != "off" and self.cell_order != "cell":
             raise ValueError(f"fine_pool needs cell_order to be 'cell', got {self.cell_order!r}")
         if self.fine_pool != "off" and self.registers:
@@ -373,15 +355,6 @@ SCOPE_CONFIGS: dict[str, ScopeConfig] = {
 }
 
 ConfigT = TypeVar("ConfigT", bound=VimConfig)
-
-
-def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
-    result: dict[str, Any] = {}
-    for key, value in mapping.items():
-        inner = isinstance(value, Mapping) and bool(value)
-        result |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return result
 
 
 def with_overrides(config: ConfigT, overrides: dict[str, Any]) -> ConfigT:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from mambascope.models.configs import share
-from mambascope.models.exit import check_threshold, exit_mask
-from mambascope.models.portable import decompositions
+from mambascope.models.gate import check_threshold, exit_mask
 from mambascope.models.scope import MambaScope
-from mambascope.models.scope_states import CoarseState
+from mambascope.models.states import CoarseState
 from mambascope.models.vim import VisionMamba
+from mambascope.ops.portable import decompositions
+from mambascope.utils import share
 
 MAX_BATCH = 2**16
 

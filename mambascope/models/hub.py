@@ -129,7 +129,8 @@ class HubMixin(ModelHubMixin):
         return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from mambascope.models.checkpoint import atomic_path, describe, save_safetensors
+        from mambascope.models.checkpoint import describe, save_safetensors
+        from mambascope.utils import atomic_path
 
         save_safetensors(self, save_directory / WEIGHTS)  # type: ignore[arg-type]
         with atomic_path(save_directory / "config.json") as temporary:

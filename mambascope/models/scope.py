@@ -22,10 +22,7 @@ from mambascope.layers import (
     remove_cls,
     resample_pos_embed,
 )
-from mambascope.models.configs import ScopeConfig, share
-from mambascope.models.exit import check_threshold, confidence, exit_mask
-from mambascope.models.scope_states import CoarseState, FineState, RefinedState, ScopeOutput, StageLogits
-from mambascope.models.selection import (
+from mambascope.models.cells import (
     average_importance,
     children,
     count_levels,
@@ -33,7 +30,11 @@ from mambascope.models.selection import (
     num_selected,
     select_cells,
 )
+from mambascope.models.configs import ScopeConfig
+from mambascope.models.gate import check_threshold, confidence, exit_mask
+from mambascope.models.states import CoarseState, FineState, RefinedState, ScopeOutput, StageLogits
 from mambascope.models.vim import VisionMamba
+from mambascope.utils import share
 
 
 class MambaScope(VisionMamba):

@@ -32,7 +32,7 @@ from mambascope.layers import (
 from mambascope.layers.plain import is_plain
 from mambascope.models.configs import GLOBAL_POOLS, VimConfig, with_overrides
 from mambascope.models.hub import HubMixin
-from mambascope.reduction import ReducedOutput, cls_to_place, patch_rows
+from mambascope.peers import ReducedOutput, cls_to_place, patch_rows
 
 
 class VisionMamba(nn.Module, HubMixin):

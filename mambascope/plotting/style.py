@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from mambascope._names import printable
-from mambascope.models.checkpoint import atomic_path
+from mambascope.utils import atomic_path
 
 # the same three things have the same three colours in every figure; told apart also without colour vision
 COARSE, FINE, DYNAMIC = "#3b76b5", "#c4552d", "#14866d"

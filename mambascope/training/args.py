@@ -15,7 +15,7 @@ class ModelArgs:
             of timm's own, e.g. ``deit_tiny_patch16_224`` or ``resnet50``.
         args: Fields of the model's config to change: ``alpha``, ``threshold``, ``drop_path_rate``, ``img_size``, ...;
             of timm's own, the arguments of its entries that are sizes and choices of classifiers
-            (:data:`mambascope.models.timm_classifier.SHAPE_ARGS`), or say where weights come from.
+            (:data:`mambascope.peers.timm_classifier.SHAPE_ARGS`), or say where weights come from.
         checkpoint: Weights to finetune from: official Vim ``.pth``, our ``.ckpt`` or ``.safetensors``, a folder with
             ``model.safetensors``, or shipped weights by name (``scopedigits``). Position tables are resampled to the
             model's resolution.

@@ -15,10 +15,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from mambascope.models.checkpoint import CheckpointError, atomic_path
+from mambascope.models.checkpoint import CheckpointError
 from mambascope.training.limits import reached_limit
 from mambascope.training.runs import LAST_NAME
 from mambascope.training.signals import StopSignals, TrainingStopped
+from mambascope.utils import atomic_path
 
 _FAR = 2**62  # larger than any step
 

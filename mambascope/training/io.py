@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from mambascope.models.checkpoint import CheckpointError, atomic_path
+from mambascope.models.checkpoint import CheckpointError
+from mambascope.utils import atomic_path
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

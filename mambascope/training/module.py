@@ -15,17 +15,18 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
 
 import mambascope  # noqa: F401  (registers the timm entries)
-from mambascope.evaluation.flop_count import costs_of
-from mambascope.evaluation.reduced import switches_scans
-from mambascope.losses import ClassificationLoss, ReductionLoss, ScopeLoss
 from mambascope.models import SCOPE_CONFIGS, VIM_CONFIGS, MambaScope, VisionMamba, load_checkpoint
-from mambascope.models.exit import exit_mask
-from mambascope.models.selection import num_selected
-from mambascope.models.timm_classifier import TimmConfig, create_timm_classifier, is_timm_classifier
-from mambascope.reduction import ReducedOutput
+from mambascope.models.cells import num_selected
+from mambascope.models.flop_count import costs_of
+from mambascope.models.gate import exit_mask
+from mambascope.models.losses import ClassificationLoss, ScopeLoss
+from mambascope.peers import ReducedOutput
+from mambascope.peers.loss import ReductionLoss
+from mambascope.peers.reduced import switches_scans
+from mambascope.peers.teacher import Teacher
+from mambascope.peers.timm_classifier import TimmConfig, create_timm_classifier, is_timm_classifier
 from mambascope.training.args import LossArgs, MixArgs, ModelArgs, OptimizerArgs, ScheduleArgs, TeacherArgs
 from mambascope.training.base import TrainModule, is_main_process
-from mambascope.training.teacher import Teacher
 
 SCOPE_METRICS = tuple(f"{stage}_{top}" for stage in ("coarse", "fine", "dynamic") for top in ("top1", "top5"))
 

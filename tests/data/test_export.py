@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mambascope.commands.digits import main
 from mambascope.data.coco_categories import COCO_CATEGORIES
-from mambascope.data.export_scopedigits import export, main, rle_encode
+from mambascope.data.export_scopedigits import export, rle_encode
 from mambascope.data.scopedigits import ScopeDigits
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_scopedigits.py"

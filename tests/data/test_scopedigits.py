@@ -9,7 +9,8 @@ from PIL import Image
 
 from mambascope.data.digits_datamodule import ScopeDigitsDataModule
 from mambascope.data.glyphs import enlarge, load_scans, resize_matrix, split_rows
-from mambascope.data.scopedigits import ScopeDigits, ScopeDigitsConfig
+from mambascope.data.scopedigits import ScopeDigits
+from mambascope.data.scopedigits_config import ScopeDigitsConfig
 
 
 def test_scans_are_split_once_for_all():

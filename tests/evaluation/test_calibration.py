@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mambascope.evaluation.calibration import BOUNDS, calibrate, fit_temperature
 from mambascope.evaluation.sweep import calibration_error
-from mambascope.models.exit import confidence
+from mambascope.models.gate import confidence
 
 
 def made_up(scale):

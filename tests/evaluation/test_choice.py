@@ -10,7 +10,8 @@ import torch
 from scipy.stats import binom
 
 from mambascope import MambaScope
-from mambascope.evaluation import eval_cli, predict_cli
+from mambascope.commands import evaluate as eval_cli
+from mambascope.commands import predict as predict_cli
 from mambascope.evaluation.calibration import calibrate
 from mambascope.evaluation.choice import (
     binomial_interval,

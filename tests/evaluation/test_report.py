@@ -10,12 +10,12 @@ from PIL import Image
 
 from mambascope.evaluation import report as report_module
 from mambascope.evaluation.choice import interval_text
-from mambascope.evaluation.cost import stage_macs
 from mambascope.evaluation.examples import make_examples, run_scope, to_rgb
 from mambascope.evaluation.report import write_report
 from mambascope.evaluation.sweep import Target
 from mambascope.evaluation.throughput import representative
 from mambascope.models import VimConfig, VisionMamba
+from mambascope.models.cost import stage_macs
 
 QUICK = {"rounds": 2, "batch_sizes": (8, 1), "timing_images": 16, "max_seconds": 2.0, "progress": False}
 NO_FIGURES = {**QUICK, "figures": False}

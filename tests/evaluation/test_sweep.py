@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mambascope.evaluation.cost import model_config, stage_macs
+from mambascope.commands.cost import model_config
 from mambascope.evaluation.sweep import (
     StageRecord,
     Target,
@@ -15,6 +15,7 @@ from mambascope.evaluation.sweep import (
     pick_ms,
     sweep,
 )
+from mambascope.models.cost import stage_macs
 
 COSTS = {"one_direction": stage_macs(model_config("mambascope_nano_patch8_64"))}
 

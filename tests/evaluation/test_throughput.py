@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mambascope.evaluation.engine import ScopePredictor
 from mambascope.evaluation.throughput import compare_engine, interleaved, measure_model, measure_scope, quartiles
 from mambascope.models import VimConfig, VisionMamba
+from mambascope.models.engine import ScopePredictor
 
 
 def assert_same(found, expected):

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mambascope.evaluation.cost import skipped_macs
 from mambascope.layers import remove_cls
 from mambascope.mm import ScopeBackbone, VimBackbone
 from mambascope.mm.backbone import default_indices
 from mambascope.models import load_checkpoint, save_safetensors
+from mambascope.models.cost import skipped_macs
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
 from mambascope.ops.flops import count_macs

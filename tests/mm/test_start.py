@@ -10,13 +10,13 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
+from mambascope.commands.train import main as train_cls
 from mambascope.mm import ScopeBackbone, VimBackbone, loading
 from mambascope.mm.weights import local_file
 from mambascope.models import load_checkpoint, save_safetensors
 from mambascope.models.checkpoint import CheckpointError
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
-from mambascope.training.cli import main as train_cls
 from tests.hostile import RunsCode
 from tests.mm import common
 

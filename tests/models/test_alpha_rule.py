@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from mambascope.evaluation.collect import collect
-from mambascope.evaluation.cost import stage_macs
-from mambascope.evaluation.engine import ScopePredictor
-from mambascope.evaluation.flop_count import expected_count
 from mambascope.evaluation.sweep import sweep
 from mambascope.models import MambaScope
+from mambascope.models.cells import count_levels, mass_counts, num_selected
+from mambascope.models.cost import stage_macs
+from mambascope.models.engine import ScopePredictor
 from mambascope.models.export import stages
-from mambascope.models.selection import count_levels, mass_counts, num_selected
+from mambascope.models.flop_count import expected_count
 from mambascope.ops.flops import count_macs
 from tests.conftest import relative_error
 

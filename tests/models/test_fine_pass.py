@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mambascope.evaluation.cost import stage_macs
 from mambascope.layers import CellPool, cls_index, remove_cls
 from mambascope.models import MambaScope, ScopeConfig
+from mambascope.models.cost import stage_macs
 from mambascope.models.export import export_program, stages
 from mambascope.ops import selective_scan
 from tests.conftest import relative_error

@@ -7,14 +7,14 @@ import timm
 import torch
 
 from mambascope import MambaEye, MambaScope, ScopeConfig, VimConfig, VisionMamba, load_checkpoint
-from mambascope.evaluation.inference import ready_model
+from mambascope.eye.config import MambaEyeConfig
 from mambascope.models.checkpoint import CheckpointError, save_safetensors
-from mambascope.models.mambaeye_config import MambaEyeConfig
 from mambascope.models.meaning import CHOICES, MEANING, SILENT, SIZES
-from mambascope.models.timm_classifier import TimmConfig, create_timm_classifier
+from mambascope.models.ready import ready_model
+from mambascope.peers.teacher import Teacher
+from mambascope.peers.timm_classifier import TimmConfig, create_timm_classifier
 from mambascope.training.args import ModelArgs
 from mambascope.training.module import build_model
-from mambascope.training.teacher import Teacher
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 4, "d_state": 4, "num_classes": 3}
 EYE = {"in_chans": 3, "embed_dim": 16, "depth": 1, "d_state": 4, "head_dim": 8, "num_classes": 3}

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from mambascope import MambaScope, VisionMamba
-from mambascope.evaluation.engine import ScopePredictor
 from mambascope.models import ScopeConfig, VimConfig, load_model
+from mambascope.models.cells import num_selected
 from mambascope.models.checkpoint import CheckpointError, describe, read_state_dict
-from mambascope.models.exit import check_threshold, exit_mask
-from mambascope.models.selection import num_selected
+from mambascope.models.engine import ScopePredictor
+from mambascope.models.gate import check_threshold, exit_mask
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_classes": 3}
 HALVES = [0.5, np.float32(0.5), np.float64(0.5), torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(0.5).half()]

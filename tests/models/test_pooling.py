@@ -8,10 +8,10 @@ import torch
 
 import mambascope
 from mambascope import MambaScope, VisionMamba
-from mambascope.evaluation.inference import ready_model
 from mambascope.models import load_checkpoint, save_safetensors
 from mambascope.models.checkpoint import CheckpointError
-from mambascope.training.teacher import Teacher
+from mambascope.models.ready import ready_model
+from mambascope.peers.teacher import Teacher
 
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_classes": 5}
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mambascope import MambaScope, VisionMamba
-from mambascope.models.selection import children, num_selected, select_cells
+from mambascope.models.cells import children, num_selected, select_cells
 from tests.conftest import relative_error
 
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_classes": 5}

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 
 import mambascope
 from mambascope import MambaEye, MambaScope, VisionMamba, load_checkpoint
+from mambascope.commands import evaluate as eval_cli
 from mambascope.data.errors import DataError
-from mambascope.evaluation import eval_cli
+from mambascope.data.open import run_module
 from mambascope.evaluation.choice import stored_rule
-from mambascope.evaluation.eval_data import run_module
-from mambascope.evaluation.inference import ready_model
+from mambascope.models.cells import count_levels
 from mambascope.models.checkpoint import CheckpointError, describe, save_safetensors
-from mambascope.models.selection import count_levels
-from mambascope.models.timm_classifier import TimmConfig, create_timm_classifier
+from mambascope.models.ready import ready_model
+from mambascope.peers.timm_classifier import TimmConfig, create_timm_classifier
 from tests.hostile import RunsCode
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "d_state": 4, "num_classes": 3}
@@ -321,7 +321,7 @@ def test_no_number_of_levels_takes_long():
     assert count_levels(16, 0.25, 1.0, 4) == (4, 8, 12, 16)
 
 
-GLIMPSES = "mambascope.data.glimpse_datamodules.GlimpseImageDataModule"
+GLIMPSES = "mambascope.eye.datamodules.GlimpseImageDataModule"
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import timm
 import torch
 
 from mambascope import MambaScope, VisionMamba, load_checkpoint
-from mambascope.evaluation import eval_cli
-from mambascope.evaluation.inference import ready_model
+from mambascope.commands import evaluate as eval_cli
 from mambascope.models.checkpoint import CheckpointError, save_safetensors
+from mambascope.models.ready import ready_model
 from mambascope.training.args import ModelArgs
 from mambascope.training.module import build_model
 

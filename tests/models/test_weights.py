@@ -15,7 +15,8 @@ import yaml
 from PIL import Image
 
 import mambascope
-from mambascope.data.scopedigits import ScopeDigits, ScopeDigitsConfig
+from mambascope.data.scopedigits import ScopeDigits
+from mambascope.data.scopedigits_config import ScopeDigitsConfig
 from mambascope.models.checkpoint import CheckpointError, save_safetensors
 from mambascope.models.weights import PRETRAINED, SHIPPED
 

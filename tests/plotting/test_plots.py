@@ -10,10 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from mambascope.evaluation.cost import CONVENTIONS, model_config, stage_macs
+from mambascope.commands.cost import model_config
 from mambascope.evaluation.published import rows_for
 from mambascope.evaluation.sweep import StageRecord, pick_acc_drop, sweep
 from mambascope.evaluation.throughput import Timing
+from mambascope.eye.plots import plot_scaling
+from mambascope.models.cost import CONVENTIONS, stage_macs
 from mambascope.plotting import (
     Example,
     draw_example,
@@ -24,7 +26,6 @@ from mambascope.plotting import (
     style,
 )
 from mambascope.plotting.curves import read_metrics
-from mambascope.plotting.eye import plot_scaling
 from mambascope.plotting.heatmaps import as_seen, outline, selected_mask
 
 

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback
 from PIL import Image
 
 import mambascope
+from mambascope.commands.train import main
 from mambascope.models.checkpoint import read_state_dict
-from mambascope.training.cli import main
 from tests.hostile import RunsCode, fill, obey_modes, small_disk, small_shared_memory
 from tests.training.helpers import tiny, train
 

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 import mambascope
+from mambascope.commands import evaluate as eval_cli
+from mambascope.commands import predict as predict_cli
+from mambascope.commands.train import main
 from mambascope.data import GlimpseImageDataModule, ImageDataModule, open_image
-from mambascope.evaluation import eval_cli, predict_cli
 from mambascope.models.preprocessing import make_transform
-from mambascope.training.cli import main
 from tests.models.test_pictures import png16
 
 TINY = {

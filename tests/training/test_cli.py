@@ -10,8 +10,9 @@ import yaml
 from PIL import Image
 
 import mambascope
-from mambascope.evaluation.cost import count_parameters, model_config
-from mambascope.training.cli import TrainCLI, complete_args, main
+from mambascope.commands.cost import model_config
+from mambascope.commands.train import TrainCLI, complete_args, main
+from mambascope.models.cost import count_parameters
 from mambascope.training.runs import find_checkpoint, find_config, leave_runs, new_run, run_of, shipped_configs
 from tests.training.helpers import tiny, train
 

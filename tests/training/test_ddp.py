@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mambascope.training.cli import main
-from tests.training import test_eye
+from mambascope.commands.train import main
+from tests.eye import test_training as test_eye
 from tests.training.helpers import tiny, train
 from tests.training.test_resume import SIGTERM, checkpoint
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import mambascope
-from mambascope.training.cli import main
+from mambascope.commands.train import main
 from tests.training.helpers import train
 
 TINY = [

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback
 from PIL import Image
 
 import mambascope
-from mambascope.training.cli import main
-from tests.training import test_eye
+from mambascope.commands.train import main
+from tests.eye import test_training as test_eye
 from tests.training.helpers import tiny
 from tests.training.test_resume import checkpoint, differences
 

@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from mambascope.data import ScopeDigitsDataModule
-from mambascope.data.scopedigits import ScopeDigitsConfig
+from mambascope.data.scopedigits_config import ScopeDigitsConfig
 from mambascope.evaluation.collect import collect
-from mambascope.evaluation.cost import stage_macs
 from mambascope.evaluation.sweep import calibration_error, sweep
+from mambascope.models.cost import stage_macs
 from mambascope.training.args import LossArgs, MixArgs, ModelArgs, OptimizerArgs, ScheduleArgs
 from mambascope.training.checkpointing import RunCheckpoint
 from mambascope.training.ema import EmaWeights

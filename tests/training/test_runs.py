@@ -16,10 +16,10 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 
-from mambascope.evaluation.inference import CommandError
-from mambascope.evaluation.trainings import finish_training
-from mambascope.training.cli import TrainCLI, complete_args, main
+from mambascope.commands.train import TrainCLI, complete_args, main
 from mambascope.training.runs import hold_run, leave_runs, new_run
+from mambascope.training.trainings import finish_training
+from mambascope.utils import CommandError
 from tests.training.helpers import ROOT, TOOL, tiny, train
 from tests.training.test_resume import checkpoint
 

@@ -1,0 +1,1 @@
+"""The commands behind ``tools/``: one file each, imported by nothing in the package."""

@@ -1,0 +1,351 @@
+"""What ``tools/predict.py`` does with a MambaEye: class, how sure it is, glimpses used, and films of the glimpses."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mambascope._names import as_json
+from mambascope.commands.options import value_range
+from mambascope.data.batches import Skipped, surveyed
+from mambascope.data.errors import DataError
+from mambascope.data.files import LeftOut, Source, find_images
+from mambascope.data.image_io import BadImageError, open_image
+from mambascope.eye.choice import CHOICES, make_chooser
+from mambascope.eye.config import MAMBAEYE_CONFIGS
+from mambascope.eye.curves import Chooser, read_glimpses
+from mambascope.eye.dataset import GlimpseOptions, ImageGlimpses
+from mambascope.eye.evaluate import add_glimpse_arguments, canvas, given_options, ready_eye
+from mambascope.eye.glimpses import Placement, point_positions
+from mambascope.eye.model import MambaEye
+from mambascope.eye.stopping import answer_when_sure
+from mambascope.models.checkpoint import read_state_dict
+from mambascope.models.preprocessing import stored_value_range
+from mambascope.models.weights import find_weights
+from mambascope.utils import CommandError, evaluating, open_output
+
+_NEVER = 2.0  # a threshold that no confidence reaches
+_STRIDE = 256  # glimpses read at once where nothing is checked in between
+_OPTIONS = ("glimpses", "pattern", "resize_mode", "canvas", "points", "choose", "animate")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that only a MambaEye has."""
+    group = parser.add_argument_group("MambaEye", "--threshold is then the confidence, for what is seen, to stop at")
+    add_glimpse_arguments(group)
+    group.add_argument("--canvas", metavar="S", help="side, HEIGHTxWIDTH, or native; default: the file's")
+    group.add_argument("--points", metavar="FILE", help="CSV of row,column: centres of the glimpses in image pixels")
+    group.add_argument("--choose", metavar="HOW", help=f"choose glimpses: {CHOICES}")
+    group.add_argument("--every", type=int, default=4, help="glimpses between checks of --threshold (default 4)")
+    group.add_argument("--seed", type=int, default=0, help="of the random positions (default 0)")
+    group.add_argument("--animate", metavar="DIR", help="write a film of the glimpses for each image there")
+    group.add_argument("--film", choices=("gif", "png"), default="gif", help="kind of film (default gif)")
+
+
+def is_eye(args: argparse.Namespace) -> bool:
+    """Whether the weights are a MambaEye's.
+
+    Raises:
+        ValueError: If they are not, but options of a MambaEye are given.
+    """
+    if args.model is not None:
+        eye = args.model in MAMBAEYE_CONFIGS
+    else:
+        eye = read_state_dict(find_weights(args.checkpoint))[1].get("architecture") == "mambaeye"
+    given = [name for name in _OPTIONS if getattr(args, name) is not None] + ["compat"] * args.compat
+    if given and not eye:
+        raise ValueError(f"{', '.join(given).replace('_', '-')}: only a MambaEye has these options")
+    return eye
+
+
+@dataclass(frozen=True)
+class EyePrediction:
+    """One image's answer.
+
+    Attributes:
+        file: Its path as given.
+        label: Name of the class, or its number.
+        class_index: Number of the class.
+        confidence: Probability of the answer, 0 to 1; it cannot be much larger than the coverage.
+        sure: Confidence measured against what has been seen, 0 to 1.
+        glimpses: Glimpses read.
+        coverage: Share of the image they show.
+        stopped: Whether it stopped because it was sure.
+    """
+
+    file: str
+    label: str
+    class_index: int
+    confidence: float
+    sure: float
+    glimpses: int
+    coverage: float
+    stopped: bool
+
+
+def read_points(path: str) -> np.ndarray:
+    """Glimpse centres [L, 2] (row, column) from a CSV file; a first line without numbers is a heading.
+
+    Raises:
+        DataError: If the file cannot be read or has other lines.
+    """
+    try:
+        rows = csv.reader(Path(path).read_text(encoding="utf-8-sig").splitlines())
+        lines = [line for line in rows if any(cell.strip() for cell in line)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"points file {path} cannot be read: {reason}") from None
+    points = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row, column = (float(cell) for cell in line)
+        except ValueError:
+            if number == 1 and not any(_is_number(cell) for cell in line):
+                continue
+            raise DataError(f"line {number} of {path} must be two numbers row,column, got {','.join(line)!r}") from None
+        points.append((row, column))
+    if not points:
+        raise DataError(f"points file {path} holds no row,column lines")
+    return np.array(points)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def by_points(points: np.ndarray, patch_size: int) -> Chooser:
+    """Positions that the user gave, for every image."""
+
+    def choose(
+        canvases: Sequence[Tensor], placements: Sequence[Placement], seeds: Sequence[Sequence[int]]
+    ) -> list[Any]:
+        return [point_positions(points, placement, patch_size=patch_size) for placement in placements]
+
+    return choose
+
+
+def predict_eye(
+    model: MambaEye,
+    sources: Iterator[Source],
+    options: GlimpseOptions,
+    *,
+    threshold: float | None = None,
+    chooser: Chooser | None = None,
+    every: int = 4,
+    seed: int = 0,
+    batch_size: int = 32,
+    skipped: Skipped | None = None,
+    check: Callable[[Placement], object] | None = None,
+) -> Iterator[tuple[list[EyePrediction], ImageGlimpses, list[Source]]]:
+    """Answers for images, a batch at a time, with the glimpses they rest on.
+
+    Args:
+        model: The model.
+        sources: Image files.
+        options: How images become sequences.
+        threshold: Confidence, for what has been seen, to stop at; ``None`` reads every glimpse.
+        chooser: Chooses the positions instead of the options' scan pattern.
+        every: Glimpses between two checks of the threshold.
+        seed: Of random positions.
+        batch_size: Images at a time.
+        skipped: What to do with files that cannot be read.
+        check: Called with every placement; raises :class:`DataError` for an image that the chooser cannot do.
+    """
+    labels, skipped, values = model.labels, skipped or Skipped(False), stored_value_range(model)
+
+    def name(index: int) -> str:
+        return str(labels[index]) if labels and index < len(labels) else str(index)
+
+    number = 0
+    files: list[Source] = []
+    pictures: list[Any] = []
+
+    def answer() -> tuple[list[EyePrediction], ImageGlimpses, list[Source]]:
+        seeds = [(seed, number - len(files) + i) for i in range(len(files))]
+        glimpses = read_glimpses(pictures, options, seeds, chooser)
+        with evaluating(model):
+            result = answer_when_sure(
+                model,
+                glimpses,
+                threshold=_NEVER if threshold is None else threshold,
+                min_coverage=0.05,
+                every=_STRIDE if threshold is None else every,
+            )
+        probabilities = result.logits.float().softmax(1).cpu()
+        best = probabilities.argmax(1).tolist()
+        rows = [
+            EyePrediction(
+                str(file.path),
+                name(best[i]),
+                best[i],
+                float(probabilities[i, best[i]]),
+                float(result.confidence[i]),
+                int(result.used[i]),
+                float(result.coverage[i]),
+                bool(result.stopped[i]),
+            )
+            for i, file in enumerate(files)
+        ]
+        return rows, glimpses, files
+
+    for source in sources:
+        try:
+            picture = open_image(source.path, None, model.in_chans, values)
+            # an image that cannot be placed, or has points outside, is named now and not in the middle of a batch
+            placement = options.place(picture)[1]
+            if check is not None:
+                check(placement)
+        except DataError as error:
+            named = error if isinstance(error, BadImageError) else BadImageError(f"{source.path}: {error}")
+            try:
+                skipped.add(named)
+            except CommandError:
+                if files:
+                    yield answer()
+                raise
+            continue
+        files, pictures, number = [*files, source], [*pictures, picture], number + 1
+        if len(files) == batch_size:
+            yield answer()
+            files, pictures = [], []
+    if files:
+        yield answer()
+
+
+class EyeWriter:
+    """Writes predictions as they come.
+
+    Args:
+        stream: Where to.
+        kind: ``table``, ``jsonl`` or ``csv``.
+        labels: Of the model; they set the width of a column.
+    """
+
+    def __init__(self, stream: IO[str], kind: str, labels: Sequence[str] | None) -> None:
+        self.stream, self.kind = stream, kind
+        self.width = min(40, max([5, *(len(str(label)) for label in labels or [])]))
+        if kind == "csv":
+            csv.writer(stream, lineterminator="\n").writerow(EyePrediction.__dataclass_fields__)
+        elif kind == "table":
+            print(f"{'label':<{self.width}}  confidence   sure  glimpses    seen  file", file=stream)
+
+    def write(self, row: EyePrediction) -> None:
+        """Writes one line."""
+        values = {key: round(v, 6) if isinstance(v, float) else v for key, v in asdict(row).items()}
+        if self.kind == "csv":
+            csv.writer(self.stream, lineterminator="\n").writerow(values.values())
+        elif self.kind == "jsonl":
+            print(as_json(values), file=self.stream)
+        else:
+            label = row.label if len(row.label) <= self.width else row.label[: self.width - 1] + "…"
+            numbers = f"{row.confidence:>10.3f}  {row.sure:>5.3f}  {row.glimpses:>8}  {100 * row.coverage:>4.0f} %"
+            print(f"{label:<{self.width}}  {numbers}  {row.file}", file=self.stream)
+
+
+def save_films(
+    model: MambaEye,
+    rows: Sequence[EyePrediction],
+    glimpses: ImageGlimpses,
+    files: Sequence[Source],
+    folder: Path,
+    kind: str = "gif",
+) -> None:
+    """Writes one film per image; sub-folders of the input are kept."""
+    from mambascope.eye.animation import Film, write_film
+
+    device = model.mamba2_net.norm_f.weight.device
+    for i, (row, file) in enumerate(zip(rows, files, strict=True)):
+        patches, moves, coverage = glimpses.read(torch.tensor([i]), 0, row.glimpses)
+        with evaluating(model):
+            probabilities = model(patches.to(device), moves.to(device))[0].float().softmax(-1).cpu()
+        canvas = glimpses.canvases[i]
+        film = Film(
+            (canvas[:3] if len(canvas) >= 3 else canvas[:1].expand(3, -1, -1)).permute(1, 2, 0).cpu().numpy(),
+            np.asarray(glimpses.positions[i])[: row.glimpses],
+            probabilities.numpy(),
+            coverage[0].numpy(),
+            glimpses.patch_size,
+            model.labels,
+            file.name,
+            row.stopped,
+        )
+        write_film(film, folder / f"{file.name}.{kind}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command's body for a MambaEye."""
+    for name in ("alpha", "img_size", "save_dir"):
+        if getattr(args, name) is not None:
+            hint = {"img_size": "; use --canvas", "save_dir": "; use --animate"}.get(name, "")
+            raise ValueError(f"{name.replace('_', '-')} is not for a MambaEye{hint}")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise ValueError(f"threshold must lie in [0, 1], got {args.threshold}")
+    if args.every < 1:
+        raise ValueError(f"every must be at least 1, got {args.every}")
+    if args.seed < 0:
+        raise ValueError(f"seed must not be negative, got {args.seed}")
+    if args.points and (args.choose or args.glimpses or args.pattern):
+        raise ValueError("points already say where to look: leave --choose, --glimpses and --pattern out")
+    model = ready_eye(args.checkpoint, args.model, args.device, value_range(args.value_range))
+    options = given_options(model, args)
+    if args.canvas is not None:
+        options = replace(options, canvas_size=canvas(args.canvas))
+        if options.canvas_size is None and args.resize_mode is None:
+            options = replace(options, resize_mode="none")
+    chooser: Chooser | None = None
+    points: np.ndarray | None = None
+    if args.points:
+        points = read_points(args.points)
+        options = replace(options, length=len(points))
+        chooser = by_points(points, options.patch_size)
+    elif args.choose:
+        chooser = make_chooser(args.choose, model, options.length)
+    skipped, left_out = Skipped(args.skip_bad), LeftOut()
+    count = used = 0
+    with (
+        tqdm(desc="images", unit="image", file=sys.stderr, disable=not sys.stderr.isatty()) as bar,
+        open_output(args.output) as stream,
+    ):
+        writer = EyeWriter(stream, args.format, model.labels)
+        for rows, glimpses, files in predict_eye(
+            model,
+            surveyed(find_images(args.inputs, left_out), model.in_chans, stored_value_range(model)),
+            options,
+            threshold=args.threshold,
+            chooser=chooser,
+            every=args.every,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            skipped=skipped,
+            check=None if points is None else lambda p: point_positions(points, p, patch_size=options.patch_size),
+        ):
+            for row in rows:
+                writer.write(row)
+                used += row.glimpses
+            if args.animate:
+                save_films(model, rows, glimpses, files, Path(args.animate), args.film)
+            count += len(rows)
+            bar.update(len(rows))
+    parts = [f"{count:,} images"]
+    if count:
+        parts.append(f"{used / count:.1f} glimpses each")
+    if skipped.count:
+        parts.append(f"{skipped.count} unreadable files skipped")
+    if left_out:
+        parts.append(f"left out: {left_out}")
+    print(", ".join(parts), file=sys.stderr)
+    return 0 if count else 1

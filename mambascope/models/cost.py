@@ -1,0 +1,284 @@
+"""Closed-form cost of Vim, with and without token reduction, and MambaScope: parameters and multiply-adds per stage.
+
+Symbols: d ``embed_dim``, E = ``expand``·d inner width, N ``d_state``, R ``dt_rank``, K ``d_conv``, L tokens with CLS.
+Multiply-adds per token and layer::
+
+    d·2E + E·d                                 in_proj and out_proj
+    K·E + E·(R+2N) + R·E + 9·E·N + 2·E         per scan direction: conv, x_proj, dt_proj, scan, D term and gate
+
+plus ``in_chans·patch²·d`` for every patch that is embedded, and with a stem its convolutions and ``2·w·d`` per patch.
+The published fine stage embeds every patch of the full-size image and projects every coarse output, also those of cells
+it then leaves out; so does this count. The model in this package skips them: :func:`skipped_macs` says how much that
+saves (about 1 %). A stem's convolutions read the whole image in both. Left out, as in the published tables: classifier
+head (also where it reads every patch, ``global_pool="lse"``: :func:`head_macs`), norms, activations, residual
+additions, position tables, resizing and ranking the cells.
+Registers are tokens like any other. A block that scans the means of cells (``fine_pool``) spends x_proj, dt_proj and
+the scan once per cell, the rest on every token; the means themselves are left out.
+
+With token reduction L shrinks from block to block, and what the method computes to decide (similarities, predictors,
+switches) is added. Where it switches scans off per image, the scan part of each block is multiplied by the share of
+scans that ran, which :func:`mambascope.peers.reduced.scan_share` measures.
+
+Two conventions, both in GFLOPs = multiply-adds / 1e9 as the field writes it:
+
+- ``one_direction`` counts a single scan direction. It reproduces the published tables.
+- ``both_directions`` counts what a bidirectional block really does. It is the honest figure.
+
+``python -m mambascope.models.cost MODEL`` prints the table for one model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from mambascope.models.cells import num_selected
+from mambascope.models.configs import ScopeConfig, VimConfig, with_overrides
+
+CONVENTIONS = ("one_direction", "both_directions")
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Multiply-adds of one image, split by stage.
+
+    A plain Vim has one stage: it is held in ``fine``; ``coarse`` and ``reuse`` are 0.
+
+    Attributes:
+        convention: ``"one_direction"`` or ``"both_directions"``.
+        params: learned parameters of the whole model.
+        tokens_coarse, tokens_fine: sequence lengths including CLS and registers (``tokens_coarse`` 0 for a plain Vim;
+            before anything is reduced).
+        coarse, reuse, fine: multiply-adds of the coarse pass, the feature-reuse projection and the fine pass.
+        cells: cells that the fine pass re-reads.
+        per_cell: multiply-adds that one more of them adds to the fine pass.
+    """
+
+    convention: str
+    params: int
+    tokens_coarse: int
+    tokens_fine: int
+    coarse: int
+    reuse: int
+    fine: int
+    cells: int = 0
+    per_cell: int = 0
+
+    @property
+    def refined(self) -> int:
+        """Multiply-adds of an image that goes through both stages."""
+        return self.coarse + self.reuse + self.fine
+
+    def expected(self, share: float, cells: float | None = None) -> float:
+        """Mean multiply-adds per image when `share` of the images (0 to 1) is refined.
+
+        Args:
+            share: of the images.
+            cells: mean number of cells that the fine pass re-reads in a refined image, where images differ in it;
+                ``None``: :attr:`cells` in each. The cost is linear in it.
+        """
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"share must be in [0, 1], got {share!r}")
+        more = 0.0 if cells is None else (cells - self.cells) * self.per_cell
+        return self.coarse + share * (self.reuse + self.fine + more)
+
+    def gflops(self, share: float = 1.0, cells: float | None = None) -> float:
+        """:meth:`expected` in GFLOPs (multiply-adds / 1e9)."""
+        return self.expected(share, cells) / 1e9
+
+
+def _hw(config: VimConfig, img_size: int | Sequence[int] | None) -> tuple[int, int]:
+    if img_size is None:
+        return config.image_hw
+    return with_overrides(config, {"img_size": img_size if isinstance(img_size, int) else tuple(img_size)}).image_hw
+
+
+def vim_grid(config: VimConfig, img_size: int | Sequence[int] | None = None) -> tuple[int, int]:
+    """Patch grid (rows, columns) of a plain Vim; sizes that do not fit are padded at the right and bottom."""
+    return replace(config, img_size=_hw(config, img_size)).patch_grid
+
+
+def scope_grid(config: ScopeConfig, img_size: int | Sequence[int] | None = None) -> tuple[int, int]:
+    """Coarse grid (rows, columns); the fine grid has twice as many of both. Sizes are padded to 2·``patch_size``."""
+    cell = 2 * config.patch_size
+    h, w = _hw(config, img_size)
+    return math.ceil(h / cell), math.ceil(w / cell)
+
+
+def encoder_macs(config: VimConfig, tokens: int, patches: int, convention: str = "one_direction") -> int:
+    """Multiply-adds of embedding `patches` patches and running `tokens` tokens (CLS included) through the encoder."""
+    projections, scans = token_macs(config, convention)
+    return tokens * config.depth * (projections + scans) + patches * embedding_macs(config)
+
+
+def embedding_macs(config: VimConfig) -> int:
+    """Multiply-adds of embedding one patch, with its share of the stem."""
+    return projection_macs(config) + stem_macs(config.stem_convs, config.patch_size)
+
+
+def projection_macs(config: VimConfig) -> int:
+    """Multiply-adds of projecting one patch's pixels, and its place in the stem's last map, to a token."""
+    return (config.in_chans * config.patch_size**2 + 2 * config.stem_width) * config.embed_dim
+
+
+def stem_macs(convs: Sequence[tuple[int, int, int]], patch_size: int) -> int:
+    """Multiply-adds of a stem for every patch, its convolutions as :attr:`VimConfig.stem_convs` names them."""
+    return sum((patch_size // stride) ** 2 * 9 * chans * out for stride, chans, out in convs)
+
+
+def token_macs(config: VimConfig, convention: str = "one_direction") -> tuple[int, int]:
+    """Multiply-adds of one token in one block: the input and output projections, and everything per scan direction."""
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
+    d, e, n, k, r = config.embed_dim, config.inner_dim, config.d_state, config.d_conv, config.rank
+    direction = k * e + e * (r + 2 * n) + r * e + 9 * e * n + 2 * e
+    return d * 2 * e + e * d, direction * (2 if convention == "both_directions" else 1)
+
+
+def reduced_macs(
+    config: VimConfig, patches: int, convention: str = "one_direction", scan_share: Sequence[float] | None = None
+) -> int:
+    """Multiply-adds of an image of `patches` patches with ``config.reduction``.
+
+    Args:
+        config: with token reduction.
+        patches: patches of the image.
+        convention: ``"one_direction"`` or ``"both_directions"``.
+        scan_share: share of the scans that ran, per block; default: all.
+
+    Raises:
+        ValueError: an unknown convention, or not one share in [0, 1] per block.
+    """
+    assert config.reduction is not None
+    shares = [1.0] * config.depth if scan_share is None else list(scan_share)
+    if len(shares) != config.depth or not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"scan_share must be {config.depth} numbers in [0, 1], one per block, got {shares}")
+    projections, scans = token_macs(config, convention)
+    counts = config.reduction.patch_counts(patches, config.depth)
+    blocks = sum((count + 1) * (projections + share * scans) for count, share in zip(counts, shares, strict=True))
+    return (
+        round(blocks)
+        + patches * embedding_macs(config)
+        + config.reduction.extra_macs(config.sizes, patches, 1 + CONVENTIONS.index(convention))
+    )
+
+
+def fine_macs(config: ScopeConfig, cells: int, refined: int, convention: str = "one_direction") -> int:
+    """Multiply-adds of the fine pass over `cells` coarse cells of which it re-reads `refined`."""
+    e, n, r = config.inner_dim, config.d_state, config.rank
+    directions = 2 if convention == "both_directions" else 1
+    per_token = encoder_macs(config, 1, 0, convention) // config.depth
+    scanned = directions * (e * (r + 2 * n) + r * e + 9 * e * n)
+    rest = 0 if config.rest_tokens == "none" else cells - refined
+    total = encoder_macs(config, 0, 4 * cells, convention)
+    for layer in range(config.fine_start, config.depth):
+        total += (1 + config.registers + 4 * refined + (rest if layer >= config.rest_start else 0)) * per_token
+        if layer in config.pooled_layers:
+            total -= 3 * refined * scanned
+    return total
+
+
+def reuse_macs(config: ScopeConfig, cells: int) -> int:
+    """Multiply-adds of the feature-reuse projection on `cells` coarse outputs (with ``reuse_cls``: and CLS)."""
+    rows, d = cells + int(config.reuse_cls), config.embed_dim
+    return {"mlp": rows * 2 * int(config.reuse_ratio * d) * d, "linear": rows * d * d, "off": 0}[config.reuse]
+
+
+def count_parameters(config: VimConfig) -> int:
+    """Parameters of the model that `config` describes (tables are sized by ``config.img_size``)."""
+    d, e, n, k, r = config.embed_dim, config.inner_dim, config.d_state, config.d_conv, config.rank
+    mixer = 3 * e * d + 2 * (e * n + e + e * k + e + (r + 2 * n) * e + e * r + e)
+    fine_patches = math.prod(vim_grid(config)) + config.registers
+    total = config.depth * (mixer + d) + d  # blocks with their norm gains, final norm
+    total += config.in_chans * config.patch_size**2 * d + d  # patch embedding
+    # convolutions with bias, and gain and bias of their norms
+    total += sum((9 * chans + 3) * out for _, chans, out in config.stem_convs) + 2 * config.stem_width * d
+    total += d * config.num_classes + config.num_classes if config.num_classes else 0
+    if config.reduction is not None:
+        total += config.reduction.num_parameters(config.sizes)
+    if isinstance(config, ScopeConfig):
+        cells = math.prod(scope_grid(config))
+        fine_patches = 4 * cells + config.registers
+        total += (cells + 1) * d  # coarse position table
+        hidden = int(config.reuse_ratio * d)
+        total += {"mlp": 2 * d + 2 * d * hidden + hidden + d, "linear": 2 * d + d * d + d, "off": 0}[config.reuse]
+    return total + d + (fine_patches + 1) * d  # CLS, position table, registers
+
+
+def head_macs(config: VimConfig, tokens: int) -> int:
+    """Multiply-adds of the classifier head on a sequence of `tokens`, registers included; the tables leave it out."""
+    rows = tokens - config.registers if config.global_pool in ("lse", "") else 1
+    return rows * config.embed_dim * config.num_classes
+
+
+def stage_macs(
+    config: VimConfig,
+    img_size: int | Sequence[int] | None = None,
+    alpha: float | None = None,
+    convention: str = "one_direction",
+    scan_share: Sequence[float] | None = None,
+) -> StageCost:
+    """Cost of one image under `config`.
+
+    Args:
+        config: a :class:`VimConfig` or :class:`ScopeConfig`.
+        img_size: side or (height, width) in pixels; default ``config.img_size``.
+        alpha: share of the cells that the fine stage refines, 0 to 1; default ``config.alpha``. MambaScope only. With
+            ``alpha_rule="mass"`` images differ in that share: what they cost is then ``expected(share, cells)``.
+        convention: ``"one_direction"`` (published) or ``"both_directions"`` (honest).
+        scan_share: share of the scans that ran, per block; default: all. Token reduction only.
+
+    Raises:
+        ValueError: an argument outside what is accepted, `alpha` for a plain Vim, or `scan_share` without reduction.
+    """
+    params = count_parameters(config)
+    if scan_share is not None and config.reduction is None:
+        raise ValueError("scan_share applies to token reduction only; this model runs every scan")
+    if not isinstance(config, ScopeConfig):
+        if alpha is not None:
+            raise ValueError("alpha applies to MambaScope models only; a plain Vim has one stage")
+        patches = math.prod(vim_grid(config, img_size))
+        tokens = patches + 1 + config.registers
+        if config.reduction is None:
+            total = encoder_macs(config, tokens, patches, convention)
+        else:
+            total = reduced_macs(config, patches, convention, scan_share)
+        return StageCost(convention, params, 0, tokens, 0, 0, total)
+    cells = math.prod(scope_grid(config, img_size))
+    alpha = config.alpha if alpha is None else alpha
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
+    k = num_selected(alpha, cells)
+    rest = 0 if config.rest_tokens == "none" else cells - k
+    fine = fine_macs(config, cells, k, convention)
+    return StageCost(
+        convention=convention,
+        params=params,
+        tokens_coarse=1 + config.registers + cells,
+        tokens_fine=1 + config.registers + 4 * k + rest,
+        coarse=encoder_macs(config, 1 + config.registers + cells, cells, convention),
+        reuse=reuse_macs(config, cells),
+        fine=fine,
+        cells=k,
+        per_cell=fine_macs(config, cells, k + 1, convention) - fine,
+    )
+
+
+def skipped_macs(config: ScopeConfig, img_size: int | Sequence[int] | None = None, alpha: float | None = None) -> int:
+    """Multiply-adds in :func:`stage_macs` that the model here does not spend on the cells it leaves out."""
+    cells = math.prod(scope_grid(config, img_size))
+    others = cells - num_selected(config.alpha if alpha is None else alpha, cells)
+    embedding = 4 * others * projection_macs(config)  # the stem itself reads the whole image
+    return embedding + reuse_macs(config, cells) - reuse_macs(config, cells - others)
+
+
+def plain_vim(config: VimConfig) -> VimConfig:
+    """The one-stage Vim of the same sizes that computes every token: what MambaScope is compared with."""
+    return VimConfig(**{**{field.name: getattr(config, field.name) for field in fields(VimConfig)}, "reduction": None})
+
+
+def format_gflops(macs: float) -> str:
+    """Multiply-adds as GFLOPs: two decimals as in the published tables, four below 0.1 GFLOPs."""
+    value = macs / 1e9
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.4f}"

@@ -1,0 +1,212 @@
+"""Throughput engine: keeps fine batches full by collecting unconfident images across coarse batches.
+
+Splitting every batch on its own leaves the fine stage with small, uneven batches: eight images of which three go on
+make a fine batch of three. :class:`ScopePredictor` lets these wait until a full fine batch has gathered, and hands
+results out in input order all the same. B images per batch, C classes, M coarse cells.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mambascope.models.gate import check_threshold, exit_mask
+from mambascope.models.scope import MambaScope
+from mambascope.models.states import CoarseState, ScopeOutput
+from mambascope.utils import evaluating, model_device, share
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Open:
+    """A batch whose results are not complete: `missing` images still wait for the fine stage."""
+
+    output: ScopeOutput
+    missing: int
+
+
+@dataclass
+class _Waiting:
+    """Images of one batch that wait for the fine stage and re-read as many `cells`."""
+
+    images: Tensor
+    coarse: CoarseState
+    owner: _Open
+    rows: Tensor
+    cells: int
+
+    def split(self, count: int) -> tuple[_Waiting, _Waiting]:
+        """The first `count` images and the others."""
+        cut = torch.arange(len(self.rows), device=self.rows.device).split([count, len(self.rows) - count])
+        first, rest = (
+            _Waiting(self.images[index], self.coarse.index_select(index), self.owner, self.rows[index], self.cells)
+            for index in cut
+        )
+        return first, rest
+
+
+def concatenate_states(states: list[CoarseState]) -> CoarseState:
+    """Joins coarse states of images of one size along the batch."""
+    if len(states) == 1:
+        return states[0]
+    joined = {f.name: getattr(states[0], f.name) for f in fields(CoarseState)}
+    for name, value in joined.items():
+        if isinstance(value, Tensor):
+            joined[name] = torch.cat([getattr(s, name) for s in states])
+    joined["taken"] = [torch.cat(parts) for parts in zip(*(s.taken for s in states), strict=True)]
+    return CoarseState(**joined)
+
+
+class ScopePredictor:
+    """Dynamic inference over a stream of batches with full fine batches.
+
+    Args:
+        model: a MambaScope; used in evaluation mode without gradients.
+        threshold: confidence η; ``None`` for the model's.
+        alpha: share of cells to refine; ``None`` for the model's.
+        fine_batch_size: images per fine pass; only the last one of a stream may be smaller, and those that `max_open`
+            forces. Images that differ in their number of cells wait and run apart.
+        max_open: batches that may wait for their results before an incomplete fine pass is forced. Bounds memory and
+            delay where only few images are refined.
+
+    Attributes:
+        fine_batches: sizes of the fine passes of the latest stream.
+
+    Raises:
+        ValueError: an argument outside what is accepted.
+    """
+
+    def __init__(
+        self,
+        model: MambaScope,
+        *,
+        threshold: float | None = None,
+        alpha: float | None = None,
+        fine_batch_size: int = 64,
+        max_open: int = 64,
+    ) -> None:
+        if not isinstance(model, MambaScope):
+            raise ValueError(f"model must be a MambaScope, got {type(model).__name__}")
+        for name, value in (("fine_batch_size", fine_batch_size), ("max_open", max_open)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        self.model = model
+        self.threshold = check_threshold(model.threshold if threshold is None else threshold)
+        self.alpha = share("alpha", model.alpha if alpha is None else alpha)
+        self.fine_batch_size = fine_batch_size
+        self.max_open = max_open
+        self.fine_batches: list[int] = []
+
+    def stream(self, batches: Iterable[tuple[Tensor, T]]) -> Iterator[tuple[ScopeOutput, T]]:
+        """Results of every batch, in input order; a batch is given out when all its images are done.
+
+        Args:
+            batches: pairs of images [B, C, H, W] and anything that belongs to them (names, labels), which is passed
+                through. Sizes of batches and of images may change along the way.
+        """
+        self.fine_batches = []
+        device = model_device(self.model)
+        open_batches: deque[tuple[_Open, T]] = deque()
+        waiting: dict[int, deque[_Waiting]] = {}  # by number of cells: a fine pass has one length
+        size: torch.Size | None = None
+        for images, extra in batches:
+            with evaluating(self.model):
+                images = images.to(device, non_blocking=True)
+                if images.shape[1:] != size:
+                    self._refine(waiting, flush=True)  # a fine pass takes images of one size
+                    size = images.shape[1:]
+                opened, states = self._look(images)
+                open_batches.append((opened, extra))
+                for state in states:
+                    waiting.setdefault(state.cells, deque()).append(state)
+                self._refine(waiting, flush=len(open_batches) > self.max_open)
+            while open_batches and not open_batches[0][0].missing:
+                done, its_extra = open_batches.popleft()
+                yield done.output, its_extra
+        with evaluating(self.model):
+            self._refine(waiting, flush=True)
+        for done, its_extra in open_batches:
+            yield done.output, its_extra
+
+    def __call__(self, images: Tensor, batch_size: int = 64) -> ScopeOutput:
+        """Results for images [B, C, H, W], taken `batch_size` at a time through the coarse stage."""
+        if not len(images):
+            raise ValueError("images must hold at least one image")
+        outputs = [output for output, _ in self.stream((part, None) for part in images.split(batch_size))]
+        joined = {f.name: getattr(outputs[0], f.name) for f in fields(ScopeOutput)}
+        for name, value in joined.items():
+            if isinstance(value, Tensor):
+                joined[name] = torch.cat([getattr(o, name) for o in outputs])
+        return ScopeOutput(**joined)
+
+    def _look(self, images: Tensor) -> tuple[_Open, list[_Waiting]]:
+        """The coarse pass: a batch's results so far, and its images that must go on, by number of cells."""
+        coarse = self.model.forward_coarse(images)
+        batch, cells = coarse.importance.shape
+        chosen = self.model.max_cells(cells, self.alpha)
+        conf = self.model.confidence(coarse.logits)
+        exited = exit_mask(conf, self.threshold if chosen else 0.0)
+        output = ScopeOutput(
+            logits=coarse.logits.clone(),
+            coarse_logits=coarse.logits,
+            confidence=conf,
+            exited=exited,
+            importance=coarse.importance,
+            selected=torch.full((batch, chosen), -1, dtype=torch.long, device=images.device),
+            tokens=torch.full(
+                (batch,), cells + 1 + self.model.config.registers, dtype=torch.long, device=images.device
+            ),
+            grid=coarse.grid,
+        )
+        rows = exited.logical_not().nonzero().squeeze(1)
+        opened = _Open(output, missing=len(rows))
+        if not len(rows):
+            return opened, []
+        states = []
+        for count, some in self.model.group_rows(coarse.importance[rows], self.alpha):
+            group = rows[some]
+            states.append(_Waiting(images[group], coarse.index_select(group), opened, group, count))
+        return opened, states
+
+    def _refine(self, waiting: dict[int, deque[_Waiting]], *, flush: bool) -> None:
+        """Runs fine passes while a full one has gathered; with `flush`, until nobody waits."""
+        for queue in waiting.values():
+            self._drain(queue, flush)
+
+    def _drain(self, waiting: deque[_Waiting], flush: bool) -> None:
+        """The same for the images with one number of cells."""
+        count = sum(len(w.rows) for w in waiting)
+        while count and (flush or count >= self.fine_batch_size):
+            taken: list[_Waiting] = []
+            room = self.fine_batch_size
+            while waiting and room:
+                item = waiting.popleft()
+                if len(item.rows) > room:
+                    item, rest = item.split(room)
+                    waiting.appendleft(rest)
+                taken.append(item)
+                room -= len(item.rows)
+            size = sum(len(item.rows) for item in taken)
+            self._fine_pass(taken)
+            self.fine_batches.append(size)
+            count -= size
+
+    def _fine_pass(self, items: list[_Waiting]) -> None:
+        images = torch.cat([item.images for item in items]) if len(items) > 1 else items[0].images
+        state = concatenate_states([item.coarse for item in items])
+        fine = self.model.forward_fine(images, state, count=items[0].cells)
+        length = fine.length + self.model.config.registers
+        sizes = [len(item.rows) for item in items]
+        parts = zip(items, fine.logits.split(sizes), fine.selected.split(sizes), strict=True)
+        for item, logits, selected in parts:
+            output = item.owner.output
+            output.logits.index_copy_(0, item.rows, logits.to(output.logits.dtype))
+            output.selected[item.rows, : item.cells] = selected
+            output.tokens.index_add_(0, item.rows, output.tokens.new_full((len(item.rows),), length))
+            item.owner.missing -= len(item.rows)
