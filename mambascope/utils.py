@@ -91,7 +91,7 @@ def unpack(batch: Any) -> tuple[Tensor, Tensor]:
     """Images and labels of a loader's batch.
 
     Raises:
-        ValueError: the batch is not (images [B, C, H, W], labels [B]).
+        ValueError: The batch is not (images [B, C, H, W], labels [B]).
     """
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         raise ValueError(f"a loader for evaluation must give (images, labels), got {type(batch).__name__}")
@@ -111,7 +111,7 @@ def pick_device(name: str = "auto") -> torch.device:
     """``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:<n>``.
 
     Raises:
-        ValueError: an unknown device, or CUDA where there is none.
+        ValueError: An unknown device, or CUDA where there is none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -72,13 +72,13 @@ def trained_model(config: ScopeConfig, setting: Setting, seed: int, args: argpar
     Rows of several tables that mean the same model share one training.
 
     Args:
-        config: what the other structural options are taken from.
-        setting: the row.
-        seed: of the training.
-        args: of the command.
+        config: What the other structural options are taken from.
+        setting: The row.
+        seed: Of the training.
+        args: Of the command.
 
     Raises:
-        CommandError: the training failed.
+        CommandError: The training failed.
     """
     whole = {field: getattr(config, field) for field in STRUCTURE} | setting.overrides
     values = [str(value).lower() for value in whole.values()]

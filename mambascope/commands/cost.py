@@ -25,7 +25,7 @@ def model_config(name: str, **overrides: Any) -> VimConfig:
     """Config of the registered model `name` with fields replaced.
 
     Raises:
-        ValueError: unknown model (the message lists the known ones) or a field that is unknown or out of range.
+        ValueError: Unknown model (the message lists the known ones) or a field that is unknown or out of range.
     """
     known: dict[str, VimConfig] = {**VIM_CONFIGS, **SCOPE_CONFIGS}
     if name not in known:

@@ -41,13 +41,13 @@ class Prediction:
     """One image's answer.
 
     Attributes:
-        file: its path as given.
-        label: name of the class, or its number.
-        class_index: number of the class.
-        confidence: probability of the answer, 0 to 1.
+        file: Its path as given.
+        label: Name of the class, or its number.
+        class_index: Number of the class.
+        confidence: Probability of the answer, 0 to 1.
         stage: ``"coarse"`` or ``"fine"``; ``"single"`` for a one-stage model.
-        tokens: tokens read over both stages, CLS included.
-        coarse_confidence: probability of the coarse answer; that of the answer for a one-stage model.
+        tokens: Tokens read over both stages, CLS included.
+        coarse_confidence: Probability of the coarse answer; that of the answer for a one-stage model.
     """
 
     file: str

@@ -28,11 +28,11 @@ class Canvas:
     """One image under construction: planes [3, H, W] float32 in 0–1.
 
     Args:
-        rng: source of every random choice of this image.
-        size: side in pixels.
-        contrast: range of the ink's brightness above the background, in 0–1.
-        noise: standard deviation of the pixel noise, in 0–1.
-        texture: strength of the background's waves, in 0–1.
+        rng: Source of every random choice of this image.
+        size: Side in pixels.
+        contrast: Range of the ink's brightness above the background, in 0–1.
+        noise: Standard deviation of the pixel noise, in 0–1.
+        texture: Strength of the background's waves, in 0–1.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class Canvas:
         """Paints fragments of random digits.
 
         Args:
-            scans: where the fragments come from.
-            sizes: for each fragment the side in pixels that the whole digit would have.
-            avoid: boxes that the fragments keep away from where there is room.
+            scans: Where the fragments come from.
+            sizes: For each fragment the side in pixels that the whole digit would have.
+            avoid: Boxes that the fragments keep away from where there is room.
         """
         for side in sizes:
             scan = scans.images[self.rng.integers(len(scans.images))]

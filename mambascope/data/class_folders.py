@@ -53,11 +53,11 @@ def read_class_map(given: ClassMap, split: Path) -> dict[str, int] | None:
     """The number of each class, from the names in order or from a text file with one name per line.
 
     Args:
-        given: the names, or the file: its path, or its name in the split or beside it.
-        split: folder or archive of the split.
+        given: The names, or the file: its path, or its name in the split or beside it.
+        split: Folder or archive of the split.
 
     Raises:
-        DataError: when the file cannot be read, or a name has two numbers.
+        DataError: When the file cannot be read, or a name has two numbers.
     """
     if given is None:
         return None
@@ -84,12 +84,12 @@ class FolderReader(ReaderImageFolder):
     """The images below a folder; the class of each is the first folder on its way.
 
     Args:
-        root: the folder.
-        class_map: number of each class; by default in natural order of the folders.
-        left_out: counts what is no image.
+        root: The folder.
+        class_map: Number of each class; by default in natural order of the folders.
+        left_out: Counts what is no image.
 
     Raises:
-        DataError: when there are no images, images outside of class folders, class folders without images, or class
+        DataError: When there are no images, images outside of class folders, class folders without images, or class
             folders that the class map does not name.
     """
 
@@ -131,12 +131,12 @@ class TarReader(ReaderImageInTar):
     archive.
 
     Args:
-        root: the file or folder.
-        class_map: number of each class; by default in natural order of the names.
-        left_out: counts what is no image.
+        root: The file or folder.
+        class_map: Number of each class; by default in natural order of the names.
+        left_out: Counts what is no image.
 
     Raises:
-        DataError: when an archive cannot be read, there are no images, or the class map does not name a class.
+        DataError: When an archive cannot be read, there are no images, or the class map does not name a class.
     """
 
     def __init__(self, root: Path, class_map: dict[str, int] | None, left_out: LeftOut) -> None:

@@ -19,14 +19,14 @@ def find_columns(
 
     Args:
         dataset: timm's name of the data set.
-        root: cache folder.
-        split: of the data set.
-        input_key: column of the images, if given.
-        target_key: column of the labels, if given.
-        named: whether a class map turns names into numbers.
+        root: Cache folder.
+        split: Of the data set.
+        input_key: Column of the images, if given.
+        target_key: Column of the labels, if given.
+        named: Whether a class map turns names into numbers.
 
     Raises:
-        DataError: when there is no such column, or several that it could be; the line lists all columns.
+        DataError: When there is no such column, or several that it could be; the line lists all columns.
     """
     given = {"input_key": input_key, "target_key": target_key}
     reader, _, name = dataset.partition("/")

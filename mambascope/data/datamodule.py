@@ -19,12 +19,12 @@ class ResumableDataModule(LightningDataModule):
     """A data module whose training loader continues where a run stopped.
 
     Attributes:
-        num_classes: number of classes.
-        in_chans: image channels.
-        img_size: image height and width in pixels.
-        class_names: one name per class, in the order of the labels.
-        mean: per channel, of values in 0–1; subtracted from the images.
-        std: per channel; the images are divided by it.
+        num_classes: Number of classes.
+        in_chans: Image channels.
+        img_size: Image height and width in pixels.
+        class_names: One name per class, in the order of the labels.
+        mean: Per channel, of values in 0–1; subtracted from the images.
+        std: Per channel; the images are divided by it.
     """
 
     num_classes: int
@@ -117,7 +117,7 @@ class ResumableDataModule(LightningDataModule):
         """Makes the images fit a model with so many channels.
 
         Raises:
-            DataError: where they cannot.
+            DataError: Where they cannot.
         """
         if in_chans != self.in_chans:
             raise DataError(

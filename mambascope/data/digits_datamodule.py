@@ -18,23 +18,23 @@ class ScopeDigitsDataModule(ResumableDataModule):
     """The built-in handwritten digits: nothing to download.
 
     Args:
-        train_length: training images per epoch.
-        val_length: validation images; they are drawn once and kept.
-        digits: appearance and size of the images.
-        fresh_each_epoch: draw new training images in every epoch (from the same 1,347 scans) instead of repeating the
+        train_length: Training images per epoch.
+        val_length: Validation images; they are drawn once and kept.
+        digits: Appearance and size of the images.
+        fresh_each_epoch: Draw new training images in every epoch (from the same 1,347 scans) instead of repeating the
             first epoch's.
-        calibration_length: images on which the exit threshold is chosen; further ones of the validation scans.
-        batch_size: images per step and process.
-        val_batch_size: images per validation step and process; by default ``batch_size``.
-        num_workers: worker processes; drawing takes about 0.2 ms per 64-pixel image, so 0 is usually best.
-        pin_memory: copy batches to page-locked memory; by default when there is a GPU.
-        drop_last: leave out the training images that fill no whole batch.
-        seed: order of the training images (their content depends on ``digits.seed``).
-        img_size: side in pixels to which the drawn images are resized, e.g. to train a model at a lower resolution on
+        calibration_length: Images on which the exit threshold is chosen; further ones of the validation scans.
+        batch_size: Images per step and process.
+        val_batch_size: Images per validation step and process; by default ``batch_size``.
+        num_workers: Worker processes; drawing takes about 0.2 ms per 64-pixel image, so 0 is usually best.
+        pin_memory: Copy batches to page-locked memory; by default when there is a GPU.
+        drop_last: Leave out the training images that fill no whole batch.
+        seed: Order of the training images (their content depends on ``digits.seed``).
+        img_size: Side in pixels to which the drawn images are resized, e.g. to train a model at a lower resolution on
             the same images; by default they stay as they are drawn.
 
     Raises:
-        ValueError: for an argument out of range.
+        ValueError: For an argument out of range.
     """
 
     num_classes = len(CLASS_NAMES)

@@ -171,18 +171,18 @@ def export(
 
     Args:
         task: "cls" (ImageFolder), "seg" (ADE20K) or "det" (COCO).
-        out: folder to make; it appears complete or not at all.
-        size: image side in pixels (default 64 for cls, 128 otherwise).
-        train: number of training images (default 6,000 for cls, 1,000 otherwise).
-        val: number of validation images (default 1,000 for cls, 200 otherwise).
-        mapped_ids: use class ids of ADE20K's 150 or COCO's 80 classes.
-        overwrite: replace an earlier result of this function.
-        quiet: no progress bar.
-        **options: further fields of :class:`ScopeDigitsConfig`, e.g. ``seed`` or ``easy_share``.
+        out: Folder to make; it appears complete or not at all.
+        size: Image side in pixels (default 64 for cls, 128 otherwise).
+        train: Number of training images (default 6,000 for cls, 1,000 otherwise).
+        val: Number of validation images (default 1,000 for cls, 200 otherwise).
+        mapped_ids: Use class ids of ADE20K's 150 or COCO's 80 classes.
+        overwrite: Replace an earlier result of this function.
+        quiet: No progress bar.
+        **options: Further fields of :class:`ScopeDigitsConfig`, e.g. ``seed`` or ``easy_share``.
 
     Raises:
-        DataError: when ``out`` cannot be written.
-        ValueError: for an option out of range.
+        DataError: When ``out`` cannot be written.
+        ValueError: For an option out of range.
     """
     if task not in WRITERS:
         raise ValueError(f"task must be one of {', '.join(WRITERS)}, got {task!r}")

@@ -42,7 +42,7 @@ class LeftOut:
     """Counts what is left out of folders, and says it in one line.
 
     Args:
-        accepted: endings of what is taken; by default those of images.
+        accepted: Endings of what is taken; by default those of images.
     """
 
     def __init__(self, accepted: frozenset[str] | None = None) -> None:
@@ -100,12 +100,12 @@ def walk(folder: str, left_out: LeftOut, above: tuple[str, ...] = ()) -> Iterato
     """Paths of the images in a folder and its sub-folders, links to folders included, sorted by name.
 
     Args:
-        folder: where to look.
-        left_out: counts the others.
-        above: real paths of the folders on the way down, so that a link cannot lead round in a circle.
+        folder: Where to look.
+        left_out: Counts the others.
+        above: Real paths of the folders on the way down, so that a link cannot lead round in a circle.
 
     Raises:
-        OSError: when a folder cannot be read.
+        OSError: When a folder cannot be read.
     """
     above = above or (os.path.realpath(folder),)
     with os.scandir(folder) as scan:
@@ -155,11 +155,11 @@ def find_images(inputs: Sequence[str], left_out: LeftOut | None = None) -> Itera
     Two files have one name only if they are the same file, so that what is written for each overwrites nothing.
 
     Args:
-        inputs: files and folders.
-        left_out: counts what is in the folders and is no image.
+        inputs: Files and folders.
+        left_out: Counts what is in the folders and is no image.
 
     Raises:
-        ValueError: an input that does not exist, or a folder without images.
+        ValueError: An input that does not exist, or a folder without images.
     """
     left_out = LeftOut() if left_out is None else left_out
     paths = [Path(given) for given in inputs]
@@ -182,12 +182,12 @@ def picture_paths(sources: Sequence[Source], folder: Path, taken: Sequence[str] 
     """Where a PNG of each image is written, named as the image is; numbered where two would be one.
 
     Args:
-        sources: the images.
-        folder: that the pictures are written to.
-        taken: names without ending that are used for something else.
+        sources: The images.
+        folder: That the pictures are written to.
+        taken: Names without ending that are used for something else.
 
     Raises:
-        ValueError: when a picture would replace an image.
+        ValueError: When a picture would replace an image.
     """
     read = {os.path.realpath(source.path) for source in sources}
     used, paths = set(taken), []

@@ -37,51 +37,51 @@ class ImageDataModule(ResumableDataModule):
     workers; an interrupted epoch reads and drops what it had seen.
 
     Args:
-        root: folder with one sub-folder (or .tar file) per split; for ``hfds/`` the cache folder.
+        root: Folder with one sub-folder (or .tar file) per split; for ``hfds/`` the cache folder.
         dataset: "folder" (a sub-folder per class, which all images below belong to; a .tar file of it; or a folder of
             .tar files), or a timm name such as "hfds/imagenet-1k", "wds/imagenet", "tfds/…", "torch/cifar10".
-        train_split: name of the training split; "training" is tried as well.
-        val_split: name of the validation split; "val", "valid", "eval" and "test" are tried as well.
-        num_classes: number of classes of the model; by default as many as the data have.
-        class_map: class folder names in the order of the labels, as a list or as a text file with one per line, when
+        train_split: Name of the training split; "training" is tried as well.
+        val_split: Name of the validation split; "val", "valid", "eval" and "test" are tried as well.
+        num_classes: Number of classes of the model; by default as many as the data have.
+        class_map: Class folder names in the order of the labels, as a list or as a text file with one per line, when
             the order is not alphabetical (or when there are only validation images, which may lack some classes).
-        img_size: image side in pixels that the model sees, or (height, width).
-        batch_size: images per step and process.
-        val_batch_size: images per validation step and process; by default ``batch_size``.
-        num_workers: worker processes for each of the loaders.
-        pin_memory: copy batches to page-locked memory; by default when there is a GPU.
-        drop_last: leave out the training images that fill no whole batch.
-        num_aug_repeats: repeated augmentation: how often an image appears in a row of an epoch; 0 or 1 turns it off.
-        scale: range of the cropped share of the area.
-        ratio: range of the crop's aspect ratio.
-        hflip: probability of a horizontal flip.
-        vflip: probability of a vertical flip.
-        color_jitter: strength of colour jitter; ignored by timm when ``auto_augment`` is set.
+        img_size: Image side in pixels that the model sees, or (height, width).
+        batch_size: Images per step and process.
+        val_batch_size: Images per validation step and process; by default ``batch_size``.
+        num_workers: Worker processes for each of the loaders.
+        pin_memory: Copy batches to page-locked memory; by default when there is a GPU.
+        drop_last: Leave out the training images that fill no whole batch.
+        num_aug_repeats: Repeated augmentation: how often an image appears in a row of an epoch; 0 or 1 turns it off.
+        scale: Range of the cropped share of the area.
+        ratio: Range of the crop's aspect ratio.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        color_jitter: Strength of colour jitter; ignored by timm when ``auto_augment`` is set.
         auto_augment: RandAugment or AutoAugment policy; null turns it off.
-        re_prob: probability of random erasing.
-        re_mode: what erased rectangles are filled with.
-        re_count: most rectangles per image.
-        no_aug: resize and crop only, without any random augmentation.
-        interpolation: of the validation images.
-        train_interpolation: of the training crops.
-        crop_pct: share of the resized validation image that the centre crop keeps.
-        mean: per channel, or one for all, of values in 0–1; by default ImageNet's, and for other than three channels
+        re_prob: Probability of random erasing.
+        re_mode: What erased rectangles are filled with.
+        re_count: Most rectangles per image.
+        no_aug: Resize and crop only, without any random augmentation.
+        interpolation: Of the validation images.
+        train_interpolation: Of the training crops.
+        crop_pct: Share of the resized validation image that the centre crop keeps.
+        mean: Per channel, or one for all, of values in 0–1; by default ImageNet's, and for other than three channels
             their average.
-        std: the same.
-        value_range: values of the files that become 0 and 255: (low, high), values beyond are cut; "file": the smallest
+        std: The same.
+        value_range: Values of the files that become 0 and 255: (low, high), values beyond are cut; "file": the smallest
             and the largest of each file; "percentile": its 2nd and 98th percentile. By default all that such files can
             hold. Kept in the weights.
-        skip_bad_files: leave unreadable files out, with a count, instead of stopping at the first.
-        num_samples: training images of a WebDataset that has no index file.
-        download: fetch the data set if its reader can.
-        input_key: column of the images in a data set of Hugging Face ("hfds/…", "hfids/…"; ending of the images in a
+        skip_bad_files: Leave unreadable files out, with a count, instead of stopping at the first.
+        num_samples: Training images of a WebDataset that has no index file.
+        download: Fetch the data set if its reader can.
+        input_key: Column of the images in a data set of Hugging Face ("hfds/…", "hfids/…"; ending of the images in a
             WebDataset); by default "image", or the only column of images.
-        target_key: column of the labels; by default "label", or the only column of class labels.
-        seed: order and augmentation.
+        target_key: Column of the labels; by default "label", or the only column of class labels.
+        seed: Order and augmentation.
 
     Raises:
-        ValueError: for an argument out of range.
-        DataError: when the data are missing or do not fit (raised as soon as they are looked at).
+        ValueError: For an argument out of range.
+        DataError: When the data are missing or do not fit (raised as soon as they are looked at).
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class ImageDataModule(ResumableDataModule):
         """Makes the images fit a model with so many channels: colours become grey for one; others are in the files.
 
         Raises:
-            ValueError: when ``mean`` or ``std`` hold other numbers of values.
+            ValueError: When ``mean`` or ``std`` hold other numbers of values.
         """
         self.in_chans = in_chans
         self.describe()

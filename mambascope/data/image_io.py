@@ -60,18 +60,18 @@ def open_image(
     """Reads an image file by the rules of :func:`mambascope.models.pictures.read_picture`.
 
     Args:
-        source: path or binary file.
-        name: how errors call it; by default the path.
-        channels: of the model.
-        value_range: the file's values that become 0–255: (low, high), ``"file"`` or ``"percentile"``; by default all
+        source: Path or binary file.
+        name: How errors call it; by default the path.
+        channels: Of the model.
+        value_range: The file's values that become 0–255: (low, high), ``"file"`` or ``"percentile"``; by default all
             that such files can hold.
-        whole: never to shrink it, for annotations that are in its pixels.
+        whole: Never to shrink it, for annotations that are in its pixels.
 
     Returns:
         An RGB picture for three channels, else uint8 [H, W, channels].
 
     Raises:
-        BadImageError: naming the file, when it is missing, no image, damaged, too large, or has other channels.
+        BadImageError: Naming the file, when it is missing, no image, damaged, too large, or has other channels.
     """
     try:
         return pictures.read_picture(source, channels, value_range, whole)
@@ -85,7 +85,7 @@ def convert_image(image: Any, name: str, channels: int = 3, value_range: ValueRa
     """An image that somebody else has read, as :func:`open_image` gives it.
 
     Raises:
-        BadImageError: naming the image, when it has other channels.
+        BadImageError: Naming the image, when it has other channels.
     """
     try:
         return pictures.to_picture(image, channels, value_range)
@@ -127,12 +127,12 @@ def survey(
 
     Args:
         sources: (path, binary file or Pillow image, name); the first :data:`LOOKED_AT` are taken.
-        channels: of the model.
-        value_range: as for :func:`open_image`.
-        warn: whether to say it; of several processes only one should.
+        channels: Of the model.
+        value_range: As for :func:`open_image`.
+        warn: Whether to say it; of several processes only one should.
 
     Raises:
-        BadImageError: naming the first file, when all of them have other channels than the model. Single files that
+        BadImageError: Naming the first file, when all of them have other channels than the model. Single files that
             cannot be read are left to whoever reads them all.
     """
     seen, chosen = _Values(), value_range is not None

@@ -162,13 +162,13 @@ class ResumableLoader(_Positioned):
     Lightning creates iterators before it sets the epoch.
 
     Args:
-        dataset: maps a :class:`~mambascope.data.sampling.SampleKey` to an :class:`Item`, or a list of keys to a
+        dataset: Maps a :class:`~mambascope.data.sampling.SampleKey` to an :class:`Item`, or a list of keys to a
             :class:`Packet` through ``__getitems__``.
-        sampler: order and batches.
-        num_workers: worker processes; 0 loads in this process. The samples do not depend on it.
-        pin_memory: copy batches to page-locked memory.
-        collate: makes a :class:`Packet` of what the data set returned for one batch.
-        progress: number of batches of the current epoch that training has really used, if someone knows; a batch that
+        sampler: Order and batches.
+        num_workers: Worker processes; 0 loads in this process. The samples do not depend on it.
+        pin_memory: Copy batches to page-locked memory.
+        collate: Makes a :class:`Packet` of what the data set returned for one batch.
+        progress: Number of batches of the current epoch that training has really used, if someone knows; a batch that
             was fetched but not trained on when a run is interrupted then counts as not done.
     """
 
@@ -261,14 +261,14 @@ class StreamLoader(_Positioned):
     reads and drops the batches before its start.
 
     Args:
-        factory: opens the stream of an epoch: items for :func:`collate_items`.
-        length: batches per epoch.
-        batch_size: samples per batch and process.
-        seed: seed of the workers.
-        num_workers: worker processes.
-        pin_memory: copy batches to page-locked memory.
-        drop_last: leave out a last, smaller batch.
-        progress: as in :class:`ResumableLoader`.
+        factory: Opens the stream of an epoch: items for :func:`collate_items`.
+        length: Batches per epoch.
+        batch_size: Samples per batch and process.
+        seed: Seed of the workers.
+        num_workers: Worker processes.
+        pin_memory: Copy batches to page-locked memory.
+        drop_last: Leave out a last, smaller batch.
+        progress: As in :class:`ResumableLoader`.
     """
 
     def __init__(

@@ -36,9 +36,9 @@ class EvalData(NamedTuple):
     """What a model is evaluated on.
 
     Attributes:
-        loader: of (images [B, C, H, W], labels [B]).
-        name: what to call it.
-        calibration: loader of other images on which to choose a threshold; ``None`` where there are none to spare.
+        loader: Of (images [B, C, H, W], labels [B]).
+        name: What to call it.
+        calibration: Loader of other images on which to choose a threshold; ``None`` where there are none to spare.
     """
 
     loader: Iterable[Any]
@@ -73,21 +73,21 @@ def validation_loader(
     """The data that a command line names.
 
     Args:
-        model: gives image size, preprocessing and class names.
-        checkpoint: where the model came from.
-        data: a folder (its `split`, or itself if it holds the class folders), a timm name (``hfds/…``, ``torch/…``),
+        model: Gives image size, preprocessing and class names.
+        checkpoint: Where the model came from.
+        data: A folder (its `split`, or itself if it holds the class folders), a timm name (``hfds/…``, ``torch/…``),
             ``scopedigits``, or ``None``: the validation data of the checkpoint's run, else ScopeDigits if the model
             has its ten classes.
-        split: of a folder or a timm data set.
-        batch_size: images per batch.
-        num_workers: worker processes.
-        length: images of ScopeDigits.
-        skip_bad_files: leave unreadable files out instead of stopping.
-        input_key: column of the images in a data set of Hugging Face.
-        target_key: column of the labels.
+        split: Of a folder or a timm data set.
+        batch_size: Images per batch.
+        num_workers: Worker processes.
+        length: Images of ScopeDigits.
+        skip_bad_files: Leave unreadable files out instead of stopping.
+        input_key: Column of the images in a data set of Hugging Face.
+        target_key: Column of the labels.
 
     Raises:
-        DataError: data that are missing or do not fit the model.
+        DataError: Data that are missing or do not fit the model.
     """
     if batch_size < 1:
         raise ValueError(f"batch-size must be at least 1, got {batch_size}")
@@ -114,7 +114,7 @@ def open_rows(
     """The rows of a folder or of a timm data set with the model's class numbers, and the place they were read from.
 
     Raises:
-        DataError: data that are missing or do not fit the model.
+        DataError: Data that are missing or do not fit the model.
     """
     rows: Any
     if data.partition("/")[0] in TIMM_READERS and not Path(data).exists():
@@ -198,7 +198,7 @@ def run_module(config: Path) -> ResumableDataModule:
     are made from it.
 
     Raises:
-        DataError: the configuration is damaged, names another class, or its data cannot be opened.
+        DataError: The configuration is damaged, names another class, or its data cannot be opened.
     """
     try:
         content = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -238,11 +238,11 @@ def open_data(section: Any, where: str) -> ResumableDataModule:
     """The data module that a ``data`` section of a training config describes.
 
     Args:
-        section: with ``class_path`` and ``init_args``.
-        where: what to call the place it stands in.
+        section: With ``class_path`` and ``init_args``.
+        where: What to call the place it stands in.
 
     Raises:
-        DataError: the section is wrong, or the data cannot be opened.
+        DataError: The section is wrong, or the data cannot be opened.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 

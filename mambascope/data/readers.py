@@ -30,7 +30,7 @@ def find_split(root: Path, split: str) -> Path:
     """Folder or .tar file of a split: ``root/split``, a synonym of it (train/training, validation/val/…), or a tar.
 
     Raises:
-        DataError: when the root or the split is missing.
+        DataError: When the root or the split is missing.
     """
     if not root.exists():
         raise DataError(f"data folder {root} does not exist")
@@ -50,15 +50,15 @@ def open_folder(path: Path, class_map: ClassMap = None) -> tuple[ImageDataset, d
     """Opens a folder of class folders, a .tar file or a folder of .tar files; names in one line what is left out.
 
     Args:
-        path: result of :func:`find_split`.
-        class_map: text file with one class name per line, or the names in order, for another order than the
+        path: Result of :func:`find_split`.
+        class_map: Text file with one class name per line, or the names in order, for another order than the
             alphabetical one.
 
     Returns:
         timm's ``ImageDataset`` and the class number of each class name.
 
     Raises:
-        DataError: when there are no images, or they do not lie in class folders.
+        DataError: When there are no images, or they do not lie in class folders.
     """
     numbers, left_out = read_class_map(class_map, path), LeftOut()
     inside = [p for p in path.iterdir() if not is_hidden(p.name)] if path.is_dir() else [path]
@@ -75,7 +75,7 @@ def check_several_classes(data: ImageDataset, classes: dict[str, int], path: Pat
     """Refuses training images that are all in one class folder: a model would learn to say nothing else.
 
     Raises:
-        DataError: naming the folder.
+        DataError: Naming the folder.
     """
     reader: Any = data.reader
     used = set(reader.targets.tolist()) if hasattr(reader, "targets") else {label for _, label in reader.samples}
@@ -98,7 +98,7 @@ def adopt_classes(data: Any, own: dict[str, int], reference: dict[str, int], pat
     """Renumbers the classes of a split as in the training split, by name.
 
     Raises:
-        DataError: when the split has classes that the training split has not.
+        DataError: When the split has classes that the training split has not.
     """
     if unknown := sorted(set(own) - set(reference)):
         if len(own) == 1 < len(reference) and path.is_dir():
@@ -134,7 +134,7 @@ def open_named(
     """Opens ``hfds/…``, ``wds/…``, ``tfds/…``, ``hfids/…`` or ``torch/…`` through timm.
 
     Raises:
-        DataError: when the reader refuses, with its reason in one line.
+        DataError: When the reader refuses, with its reason in one line.
     """
     numbers = read_class_map(class_map, Path(root or ""))
     try:

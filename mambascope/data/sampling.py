@@ -31,21 +31,21 @@ class EpochBatchSampler:
     processes, as in DeiT) and still ends the epoch after ``length`` positions.
 
     Args:
-        length: number of rows of the data set.
-        batch_size: samples per batch and process.
-        seed: decides the order.
-        shuffle: draw a new order each epoch; otherwise rows come in order.
-        drop_last: leave out the samples that fill no whole batch on every process. Otherwise the last batch is smaller,
+        length: Number of rows of the data set.
+        batch_size: Samples per batch and process.
+        seed: Decides the order.
+        shuffle: Draw a new order each epoch; otherwise rows come in order.
+        drop_last: Leave out the samples that fill no whole batch on every process. Otherwise the last batch is smaller,
             and when ``even`` is set the order is wrapped around so that all processes have the same number of samples.
-        repeats: how often an image is repeated (repeated augmentation); 1 turns it off.
-        rank: this process.
-        world_size: number of processes.
-        even: give every process the same number of samples (needed in training; evaluation must count each once, and a
+        repeats: How often an image is repeated (repeated augmentation); 1 turns it off.
+        rank: This process.
+        world_size: Number of processes.
+        even: Give every process the same number of samples (needed in training; evaluation must count each once, and a
             process may be left without any).
 
     Raises:
-        ValueError: for an argument out of range.
-        DataError: when an epoch would have no batch.
+        ValueError: For an argument out of range.
+        DataError: When an epoch would have no batch.
     """
 
     def __init__(

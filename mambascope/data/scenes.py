@@ -29,7 +29,7 @@ class Scene:
         masks: [n, H, W] bool, visible pixels; no pixel belongs to two objects.
         boxes: [n, 4] float32, (x0, y0, x1, y1) around each mask in pixels, x1 and y1 exclusive.
         small: [n] bool, digits too small for an image of half the size.
-        is_hard: whether there is such a digit.
+        is_hard: Whether there is such a digit.
     """
 
     image: NDArray[np.uint8]

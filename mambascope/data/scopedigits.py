@@ -45,14 +45,14 @@ class ScopeDigits(torch.utils.data.Dataset):
     Args:
         task: "cls", "seg" or "det".
         split: "train" or "val"; the two share no scan.
-        length: number of images.
-        config: appearance; ``options`` replace single fields of it, e.g. ``ScopeDigits(size=112, seed=3)``.
-        transform: for "cls" called with the PIL image; otherwise with (PIL image, target), returning both.
-        cache: draw each image once and keep it (uint8, length × H × W × 3 bytes, for "cls" only); see :meth:`preload`.
-        **options: fields of :class:`ScopeDigitsConfig`.
+        length: Number of images.
+        config: Appearance; ``options`` replace single fields of it, e.g. ``ScopeDigits(size=112, seed=3)``.
+        transform: For "cls" called with the PIL image; otherwise with (PIL image, target), returning both.
+        cache: Draw each image once and keep it (uint8, length × H × W × 3 bytes, for "cls" only); see :meth:`preload`.
+        **options: Fields of :class:`ScopeDigitsConfig`.
 
     Raises:
-        ValueError: for an argument out of range.
+        ValueError: For an argument out of range.
     """
 
     num_classes = NUM_CLASSES

@@ -16,21 +16,21 @@ class ScopeDigitsConfig:
     """What the images look like. Sizes are the side of the digit's 8×8 scan.
 
     Attributes:
-        size: image side in pixels (at least 32).
-        easy_share: share of images that show only large digits, in [0, 1].
-        easy_size: smallest and largest large digit of a one-digit image, as fractions of the image side.
-        hard_size: the same for small digits; ``None`` means 10–15 pixels whatever the image size, because it is the
+        size: Image side in pixels (at least 32).
+        easy_share: Share of images that show only large digits, in [0, 1].
+        easy_size: Smallest and largest large digit of a one-digit image, as fractions of the image side.
+        hard_size: The same for small digits; ``None`` means 10–15 pixels whatever the image size, because it is the
             number of pixels left after halving that decides whether a digit can be read.
-        hard_outline: strength of a dark outline around small digits, in [0, 1]; near 1 halving the image hides them.
-        scene_size: smallest and largest large digit of a many-digit image (segmentation and detection).
-        scene_large: fewest and most large digits in a many-digit image.
-        scene_small: fewest and most small digits in a many-digit image that is not easy.
-        jitter: how far a digit may lie from the centre: 0 centred, 1 anywhere inside the image.
-        clutter: fewest and most fragments of other digits.
-        contrast: range of the ink's brightness above the background, in (0, 1].
-        noise: standard deviation of the pixel noise, in [0, 1].
-        texture: strength of the background's smooth texture, in [0, 1].
-        seed: every image depends on it; the division of the scans into training and test scans does not.
+        hard_outline: Strength of a dark outline around small digits, in [0, 1]; near 1 halving the image hides them.
+        scene_size: Smallest and largest large digit of a many-digit image (segmentation and detection).
+        scene_large: Fewest and most large digits in a many-digit image.
+        scene_small: Fewest and most small digits in a many-digit image that is not easy.
+        jitter: How far a digit may lie from the centre: 0 centred, 1 anywhere inside the image.
+        clutter: Fewest and most fragments of other digits.
+        contrast: Range of the ink's brightness above the background, in (0, 1].
+        noise: Standard deviation of the pixel noise, in [0, 1].
+        texture: Strength of the background's smooth texture, in [0, 1].
+        seed: Every image depends on it; the division of the scans into training and test scans does not.
     """
 
     size: int = 64

@@ -22,7 +22,7 @@ def seeded(*key: int) -> Iterator[None]:
     """Inside, Python's, NumPy's and PyTorch's (CPU) generators are functions of ``key`` alone; afterwards as before.
 
     Args:
-        *key: non-negative integers, e.g. (seed, epoch, position).
+        *key: Non-negative integers, e.g. (seed, epoch, position).
     """
     generator = torch.default_generator
     before = random.getstate(), np.random.get_state(), generator.get_state()  # noqa: NPY002 (transforms use them)

@@ -49,10 +49,10 @@ class ImageSource:
     """Rows of a data set as (picture, label): RGB, or uint8 [H, W, C] where the model takes other than three channels.
 
     Args:
-        rows: a timm ``ImageDataset`` (its reader hands over undecoded files), or any sequence of (picture, label).
-        num_classes: labels must lie below it.
-        channels: of the model.
-        value_range: values of the files that become 0–255; see :func:`~mambascope.data.image_io.open_image`.
+        rows: A timm ``ImageDataset`` (its reader hands over undecoded files), or any sequence of (picture, label).
+        num_classes: Labels must lie below it.
+        channels: Of the model.
+        value_range: Values of the files that become 0–255; see :func:`~mambascope.data.image_io.open_image`.
     """
 
     def __init__(self, rows: Any, num_classes: int, channels: int = 3, value_range: ValueRange = None) -> None:
@@ -77,8 +77,8 @@ class ImageSource:
         """Picture and label of a row.
 
         Raises:
-            BadImageError: when the file cannot be read.
-            DataError: when the label is out of range.
+            BadImageError: When the file cannot be read.
+            DataError: When the label is out of range.
         """
         if os.getpid() != self._pid:
             self._pid = os.getpid()
@@ -119,11 +119,11 @@ class KeyedImages(Dataset):
     """Transformed images, each with random choices that depend on its key only.
 
     Args:
-        source: pictures and labels.
-        transform: picture to tensor; may use Python's, NumPy's or PyTorch's global generators.
-        seed: together with epoch and position it decides the transform's random choices.
-        skip_bad_files: leave unreadable files out instead of failing.
-        replace: put the next readable row in the place of an unreadable one (training), instead of making the batch
+        source: Pictures and labels.
+        transform: Picture to tensor; may use Python's, NumPy's or PyTorch's global generators.
+        seed: Together with epoch and position it decides the transform's random choices.
+        skip_bad_files: Leave unreadable files out instead of failing.
+        replace: Put the next readable row in the place of an unreadable one (training), instead of making the batch
             smaller (evaluation).
     """
 
@@ -161,14 +161,14 @@ class KeyedStream(IterableDataset):
     """Transformed samples of a timm ``IterableImageDataset``, each with random choices of its own.
 
     Args:
-        stream: yields (picture, label); its own transform must be None.
-        transform: as in :class:`KeyedImages`.
-        num_classes: labels must lie below it.
-        seed: decides, with the epoch, the process, the worker and the place in the worker's stream, the transform.
-        epoch: of this pass.
-        rank: this process.
-        channels: of the model.
-        value_range: as for :class:`ImageSource`.
+        stream: Yields (picture, label); its own transform must be None.
+        transform: As in :class:`KeyedImages`.
+        num_classes: Labels must lie below it.
+        seed: Decides, with the epoch, the process, the worker and the place in the worker's stream, the transform.
+        epoch: Of this pass.
+        rank: This process.
+        channels: Of the model.
+        value_range: As for :class:`ImageSource`.
     """
 
     def __init__(
@@ -205,12 +205,12 @@ class KeyedDigits(Dataset):
     """ScopeDigits as normalised tensors, whole batches at a time.
 
     Args:
-        digits: the images (task "cls").
-        mean: per channel, of values in 0–1.
-        std: per channel.
-        fresh: draw new images in every epoch instead of repeating those of the first.
-        start: index of the image in row 0; beyond the data set's length come further images of the same kind.
-        size: side in pixels to which the images are resized; by default they stay as they are drawn.
+        digits: The images (task "cls").
+        mean: Per channel, of values in 0–1.
+        std: Per channel.
+        fresh: Draw new images in every epoch instead of repeating those of the first.
+        start: Index of the image in row 0; beyond the data set's length come further images of the same kind.
+        size: Side in pixels to which the images are resized; by default they stay as they are drawn.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ def make_transform(input_size: tuple[int, int, int], **options: Any) -> Callable
     """:func:`mambascope.models.preprocessing.create_transform` for a model of (channels, height, width).
 
     Raises:
-        ValueError: when timm does not accept an option.
+        ValueError: When timm does not accept an option.
     """
     try:
         transform = create_transform(input_size, **options)

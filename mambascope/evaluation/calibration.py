@@ -49,11 +49,11 @@ def calibrate(model: MambaScope, loader: Iterable[Any]) -> float:
     """Fits the temperature of a model's gate on held-out images, sets it and returns it.
 
     Args:
-        model: on any device; only its ``temperature`` changes.
-        loader: gives images [B, C, H, W] and labels [B] that the model was not trained on.
+        model: On any device; only its ``temperature`` changes.
+        loader: Gives images [B, C, H, W] and labels [B] that the model was not trained on.
 
     Raises:
-        ValueError: the loader is empty or gives something else, a logit is NaN or inf, or there are too few images
+        ValueError: The loader is empty or gives something else, a logit is NaN or inf, or there are too few images
             to tell the temperature from an infinite one.
     """
     device = model_device(model)

@@ -22,10 +22,10 @@ class Collected:
     """Answers on every image, and a random sample of the images themselves.
 
     Attributes:
-        record: both stages' answers on N images. For a one-stage model both are the same.
-        images: sample [K, C, H, W] as the model takes them, on the CPU.
-        labels: their labels [K] int64.
-        index: their places in the data [K] int64.
+        record: Both stages' answers on N images. For a one-stage model both are the same.
+        images: Sample [K, C, H, W] as the model takes them, on the CPU.
+        labels: Their labels [K] int64.
+        index: Their places in the data [K] int64.
     """
 
     record: StageRecord
@@ -74,16 +74,16 @@ def collect(
     Memory does not grow with the number of classes: only the answers and `keep` images stay.
 
     Args:
-        model: a MambaScope (or a one-stage classifier), on any device.
-        loader: gives (images [B, C, H, W], labels [B]).
-        keep: images to sample uniformly from the whole loader, in loader order.
-        seed: of that sample.
-        alpha: share of cells to refine; ``None`` for the model's.
-        progress: whether to show a progress bar.
-        description: its label.
+        model: A MambaScope (or a one-stage classifier), on any device.
+        loader: Gives (images [B, C, H, W], labels [B]).
+        keep: Images to sample uniformly from the whole loader, in loader order.
+        seed: Of that sample.
+        alpha: Share of cells to refine; ``None`` for the model's.
+        progress: Whether to show a progress bar.
+        description: Its label.
 
     Raises:
-        ValueError: the loader is empty or gives something else, a label is no class of the model, or a logit is NaN
+        ValueError: The loader is empty or gives something else, a label is no class of the model, or a logit is NaN
             or inf.
     """
     device = model_device(model)

@@ -46,13 +46,13 @@ def make_examples(
     """One drawable example per image.
 
     Args:
-        model: gives the patch size and, unless given, the normalisation.
+        model: Gives the patch size and, unless given, the normalisation.
         images: [B, C, H, W] as the model took them.
-        output: what it made of them.
-        labels: right answers [B], if known.
-        class_names: names of the classes.
-        mean, std: normalisation of `images`; default: the model's.
-        names: file names.
+        output: What it made of them.
+        labels: Right answers [B], if known.
+        class_names: Names of the classes.
+        mean, std: Normalisation of `images`; default: the model's.
+        names: File names.
     """
     own = preprocessing(model)
     mean, std = mean or own["mean"], std or own["std"]

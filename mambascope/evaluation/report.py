@@ -43,11 +43,11 @@ class Report:
     """A written report.
 
     Attributes:
-        directory: where its files are.
-        threshold: the chosen η; ``None`` for a one-stage model.
-        table: the printed table.
-        data: everything in ``report.json``.
-        collected: both stages' answers and the sampled images that it was made from.
+        directory: Where its files are.
+        threshold: The chosen η; ``None`` for a one-stage model.
+        table: The printed table.
+        data: Everything in ``report.json``.
+        collected: Both stages' answers and the sampled images that it was made from.
     """
 
     directory: Path
@@ -116,32 +116,32 @@ def write_report(
     """Evaluates `model` and writes ``report.json``, ``report.txt``, two CSV files and the figures to `out_dir`.
 
     Args:
-        model: a MambaScope, or a one-stage classifier (then there is no threshold and no curve). Left unchanged: set
+        model: A MambaScope, or a one-stage classifier (then there is no threshold and no curve). Left unchanged: set
             ``model.threshold = report.threshold`` to use the choice.
-        data: a loader of (images [B, C, H, W], labels [B]), or a data module with ``val_dataloader()``.
-        out_dir: folder; made if missing. Files in it are replaced one by one, never half-written.
-        class_names: names of the classes for the figures; default: the model's, else numbers.
+        data: A loader of (images [B, C, H, W], labels [B]), or a data module with ``val_dataloader()``.
+        out_dir: Folder; made if missing. Files in it are replaced one by one, never half-written.
+        class_names: Names of the classes for the figures; default: the model's, else numbers.
         metrics_csv: Lightning's CSV log, for the training curves.
-        calibration_loader: data on which η is chosen; default: the evaluation data.
-        threshold: use this η instead of choosing one.
-        target: what η is chosen for; with too few images to decide it the model's own stays.
-        measure_thresholds: more η whose time is measured.
-        batch_sizes: images per call of the timings; the first one is that of the printed table's first column.
-        timing_images: images to time (at least 1), sampled from `data` so that their confidences are spread like those
+        calibration_loader: Data on which η is chosen; default: the evaluation data.
+        threshold: Use this η instead of choosing one.
+        target: What η is chosen for; with too few images to decide it the model's own stays.
+        measure_thresholds: More η whose time is measured.
+        batch_sizes: Images per call of the timings; the first one is that of the printed table's first column.
+        timing_images: Images to time (at least 1), sampled from `data` so that their confidences are spread like those
             of all; small batches are timed on a quarter of them.
-        rounds: timed rounds, at most.
-        max_seconds: rough limit for the timing of each batch size.
-        mean, std: normalisation of the images, to show them; default: the model's.
-        name: of the model.
-        published: whether the frontier carries the published ImageNet rows of this size, marked as such.
-        figures: whether to draw figures.
-        seed: of the sample.
-        progress: whether to show progress bars.
-        print_table: whether to print the table.
+        rounds: Timed rounds, at most.
+        max_seconds: Rough limit for the timing of each batch size.
+        mean, std: Normalisation of the images, to show them; default: the model's.
+        name: Of the model.
+        published: Whether the frontier carries the published ImageNet rows of this size, marked as such.
+        figures: Whether to draw figures.
+        seed: Of the sample.
+        progress: Whether to show progress bars.
+        print_table: Whether to print the table.
 
     Raises:
-        ValueError: bad data, see :func:`mambascope.evaluation.collect.collect`, or an argument out of range.
-        OSError: the folder cannot be written.
+        ValueError: Bad data, see :func:`mambascope.evaluation.collect.collect`, or an argument out of range.
+        OSError: The folder cannot be written.
     """
     if timing_images < 1:
         raise ValueError(f"timing_images must be at least 1, got {timing_images}")

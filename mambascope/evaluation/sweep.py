@@ -22,11 +22,11 @@ class StageRecord:
 
     Attributes:
         labels: [N] int64.
-        confidence: of the coarse stage, as the exit threshold is compared with it [N], float64.
-        fine_confidence: largest probability of the fine stage [N], float64.
-        coarse_pred, fine_pred: predicted classes [N] int64.
-        coarse_top5, fine_top5: whether the label is among the five most likely classes [N] bool.
-        cells: cells that the fine stage re-reads in each image [N] int64, refined or not; ``None`` where images do not
+        confidence: Of the coarse stage, as the exit threshold is compared with it [N], float64.
+        fine_confidence: Largest probability of the fine stage [N], float64.
+        coarse_pred, fine_pred: Predicted classes [N] int64.
+        coarse_top5, fine_top5: Whether the label is among the five most likely classes [N] bool.
+        cells: Cells that the fine stage re-reads in each image [N] int64, refined or not; ``None`` where images do not
             differ in it.
     """
 
@@ -57,7 +57,7 @@ class StageRecord:
         """From logits [N, C] of both stages and labels [N] (arrays or CPU tensors).
 
         Raises:
-            ValueError: shapes that do not belong together, labels outside the classes, or logits that are not finite.
+            ValueError: Shapes that do not belong together, labels outside the classes, or logits that are not finite.
         """
         coarse, fine = (np.asarray(a, dtype=np.float64) for a in (coarse_logits, fine_logits))
         y = np.asarray(labels)
@@ -97,12 +97,12 @@ class SweepCurve:
 
     Attributes:
         threshold: η [T].
-        share_refined: share of images that go on to the fine stage [T].
-        top1, top5: accuracy of the dynamic result [T], 0 to 1.
-        coarse_top1_exited: accuracy of the coarse answer on the images that exit [T]; NaN where none exits.
-        fine_top1_refined: accuracy of the fine answer on the images that are refined [T]; NaN where none is.
-        gflops: per convention, mean GFLOPs per image [T].
-        ms: milliseconds per image [T], if measured times were given.
+        share_refined: Share of images that go on to the fine stage [T].
+        top1, top5: Accuracy of the dynamic result [T], 0 to 1.
+        coarse_top1_exited: Accuracy of the coarse answer on the images that exit [T]; NaN where none exits.
+        fine_top1_refined: Accuracy of the fine answer on the images that are refined [T]; NaN where none is.
+        gflops: Per convention, mean GFLOPs per image [T].
+        ms: Milliseconds per image [T], if measured times were given.
     """
 
     threshold: np.ndarray
@@ -166,14 +166,14 @@ def sweep(
     """Dynamic results at every threshold (or at `thresholds`).
 
     Args:
-        record: both stages' answers on N images.
-        costs: per convention, the cost of the stages; gives ``gflops``.
+        record: Both stages' answers on N images.
+        costs: Per convention, the cost of the stages; gives ``gflops``.
         thresholds: η to evaluate; default: all that make a difference.
-        ms_coarse, ms_refined: measured milliseconds per image with all images exiting and with all refined. If both are
+        ms_coarse, ms_refined: Measured milliseconds per image with all images exiting and with all refined. If both are
             given, ``ms`` interpolates linearly in the share refined: exact for a batch that is split without overhead.
 
     Raises:
-        ValueError: no images.
+        ValueError: No images.
     """
     n = len(record)
     if n == 0:
@@ -235,7 +235,7 @@ def pick_budget(curve: SweepCurve, cost: np.ndarray, target: float, unit: str) -
     """Index of the most accurate threshold whose mean `cost` [T] is at most `target`; ties go to the cheaper one.
 
     Raises:
-        ValueError: the coarse stage alone costs more than `target` (the message gives the possible range).
+        ValueError: The coarse stage alone costs more than `target` (the message gives the possible range).
     """
     good = np.flatnonzero(cost <= target * (1 + 1e-9))
     if not good.size:
@@ -268,8 +268,8 @@ class Target:
     Attributes:
         kind: ``"acc_drop"``: the cheapest threshold whose top-1 is at most `value` (0.005 is half a point) below
             refining every image. ``"gflops"``, ``"ms"``: the most accurate one with at most `value` per image.
-        value: the bound.
-        convention: of the GFLOPs.
+        value: The bound.
+        convention: Of the GFLOPs.
     """
 
     kind: str = "acc_drop"

@@ -28,13 +28,13 @@ class Timing:
 
     Attributes:
         mode: ``"coarse"``, ``"refine_all"``, ``"dynamic"`` or a caller's name.
-        batch_size: images per call.
-        images: images per round.
-        rounds: timed rounds.
-        ms: median milliseconds per image.
-        ms_low, ms_high: quartiles over the rounds.
+        batch_size: Images per call.
+        images: Images per round.
+        rounds: Timed rounds.
+        ms: Median milliseconds per image.
+        ms_low, ms_high: Quartiles over the rounds.
         threshold: η of a dynamic mode.
-        share_refined: share of the timed images that were refined.
+        share_refined: Share of the timed images that were refined.
     """
 
     mode: str
@@ -75,12 +75,12 @@ def interleaved(
     """Seconds of every run in every round; the order rotates from round to round.
 
     Args:
-        runs: what to time, by name.
-        device: synchronised before every clock reading.
-        rounds: timed rounds, at least 1.
-        warmup: rounds before them that are not timed.
-        max_seconds: no further round is begun after that time, once three (or `rounds`) are done.
-        progress: label of a progress bar; ``None`` for none.
+        runs: What to time, by name.
+        device: Synchronised before every clock reading.
+        rounds: Timed rounds, at least 1.
+        warmup: Rounds before them that are not timed.
+        max_seconds: No further round is begun after that time, once three (or `rounds`) are done.
+        progress: Label of a progress bar; ``None`` for none.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -113,10 +113,10 @@ def representative(sample: np.ndarray, everything: np.ndarray, count: int, seed:
     """Picks images to time whose confidences are spread like those of all images, so that their shares refined agree.
 
     Args:
-        sample: coarse confidences of the images at hand [K].
-        everything: coarse confidences of all images [N].
-        count: images wanted, at most K.
-        seed: of the order in which they are returned (mixed, so that every batch is like the others).
+        sample: Coarse confidences of the images at hand [K].
+        everything: Coarse confidences of all images [N].
+        count: Images wanted, at most K.
+        seed: Of the order in which they are returned (mixed, so that every batch is like the others).
 
     Returns:
         Indices into `sample` [min(count, K)].
@@ -161,14 +161,14 @@ def measure_scope(
     """Times the coarse stage alone, refining everything, and dynamic inference at `thresholds`.
 
     Args:
-        model: on the device to measure.
-        images: real images [K, C, H, W]; moved to the model's device beforehand, so that loading is not timed.
+        model: On the device to measure.
+        images: Real images [K, C, H, W]; moved to the model's device beforehand, so that loading is not timed.
         thresholds: η of the dynamic modes.
-        batch_size: images per call; images beyond the last whole batch are left out.
-        alpha: share of cells to refine; ``None`` for the model's.
-        rounds: timed rounds; each mode runs through all images once per round.
-        max_seconds: rough limit for everything; fewer rounds (at least 3) and then fewer images are timed to keep it.
-        progress: whether to show a progress bar.
+        batch_size: Images per call; images beyond the last whole batch are left out.
+        alpha: Share of cells to refine; ``None`` for the model's.
+        rounds: Timed rounds; each mode runs through all images once per round.
+        max_seconds: Rough limit for everything; fewer rounds (at least 3) and then fewer images are timed to keep it.
+        progress: Whether to show a progress bar.
 
     Returns:
         Timings: ``coarse`` (η = 0), ``refine_all`` (η = 1), then one ``dynamic`` per threshold, in order.
@@ -252,14 +252,14 @@ def compare_engine(
     """Times splitting every batch on its own (``split``) against :class:`ScopePredictor` (``engine``) in one run.
 
     Args:
-        model: on the device to measure.
-        images: real images [K, C, H, W].
+        model: On the device to measure.
+        images: Real images [K, C, H, W].
         threshold: η.
-        batch_size: images per coarse pass.
-        fine_batch_size: images per fine pass of the engine.
-        rounds: timed rounds.
-        max_seconds: see :func:`interleaved`.
-        progress: whether to show a progress bar.
+        batch_size: Images per coarse pass.
+        fine_batch_size: Images per fine pass of the engine.
+        rounds: Timed rounds.
+        max_seconds: See :func:`interleaved`.
+        progress: Whether to show a progress bar.
     """
     device = model_device(model)
     batches = _batches(images.to(device), batch_size)

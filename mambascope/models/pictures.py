@@ -68,8 +68,8 @@ class Colours(NamedTuple):
     """Colours of 16 bits, for which Pillow has no mode.
 
     Attributes:
-        values: red, green and blue [H, W, 3] uint16.
-        alpha: how opaque [H, W] uint16; None where everything is.
+        values: Red, green and blue [H, W, 3] uint16.
+        alpha: How opaque [H, W] uint16; None where everything is.
     """
 
     values: np.ndarray
@@ -80,7 +80,7 @@ def check_value_range(value: Any) -> ValueRange:
     """A value range as (low, high), ``"file"``, ``"percentile"`` or None.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: For anything else.
     """
     if value is None or value in STRETCHES:
         return value
@@ -111,7 +111,7 @@ def to_bytes(values: np.ndarray, value_range: ValueRange = None) -> np.ndarray:
     """Values of any kind and shape as 0–255 (uint8); what is not a number becomes 0.
 
     Args:
-        values: whole, floating-point or logical numbers.
+        values: Whole, floating-point or logical numbers.
         value_range: (low, high) become 0 and 255, values beyond are cut; ``"file"``: the smallest and the largest
             value do; ``"percentile"``: :data:`PERCENTILES` of the values do. None: see :func:`full_range`.
     """
@@ -221,12 +221,12 @@ def to_picture(image: Any, channels: int = 3, value_range: ValueRange = None) ->
 
     Args:
         image: Pillow image of any mode, values [H, W], [H, W, C] or [C, H, W], or 16-bit colours.
-        channels: of the model. Colours become grey for one; other numbers must be those of the image.
-        value_range: see :func:`to_bytes`.
+        channels: Of the model. Colours become grey for one; other numbers must be those of the image.
+        value_range: See :func:`to_bytes`.
 
     Raises:
-        ChannelsError: when the channels are others.
-        ValueError: for an array of another shape or kind.
+        ChannelsError: When the channels are others.
+        ValueError: For an array of another shape or kind.
     """
     if isinstance(image, Colours):
         return _colour_picture(image, channels, value_range)
@@ -414,10 +414,10 @@ def load(
     """What :func:`to_picture` makes a picture of: an upright Pillow image, or values that Pillow has no mode for.
 
     Args:
-        source: path or binary file: any format of Pillow's, TIFF, or an array in an ``.npy`` file.
-        channels: that are wanted.
-        deep: read both bytes of 16-bit colours.
-        whole: never shrink it, for annotations that are in its pixels.
+        source: Path or binary file: any format of Pillow's, TIFF, or an array in an ``.npy`` file.
+        channels: That are wanted.
+        deep: Read both bytes of 16-bit colours.
+        whole: Never shrink it, for annotations that are in its pixels.
     """
     with _opened(source) as file:
         start = file.read(6)
@@ -446,16 +446,16 @@ def read_picture(
     smaller by a whole factor.
 
     Args:
-        source: path or binary file, see :func:`load`.
-        channels: of the model, see :func:`to_picture`.
-        value_range: the file's values that become 0–255, see :func:`to_bytes`.
-        whole: see :func:`load`.
+        source: Path or binary file, see :func:`load`.
+        channels: Of the model, see :func:`to_picture`.
+        value_range: The file's values that become 0–255, see :func:`to_bytes`.
+        whole: See :func:`load`.
 
     Returns:
         An RGB picture for three channels, else uint8 [H, W, channels].
 
     Raises:
-        Exception: of whatever kind the decoder raises; :func:`read_reason` puts it into words.
+        Exception: Of whatever kind the decoder raises; :func:`read_reason` puts it into words.
     """
     return to_picture(load(source, channels, value_range is not None, whole), channels, value_range)
 

@@ -26,7 +26,7 @@ def per_channel(name: str, values: Sequence[float], channels: int) -> tuple[floa
     """One value per channel, from as many or from one for all.
 
     Raises:
-        ValueError: for another number of values.
+        ValueError: For another number of values.
     """
     if len(values) not in (1, channels):
         raise ValueError(f"{name} must hold one value per channel ({channels}) or one for all, got {len(values)}")
@@ -42,7 +42,7 @@ class PerBand:
     """A transform for other than three channels: each as a grey picture, all with the same random choices.
 
     Args:
-        transforms: one per channel, each from a grey picture to [1, h, w].
+        transforms: One per channel, each from a grey picture to [1, h, w].
     """
 
     def __init__(self, transforms: Sequence[Callable[[Image.Image], Tensor]]) -> None:
@@ -68,9 +68,9 @@ def create_transform(
 
     Args:
         input_size: (channels, height, width).
-        mean: one value per channel, or one for all.
-        std: the same.
-        **options: of timm's.
+        mean: One value per channel, or one for all.
+        std: The same.
+        **options: Of timm's.
 
     Returns:
         From an RGB picture, or uint8 [H, W, C] where there are not three channels, to the tensor [C, H, W].
@@ -121,7 +121,7 @@ def stored_value_range(model: Any) -> ValueRange:
     """The values of a file that become 0–255, as the weights say; None where they do not.
 
     Raises:
-        ValueError: when they say something else.
+        ValueError: When they say something else.
     """
     return check_value_range((model.description.get("transform") or {}).get("value_range"))
 
@@ -131,8 +131,8 @@ class ToPicture:
     """First step of a transform: paths, Pillow images of any mode and arrays become pictures as models take them.
 
     Attributes:
-        channels: of the model.
-        value_range: values of the images that become 0–255.
+        channels: Of the model.
+        value_range: Values of the images that become 0–255.
     """
 
     channels: int
@@ -148,9 +148,9 @@ def make_transform(model: Any, is_training: bool = False, value_range: ValueRang
     """Preprocessing of one image for `model` to the tensor [C, H, W].
 
     Args:
-        model: the model.
-        is_training: with timm's random crop, flip and colours.
-        value_range: values of the images that become 0–255; by default they are pictures of 8 bits already, as
+        model: The model.
+        is_training: With timm's random crop, flip and colours.
+        value_range: Values of the images that become 0–255; by default they are pictures of 8 bits already, as
             ``open_image`` gives them.
     """
     from torchvision.transforms import Compose

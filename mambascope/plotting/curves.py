@@ -27,7 +27,7 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, tuple[np.ndarray, np
     """Reads ``metrics.csv``: for every column its steps and values, without the gaps.
 
     Raises:
-        ValueError: the file is missing or has no ``step`` column.
+        ValueError: The file is missing or has no ``step`` column.
     """
     path = Path(path)
     if not path.is_file():
@@ -63,7 +63,7 @@ def plot_training_curves(
     Args:
         metrics: Lightning's ``metrics.csv``, or what :func:`read_metrics` gave.
         path: PNG to write.
-        title: of the whole figure.
+        title: Of the whole figure.
     """
     series = metrics if isinstance(metrics, Mapping) else read_metrics(metrics)
     panels = {}

@@ -27,12 +27,12 @@ def plot_exits(
     """Draws example images per stage, and the coarse confidences of all images around the threshold.
 
     Args:
-        record: both stages' answers on all images.
-        examples: images with the stage in which they ended.
+        record: Both stages' answers on all images.
+        examples: Images with the stage in which they ended.
         threshold: η; ``<= 0`` exits all, ``>= 1`` refines all.
         path: PNG to write.
-        per_stage: most images shown per stage.
-        title: of the whole figure.
+        per_stage: Most images shown per stage.
+        title: Of the whole figure.
     """
     exited = record.confidence >= threshold if threshold < 1 else np.zeros(len(record), dtype=bool)
     exited |= threshold <= 0

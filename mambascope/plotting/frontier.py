@@ -29,14 +29,14 @@ def plot_frontier(
     """Draws top-1 against GFLOPs and, if there are `timings`, against measured milliseconds per image.
 
     Args:
-        curve: the sweep.
+        curve: The sweep.
         path: PNG to write.
-        chosen: the sweep at the chosen threshold alone.
-        convention: which GFLOPs.
-        timings: measured modes (``coarse``, ``refine_all``, ``dynamic``), one panel per batch size.
-        timed_top1: top-1 (0 to 1) of each of them.
-        published: rows of the literature (``one_direction`` GFLOPs); drawn grey, marked as not reproduced here.
-        title: of the whole figure.
+        chosen: The sweep at the chosen threshold alone.
+        convention: Which GFLOPs.
+        timings: Measured modes (``coarse``, ``refine_all``, ``dynamic``), one panel per batch size.
+        timed_top1: Top-1 (0 to 1) of each of them.
+        published: Rows of the literature (``one_direction`` GFLOPs); drawn grey, marked as not reproduced here.
+        title: Of the whole figure.
     """
     sizes = sorted({t.batch_size for t in timings}, reverse=True)
     with style.styled():

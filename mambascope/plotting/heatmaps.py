@@ -20,15 +20,15 @@ class Example:
 
     Attributes:
         image: RGB [H, W, 3], 0 to 1, as the model saw it (padding left out).
-        importance: importance of each coarse cell [rows, cols].
-        selected: refined cells, raster indices; empty for an image that exited.
-        exited: whether the coarse answer was accepted.
-        predicted, coarse_predicted: final and coarse answer, as text.
-        confidence: of the coarse stage, 0 to 1. `fine_confidence` of the fine stage, if it ran.
-        true: the right answer, as text, if known.
-        tokens: tokens used over both stages.
-        cell: side of a coarse cell in pixels.
-        name: file name or other caption.
+        importance: Importance of each coarse cell [rows, cols].
+        selected: Refined cells, raster indices; empty for an image that exited.
+        exited: Whether the coarse answer was accepted.
+        predicted, coarse_predicted: Final and coarse answer, as text.
+        confidence: Of the coarse stage, 0 to 1. `fine_confidence` of the fine stage, if it ran.
+        true: The right answer, as text, if known.
+        tokens: Tokens used over both stages.
+        cell: Side of a coarse cell in pixels.
+        name: File name or other caption.
     """
 
     image: np.ndarray

@@ -77,7 +77,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Writes a PNG under a temporary name and moves it into place.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: The folder cannot be made or written.
     """
     for text in figure.findobj(Text):
         text.set_text(printable(text.get_text()))
