@@ -23,6 +23,7 @@ from mambascope.models.configs import ScopeConfig
 from mambascope.models.cost import stage_macs
 from mambascope.models.ready import ready_model
 from mambascope.models.scope import MambaScope
+from mambascope.models.two_stage import is_two_stage
 from mambascope.models.weights import find_weights
 from mambascope.training.trainings import finish_training, finished
 from mambascope.utils import atomic_path, run_command
@@ -175,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         checkpoint = find_weights(args.checkpoint)
         model = ready_model(checkpoint, device=args.device)
-        if not isinstance(model, MambaScope):
+        if not is_two_stage(model):
             raise ValueError(f"ablations need a MambaScope; {checkpoint} holds a one-stage {type(model).__name__}")
         return _run(args, model, checkpoint)
 

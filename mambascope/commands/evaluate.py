@@ -18,6 +18,7 @@ from mambascope.evaluation.throughput import Timing, compare_engine, representat
 from mambascope.models.checkpoint import save_safetensors
 from mambascope.models.ready import ready_model
 from mambascope.models.scope import MambaScope
+from mambascope.models.two_stage import is_two_stage
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import SHIPPED, find_weights
 from mambascope.utils import atomic_path, run_command
@@ -111,7 +112,7 @@ def engine_table(model: MambaScope, report: Report, args: argparse.Namespace) ->
 
 
 def _export(model: VisionMamba, report: Report, target: Path) -> None:
-    assert isinstance(model, MambaScope)
+    assert is_two_stage(model)
     assert report.threshold is not None
     model.threshold = report.threshold
     figures = {key: report.data[key] for key in ("table", "choice", "images", "machine", "date")}
@@ -129,7 +130,7 @@ def _run(args: argparse.Namespace) -> int:
         img_size=image_size(args.img_size),
         values=value_range(args.value_range),
     )
-    if not isinstance(model, MambaScope):
+    if not is_two_stage(model):
         for name in ("threshold", "export", "engine", "fit_temperature"):
             if getattr(args, name):
                 raise ValueError(f"--{name.replace('_', '-')} needs a MambaScope; this is a one-stage model")
@@ -155,7 +156,7 @@ def _run(args: argparse.Namespace) -> int:
     beside = Path("runs") / f"eval_{args.checkpoint}" if checkpoint in SHIPPED.values() else checkpoint.parent / "eval"
     out = Path(args.out) if args.out else beside
     print(f"evaluating on {data.name}", file=sys.stderr)
-    if args.fit_temperature and isinstance(model, MambaScope):
+    if args.fit_temperature and is_two_stage(model):
         if data.calibration is None:
             raise ValueError(f"--fit-temperature needs calibration data; {data.name} has none beside the evaluation's")
         print(f"temperature {calibrate(model, data.calibration):.4f}, fitted on the calibration data")
@@ -176,7 +177,7 @@ def _run(args: argparse.Namespace) -> int:
         figures=not args.no_figures,
         progress=sys.stderr.isatty(),
     )
-    if args.engine and isinstance(model, MambaScope):
+    if args.engine and is_two_stage(model):
         print("\n" + engine_table(model, report, args))
     if target is not None or args.export:
         exported = Path(args.export) if args.export else out / "model.safetensors"

@@ -21,7 +21,7 @@ from mambascope.models import pictures
 from mambascope.models.export import export_program, portable, quiet, stages, to_onnx
 from mambascope.models.preprocessing import preprocessing
 from mambascope.models.ready import ready_model
-from mambascope.models.scope import MambaScope
+from mambascope.models.two_stage import is_two_stage
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import find_weights
 from mambascope.utils import CommandError, atomic_path, run_command
@@ -96,7 +96,7 @@ def check_program(module: nn.Module, inputs: Sequence[Tensor], path: Path) -> fl
 def describe_export(model: VisionMamba, alpha: float | None) -> dict[str, Any]:
     """What ``export.json`` says: how images are prepared, the labels, and what is fixed in the programs."""
     facts = preprocessing(model) | {"labels": model.labels, "num_classes": model.num_classes, "version": __version__}
-    if isinstance(model, MambaScope):
+    if is_two_stage(model):
         facts |= {"alpha": model.alpha if alpha is None else alpha, "threshold": model.threshold}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
 
@@ -158,7 +158,7 @@ def _run(args: argparse.Namespace) -> int:
                 raise CommandError(f"{path} differs from the model by {gap:.1e} (relative), more than {TOLERANCE:g}")
     with atomic_path(out / "export.json") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-    if "onnx" in args.format and isinstance(model, MambaScope):
+    if "onnx" in args.format and is_two_stage(model):
         with atomic_path(out / "early_exit.py") as temporary:
             temporary.write_text(standalone_early_exit(), encoding="utf-8")
     print(f"written to {out}; batch sizes {' and '.join(map(str, CHECKED_BATCHES))} compared with the model")

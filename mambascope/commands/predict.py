@@ -30,6 +30,7 @@ from mambascope.models.preprocessing import make_transform, stored_value_range
 from mambascope.models.ready import ready_model
 from mambascope.models.scope import MambaScope
 from mambascope.models.states import ScopeOutput
+from mambascope.models.two_stage import is_two_stage
 from mambascope.models.vim import VisionMamba
 from mambascope.utils import CommandError, open_output, run_command
 
@@ -78,7 +79,7 @@ def predict(
     def name(index: int) -> str:
         return str(labels[index]) if labels and index < len(labels) else str(index)
 
-    if isinstance(model, MambaScope):
+    if is_two_stage(model):
         engine = ScopePredictor(model, fine_batch_size=fine_batch_size)
         for output, (images, files) in engine.stream((images, (images, files)) for images, files in until_stopped()):
             final, best = confidence(output.logits).tolist(), output.logits.argmax(1).tolist()
@@ -190,7 +191,7 @@ def _run(args: argparse.Namespace) -> int:
         img_size=image_size(args.img_size),
         values=value_range(args.value_range),
     )
-    if args.save_dir and not isinstance(model, MambaScope):
+    if args.save_dir and not is_two_stage(model):
         raise ValueError("save-dir draws what a MambaScope refined; this is a one-stage model")
     skipped, left_out = Skipped(args.skip_bad), LeftOut()
     values = stored_value_range(model)
@@ -208,12 +209,12 @@ def _run(args: argparse.Namespace) -> int:
             for row in rows:
                 writer.write(row)
                 left += row.stage == "coarse"
-            if args.save_dir and output is not None and isinstance(model, MambaScope):
+            if args.save_dir and output is not None and is_two_stage(model):
                 save_pictures(model, images, output, files, Path(args.save_dir))
             count += len(rows)
             bar.update(len(rows))
     parts = [f"{count:,} images"]
-    if isinstance(model, MambaScope) and count:
+    if is_two_stage(model) and count:
         rule = "given" if args.threshold is not None else stored_rule(model)
         eta = f"threshold {model.threshold:g}" + (f": {rule}" if rule else "")
         parts.append(f"{100 * left / count:.0f} % left after the coarse look ({eta})")

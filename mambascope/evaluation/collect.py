@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mambascope.evaluation.sweep import StageRecord
 from mambascope.models.gate import confidence
-from mambascope.models.scope import MambaScope
+from mambascope.models.two_stage import is_two_stage
 from mambascope.utils import evaluating, model_device, unpack
 
 
@@ -41,7 +41,7 @@ def stage_answers(
 
     A one-stage model answers twice the same and re-reads nothing (``None``).
     """
-    if isinstance(model, MambaScope):
+    if is_two_stage(model):
         coarse = model.forward_coarse(images)
         refined = model.forward_refined(images, coarse, alpha)
         return coarse.logits, refined.logits, refined.cells.cpu().numpy()
@@ -87,7 +87,7 @@ def collect(
             or inf.
     """
     device = model_device(model)
-    gate = model.confidence if isinstance(model, MambaScope) else confidence
+    gate = model.confidence if is_two_stage(model) else confidence
     rng = np.random.default_rng(seed)
     parts: list[StageRecord] = []
     sample: list[tuple[int, Tensor, int]] = []

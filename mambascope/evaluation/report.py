@@ -30,6 +30,7 @@ from mambascope.models.cost import CONVENTIONS, StageCost, format_gflops, plain_
 from mambascope.models.flop_count import costs_of
 from mambascope.models.gate import check_threshold
 from mambascope.models.scope import MambaScope
+from mambascope.models.two_stage import is_two_stage
 from mambascope.models.vim import VisionMamba
 from mambascope.peers.reduced import scan_share
 from mambascope.utils import atomic_path, model_device
@@ -164,7 +165,7 @@ def write_report(
     order = torch.randperm(len(found.images), generator=torch.Generator().manual_seed(seed))
     found.images, found.labels, found.index = found.images[order], found.labels[order], found.index[order]
     effort: dict[str, Any] = {"rounds": rounds, "max_seconds": max_seconds, "progress": progress}
-    if not isinstance(model, MambaScope):
+    if not is_two_stage(model):
         return _write_one_stage(model, found, out, base, batch_sizes, effort, metrics_csv, print_table)
     effort["count"] = timing_images
 

@@ -50,6 +50,7 @@ class MambaScope(VisionMamba):
     """
 
     config_class = ScopeConfig
+    two_stage = True
     config: ScopeConfig
 
     def __init__(self, config: ScopeConfig | None = None, **overrides: Any) -> None:

@@ -47,6 +47,7 @@ class VisionMamba(nn.Module, HubMixin):
     """
 
     config_class: type[VimConfig] = VimConfig
+    two_stage = False  # see mambascope.models.two_stage
 
     def __init__(self, config: VimConfig | None = None, **overrides: Any) -> None:
         super().__init__()
