@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from mambascope.evaluation.published import NOTE, PublishedRow
 from mambascope.plotting import style
 
 _COLOURS = (
@@ -52,12 +51,29 @@ class Method:
     reference: bool = False
 
 
+@dataclass(frozen=True)
+class Published:
+    """Rows of the literature, drawn grey and marked as such.
+
+    Attributes:
+        note: What they are, in the legend.
+        labels: Name of each row.
+        cost: Cost of each row, in the unit of the panel.
+        top1: Accuracy of each row, in per cent.
+    """
+
+    note: str
+    labels: Sequence[str]
+    cost: Sequence[float]
+    top1: Sequence[float]
+
+
 def plot_methods(
     methods: Sequence[Method],
     panels: dict[str, tuple[str, str]],
     path: str | os.PathLike[str],
     *,
-    published: Sequence[PublishedRow] = (),
+    published: Published | None = None,
     title: str = "",
 ) -> Path:
     """Draws top-1 against each cost.
@@ -66,29 +82,32 @@ def plot_methods(
         methods: What is drawn; points of a method are joined by a thin line.
         panels: Title and label of the horizontal axis, by the name that the cost has in the methods.
         path: PNG to write.
-        published: Rows of the literature (``one_direction`` GFLOPs) for the first panel, grey and marked as such.
+        published: Rows of the literature for the first panel.
         title: Of the whole figure.
     """
     with style.styled():
         figure = style.new_figure(4.7 * len(panels), 5.0)
-        axes = figure.subplots(1, len(panels), squeeze=False, sharey=not published)[0]
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=published is None)[0]
         for ax, (name, (heading, label)) in zip(axes, panels.items(), strict=True):
             for i, (method, look) in enumerate(zip(methods, _looks(methods), strict=True)):
                 _draw(ax, method, name, *look, order=3 + i)
             ax.set_title(heading)
             ax.set_xlabel(label)
             ax.set_xlim(left=0)
-        for row in published:
-            axes[0].plot([row.gflops], [row.top1], "x", color=style.MUTED, ms=6, zorder=2)
-            axes[0].annotate(row.label, (row.gflops, row.top1), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
-        if published:
-            axes[0].plot([], [], "x", color=style.MUTED, label=NOTE)
+        if published is not None:
+            _draw_published(axes[0], published)
         axes[0].set_ylabel("top-1 accuracy (%)")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         return style.save(figure, path)
+
+
+def _draw_published(ax: Axes, rows: Published) -> None:
+    ax.plot(rows.cost, rows.top1, "x", color=style.MUTED, ms=6, zorder=2, label=rows.note)
+    for label, *place in zip(rows.labels, rows.cost, rows.top1, strict=True):
+        ax.annotate(label, place, xytext=(4, 3), textcoords="offset points", fontsize=6.5)
 
 
 def _looks(methods: Sequence[Method]) -> list[tuple[str, str]]:
@@ -108,8 +127,8 @@ def _looks(methods: Sequence[Method]) -> list[tuple[str, str]]:
 
 def _draw(ax: Axes, method: Method, panel: str, colour: str, marker: str, order: int) -> None:
     cost = method.cost[panel]
-    known = ~np.isnan(cost[:, 0])
-    (x, *x_range), (y, *y_range) = cost[known].T, 100 * method.top1[known].T
+    measured = ~np.isnan(cost[:, 0])
+    (x, *x_range), (y, *y_range) = cost[measured].T, 100 * method.top1[measured].T
     if method.curve_top1 is not None and panel in method.curve_cost:
         line, (mean, low, high) = method.curve_cost[panel], 100 * method.curve_top1.T
         ax.plot(line, mean, color=colour, lw=1.8, zorder=order)
