@@ -106,8 +106,8 @@ def plot_methods(
 
 def _draw_published(ax: Axes, rows: Published) -> None:
     ax.plot(rows.cost, rows.top1, "x", color=style.MUTED, ms=6, zorder=2, label=rows.note)
-    for label, *place in zip(rows.labels, rows.cost, rows.top1, strict=True):
-        ax.annotate(label, place, xytext=(4, 3), textcoords="offset points", fontsize=6.5)
+    for label, cost, top1 in zip(rows.labels, rows.cost, rows.top1, strict=True):
+        ax.annotate(label, (cost, top1), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
 
 
 def _looks(methods: Sequence[Method]) -> list[tuple[str, str]]:
