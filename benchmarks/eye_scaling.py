@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import mambascope  # noqa: F401  (registers the timm entries)
-from mambascope.models import MambaEye
+from mambascope.eye import MambaEye
 from mambascope.utils import atomic_path
 
 RESULTS = Path(__file__).parent / "results" / "mambaeye"

@@ -3,13 +3,17 @@
 Importing the package registers its models with timm.
 """
 
+from typing import Any
+
+import mambascope.eye  # each wing registers its models; without its folder and its line here the rest works
+import mambascope.peers.timm_classifier  # noqa: F401
 from mambascope._version import __version__
-from mambascope.models import MambaEye, MambaScope, ScopeConfig, VimConfig, VisionMamba, load_checkpoint, load_model
+from mambascope.models import MambaScope, ScopeConfig, VimConfig, VisionMamba, load_checkpoint, load_model
+from mambascope.models.architectures import ARCHITECTURES as _ARCHITECTURES
 
 load = load_model
 
 __all__ = [
-    "MambaEye",
     "MambaScope",
     "ScopeConfig",
     "VimConfig",
@@ -18,3 +22,11 @@ __all__ = [
     "load",
     "load_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of the wings' models, as ``mambascope.MambaEye``."""
+    for architecture in _ARCHITECTURES.values():
+        if isinstance(architecture.build, type) and architecture.build.__name__ == name:
+            return architecture.build
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -57,6 +57,7 @@ def as_number(value: Any) -> float | None:
 
 
 _UMASK = os.umask(0)  # it can only be read by changing it, for all threads: once, here
+os.umask(_UMASK)
 
 
 @contextlib.contextmanager

@@ -28,8 +28,9 @@ from mambascope.data import (  # noqa: F401 (--data finds them by name)
 )
 from mambascope.data.datamodule import ResumableDataModule
 from mambascope.data.errors import worker_failure
+from mambascope.eye import MAMBAEYE_CONFIGS, MambaEye
 from mambascope.eye.module import EyeModule
-from mambascope.models import MAMBAEYE_CONFIGS, MambaEye, MambaScope
+from mambascope.models import MambaScope
 from mambascope.models.checkpoint import CheckpointError
 from mambascope.models.description import TRANSFORM
 from mambascope.training.args import RunArgs

@@ -20,7 +20,6 @@ from mambascope.data.errors import DataError
 from mambascope.data.files import is_hidden
 from mambascope.data.readers import adopt_classes, find_split, is_stream, named_classes, open_folder, open_named
 from mambascope.data.scopedigits_config import ScopeDigitsConfig
-from mambascope.eye.model import MambaEye
 from mambascope.models.description import plain_values, shortened
 from mambascope.models.preprocessing import make_transform, stored_value_range
 from mambascope.models.vim import VisionMamba
@@ -109,7 +108,7 @@ def validation_loader(
 
 
 def open_rows(
-    model: VisionMamba | MambaEye, data: str, split: str, input_key: str | None = None, target_key: str | None = None
+    model: Any, data: str, split: str, input_key: str | None = None, target_key: str | None = None
 ) -> tuple[Any, Path]:
     """The rows of a folder or of a timm data set with the model's class numbers, and the place they were read from.
 
@@ -140,7 +139,7 @@ def _folder(root: Path, split: str) -> Path:
         raise
 
 
-def _match_classes(model: VisionMamba | MambaEye, rows: Any, classes: dict[str, int], where: Path) -> None:
+def _match_classes(model: Any, rows: Any, classes: dict[str, int], where: Path) -> None:
     """Gives the data the model's class numbers: by name where both have names, else alphabetically."""
     if not classes:
         return

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 import mambascope  # noqa: F401  (registers the timm entries)
+from mambascope.eye.config import MAMBAEYE_CONFIGS
 from mambascope.eye.glimpses import GlimpseSequence
 from mambascope.eye.loss import GlimpseLoss
-from mambascope.models import MAMBAEYE_CONFIGS, MambaEye, load_checkpoint
+from mambascope.eye.model import MambaEye
+from mambascope.models import load_checkpoint
 from mambascope.training.args import GlimpseLossArgs, ModelArgs, OptimizerArgs, ScheduleArgs
 from mambascope.training.base import TrainModule, is_main_process
 

@@ -12,9 +12,24 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 
 from mambascope.eye.config import MAMBAEYE_CONFIGS, MambaEyeConfig
 from mambascope.eye.model import MambaEye
+from mambascope.models.architectures import Architecture, register
 from mambascope.models.configs import with_overrides
 
 __all__ = ["mambaeye_base", "mambaeye_nano_patch16", "mambaeye_small", "mambaeye_tiny"]
+
+register(
+    Architecture(
+        "mambaeye",
+        MambaEyeConfig,
+        MambaEye,
+        MAMBAEYE_CONFIGS,
+        mark="init_fc.0.weight",
+        reads="glimpses",
+        module="mambascope.eye.module:EyeModule",
+        report="mambascope.eye.report:report_training",
+        predict="mambascope.eye.predict",
+    )
+)
 
 
 def _default_cfg(config: MambaEyeConfig, side: int, **source: str) -> dict[str, Any]:

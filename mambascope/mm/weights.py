@@ -14,15 +14,8 @@ import torch
 from mmengine.dist import barrier, get_dist_info
 from torch import Tensor
 
-from mambascope.models.checkpoint import (
-    ENCODER,
-    CheckpointError,
-    LoadReport,
-    encoder_weights,
-    load_weights,
-    read_tensors,
-    strip_wrappers,
-)
+from mambascope.models.checkpoint import CheckpointError, LoadReport, load_weights
+from mambascope.models.reading import ENCODER, encoder_weights, read_tensors, strip_wrappers
 from mambascope.models.weights import find_weights
 
 _OPTIONS = {"type", "checkpoint", "prefix", "map_location", "strict"}

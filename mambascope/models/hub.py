@@ -132,9 +132,9 @@ class HubMixin(ModelHubMixin):
         from mambascope.models.checkpoint import describe, save_safetensors
         from mambascope.utils import atomic_path
 
-        save_safetensors(self, save_directory / WEIGHTS)  # type: ignore[arg-type]
+        save_safetensors(self, save_directory / WEIGHTS)
         with atomic_path(save_directory / "config.json") as temporary:
-            temporary.write_text(json.dumps(describe(self), indent=2))  # type: ignore[arg-type]
+            temporary.write_text(json.dumps(describe(self), indent=2))
         with atomic_path(save_directory / "README.md") as temporary:
             temporary.write_text(self._card(save_directory.resolve().name), encoding="utf-8", errors="replace")
 

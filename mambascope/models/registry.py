@@ -15,8 +15,9 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor
 
+from mambascope.models.architectures import Architecture, architecture_of_entry, register
 from mambascope.models.checkpoint import CheckpointError, described_config, read_state_dict
-from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, VimConfig, with_overrides
+from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, ScopeConfig, VimConfig, with_overrides
 from mambascope.models.meaning import differences
 from mambascope.models.preprocessing import default_preprocessing
 from mambascope.models.scope import MambaScope
@@ -35,6 +36,29 @@ __all__ = [
     "vim_tiny_patch16_224",
 ]
 
+register(
+    Architecture(
+        "vim",
+        VimConfig,
+        VisionMamba,
+        VIM_CONFIGS,
+        mark="cls_token",
+        tables={"pos_embed": None},
+        additions=("reduction.",),
+    )
+)
+register(
+    Architecture(
+        "mambascope",
+        ScopeConfig,
+        MambaScope,
+        SCOPE_CONFIGS,
+        settings=("alpha", "threshold", "temperature"),
+        mark="cls_token",
+        additions=("reuse.", "pos_embed_coarse"),
+        tables={"pos_embed": None, "pos_embed_coarse": "pos_embed"},
+    )
+)
 
 _FIRST_CONVS = ("patch_embed.proj", "patch_embed.stem.levels.0.0.0")
 """What reads the image; the second is the stem's."""
@@ -113,8 +137,11 @@ def _fitted(
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
-    scope = variant in SCOPE_CONFIGS
-    base: VimConfig = SCOPE_CONFIGS[variant] if scope else VIM_CONFIGS[variant]
+    architecture = architecture_of_entry(variant, kwargs)
+    assert architecture is not None
+    base: VimConfig = {**VIM_CONFIGS, **SCOPE_CONFIGS}[variant]
+    if architecture.extend is not None and architecture.keyword is not None:
+        base = architecture.extend(base, kwargs.pop(architecture.keyword))
     description: dict[str, Any] = {}
     loading: dict[str, Any] = {}
     if pretrained:
@@ -134,8 +161,8 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
     rest = {k: v for k, v in kwargs.items() if k in _TIMM_ONLY}
     # four maps, evenly spaced, as the dense heads of ViT-like backbones expect
     indices = tuple(config.depth * (i + 1) // 4 - 1 for i in range(4)) if config.depth >= 4 else (config.depth - 1,)
-    model = build_model_with_cfg(
-        MambaScope if scope else VisionMamba,
+    model: VisionMamba = build_model_with_cfg(
+        architecture.build,
         variant,
         pretrained,
         config=config,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mambascope.layers import cls_index
 from mambascope.models import VimConfig, VisionMamba, load_checkpoint
-from mambascope.models.checkpoint import read_state_dict, stem_width
+from mambascope.models.checkpoint import stem_width
+from mambascope.models.reading import read_state_dict
 from mambascope.models.weights import find_weights
 from mambascope.peers import patch_rows
 

@@ -6,13 +6,14 @@ They are trained by the same command with plain cross entropy, and their weights
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import timm
 from timm.models import get_pretrained_cfg
 from torch import nn
 
+from mambascope.models.architectures import Architecture, register
 from mambascope.models.description import MAX_SIDE, shortened
 
 START_ARGS = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
@@ -138,3 +139,35 @@ def create_timm_classifier(config: TimmConfig) -> Any:
         raise ValueError(f"{config.name} cannot be built from these arguments: {reason}") from None
     model.config, model.description = config, {}  # type: ignore[assignment]
     return model
+
+
+def _read_config(values: dict[str, Any], tensors: int) -> TimmConfig:
+    """The config that a file describes; its weights follow, so that nothing is downloaded."""
+    args = values.get("args", {})
+    if not isinstance(args, Mapping):
+        raise ValueError(f"args must be a mapping, got {shortened(args)}")
+    if refused := sorted({*args} & {*START_ARGS} - {"pretrained"}):
+        raise ValueError(f"a weights file may not say {', '.join(refused)}")
+    config = TimmConfig(**{**values, "args": {k: v for k, v in args.items() if k != "pretrained"}})
+    config.check_sizes(tensors)
+    return config
+
+
+def _write_config(config: TimmConfig) -> dict[str, Any]:
+    """What a file says: where weights came from is no part of the model."""
+    values = asdict(config)
+    values["args"] = {key: value for key, value in values["args"].items() if key not in START_ARGS}
+    return values
+
+
+register(
+    Architecture(
+        "timm",
+        TimmConfig,
+        create_timm_classifier,
+        has_entry=is_timm_classifier,
+        create=lambda name, options: create_timm_classifier(TimmConfig.of(name, dict(options))),
+        read_config=_read_config,
+        write_config=_write_config,
+    )
+)

@@ -32,4 +32,4 @@ class ExportWeights(Callback):
 
     def write(self, pl_module: LightningModule) -> None:
         """Writes the model as it is now."""
-        save_safetensors(pl_module.model, self.path)  # type: ignore[arg-type]
+        save_safetensors(pl_module.model, self.path)

@@ -15,8 +15,9 @@ from PIL import Image
 
 from mambascope.commands import evaluate as eval_cli
 from mambascope.commands import predict as predict_cli
+from mambascope.eye import MambaEye
 from mambascope.eye import evaluate as eye_cli
-from mambascope.models import MambaEye, MambaScope, ScopeConfig
+from mambascope.models import MambaScope, ScopeConfig
 from mambascope.models.checkpoint import save_safetensors
 from mambascope.plotting import style
 

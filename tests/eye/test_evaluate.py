@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from mambascope.commands import predict as predict_cli
+from mambascope.eye import MAMBAEYE_CONFIGS, MambaEye
 from mambascope.eye import evaluate as eye_cli
 from mambascope.eye.animation import Film, draw_frame, frame_steps, write_film
 from mambascope.eye.choice import (
@@ -27,7 +28,7 @@ from mambascope.eye.curves import StopOptions, evaluate_glimpses, evaluate_stopp
 from mambascope.eye.dataset import GlimpseOptions
 from mambascope.eye.glimpses import Placement, information_ratio, place_image
 from mambascope.eye.stopping import corrected_confidence
-from mambascope.models import MAMBAEYE_CONFIGS, MambaEye, MambaScope, ScopeConfig, VimConfig, VisionMamba
+from mambascope.models import MambaScope, ScopeConfig, VimConfig, VisionMamba
 from mambascope.models.checkpoint import save_safetensors
 
 ROOT = Path(__file__).parents[2]

@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 
 import mambascope
+from mambascope.eye import MambaEye, MambaEyeConfig
 from mambascope.eye.glimpses import extract_patches, moves_from_positions
 from mambascope.eye.loss import GlimpseLoss
 from mambascope.eye.model import move_embedding
-from mambascope.models import MambaEye, MambaEyeConfig
 from mambascope.models.checkpoint import CheckpointError, load_checkpoint, read_state_dict, save_safetensors
 from tests.conftest import GOLDEN, relative_error
 

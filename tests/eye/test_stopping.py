@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from mambascope.eye import MambaEye
 from mambascope.eye.dataset import GlimpseOptions, ImageGlimpses
 from mambascope.eye.stopping import answer_when_sure, corrected_confidence
-from mambascope.models import MambaEye
 
 SMALL = {"embed_dim": 32, "depth": 3, "d_state": 8, "head_dim": 16, "move_dim": 8, "patch_size": 4, "num_classes": 5}
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 import mambascope
 from mambascope.commands.train import TrainCLI, complete_args, main, module_class
+from mambascope.eye import MambaEye
 from mambascope.eye.loss import GlimpseLoss
 from mambascope.eye.module import EyeModule
-from mambascope.models import MambaEye
 from mambascope.training.module import ClassifierModule
 from mambascope.training.runs import shipped_configs
 from tests.training.helpers import train
