@@ -12,7 +12,7 @@ except ImportError as error:
     ) from error
 
 from mambascope.mm.backbone import VimBackbone
-from mambascope.mm.compat import allow_own_checkpoints
+from mambascope.mm.compat import allow_checkpoint_types
 from mambascope.mm.gate import GateHead, gate_confidence, presence_from_labels, presence_from_masks
 from mambascope.mm.loss import ClassWeightedCrossEntropy
 from mambascope.mm.metrics import GateMetric
@@ -22,7 +22,7 @@ from mambascope.mm.runner import ScopeRunner
 from mambascope.mm.scope_backbone import ScopeBackbone, ScopeFeatures
 from mambascope.mm.transforms import LoadAnyImage
 
-allow_own_checkpoints()
+allow_checkpoint_types()
 
 __all__ = [
     "ClassWeightedCrossEntropy",

@@ -101,7 +101,7 @@ class EncoderBackbone(BaseModule):
         stem = config.stem_width
         self.detail = None
         if detail:
-            self.detail = ImageDetail(config.in_chans, config.patch_size, channels, stem or 32, own_stem=not stem)
+            self.detail = ImageDetail(config.in_chans, config.patch_size, channels, stem or 32, separate_stem=not stem)
         self.strides = tuple(config.patch_size / step for step in STEPS)
         self._freeze()
 
@@ -126,8 +126,8 @@ class EncoderBackbone(BaseModule):
         """
         if self.init_cfg is None:
             return
-        given = pretrained_options(self.init_cfg)
-        checkpoint, strict = given.get("checkpoint"), given.get("strict", True)
+        options = pretrained_options(self.init_cfg)
+        checkpoint, strict = options.get("checkpoint"), options.get("strict", True)
         if not checkpoint:
             print_log(
                 f"{type(self).__name__} starts from random weights; give a file with "
@@ -136,7 +136,7 @@ class EncoderBackbone(BaseModule):
                 level=logging.WARNING,
             )
             return
-        source = read_weights(checkpoint, given.get("prefix"))
+        source = read_weights(checkpoint, options.get("prefix"))
         self._check_description(source.name, source.description.get("config", {}), strict)
         report = start_backbone(self, source, strict)
         print_log(f"{type(self).__name__} starts from {source.name}\n{report}", logger="current")
@@ -144,11 +144,11 @@ class EncoderBackbone(BaseModule):
 
     def _check_description(self, path: str, config: Mapping[str, Any], strict: bool) -> None:
         names = ("embed_dim", "depth", "d_state", "d_conv", "expand", *MEANING)
-        found = differences(config, asdict(self.encoder.config), names)
-        if found:
-            other = [f"{difference.argument} (here {shortened(difference.model)})" for difference in found]
+        mismatches = differences(config, asdict(self.encoder.config), names)
+        if mismatches:
+            texts = [f"{m.argument} (here {shortened(m.model)})" for m in mismatches]
             line = (
-                f"checkpoint {path} belongs to another architecture than {self.arch}: it has {', '.join(other)}; "
+                f"checkpoint {path} belongs to another architecture than {self.arch}: it has {', '.join(texts)}; "
                 "change arch or arch_options of the backbone"
             )
             if strict:
@@ -193,8 +193,8 @@ class EncoderBackbone(BaseModule):
     def _groups(self, x: Tensor, sizes: Sequence[Sequence[int]] | None) -> tuple[list[Group], list[Size]]:
         """The images without padding, those of one grid together, and their checked sizes."""
         self.encoder.check_images(x)
-        own = check_sizes(x, sizes)
-        return group_images(x, own, self._cell), own
+        image_sizes = check_sizes(x, sizes)
+        return group_images(x, image_sizes, self._cell), image_sizes
 
     def _levels(
         self, looks: Sequence[Look], groups: Sequence[Group], canvas: Size, sizes: Sequence[Size]
@@ -204,12 +204,12 @@ class EncoderBackbone(BaseModule):
         Once for all groups: processes that see different numbers of them would wait for each other in a ``SyncBN``.
         """
         rows, cols = cover(canvas, self._cell)
-        look = join_looks([own.on_canvas((2 * rows, 2 * cols)) for own in looks], batch_order(groups))
+        look = join_looks([look.on_canvas((2 * rows, 2 * cols)) for look in looks], batch_order(groups))
         levels = []
         for level, stride in zip(self.pyramid(*look), self.strides, strict=True):
             height, width = cover(canvas, stride)
-            own = level[..., :height, :width]
-            levels.append(erase_padding(own, [cover(size, stride) for size in sizes]).contiguous())
+            cropped = level[..., :height, :width]
+            levels.append(erase_padding(cropped, [cover(size, stride) for size in sizes]).contiguous())
         if self.training:
             # exits, grids and out_indices decide what a batch uses
             zero = _zero(self.parameters())
@@ -279,8 +279,10 @@ class VimBackbone(EncoderBackbone):
             sizes: Height and width of each image in pixels; what lies outside is padding, which is not read, and where
                 the maps are zero. ``None`` if there is none.
         """
-        groups, own = self._groups(x, sizes)
-        return self._levels([self._look(group.images) for group in groups], groups, (x.shape[-2], x.shape[-1]), own)
+        groups, image_sizes = self._groups(x, sizes)
+        return self._levels(
+            [self._look(group.images) for group in groups], groups, (x.shape[-2], x.shape[-1]), image_sizes
+        )
 
     def _look(self, x: Tensor) -> Look:
         stem_maps = self.encoder.patch_embed.stem_maps(x)

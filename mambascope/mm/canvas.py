@@ -34,10 +34,12 @@ def check_sizes(x: Tensor, sizes: Sequence[Sequence[int]] | None) -> list[Size]:
     height, width = x.shape[-2:]
     if sizes is None:
         return [(height, width)] * x.shape[0]
-    own = [(int(size[0]), int(size[1])) for size in sizes]
-    if len(own) != x.shape[0] or not all(0 < h <= height and 0 < w <= width for h, w in own):
-        raise ValueError(f"sizes must be {x.shape[0]} heights and widths of 1 to {height} x {width} pixels, got {own}")
-    return own
+    checked = [(int(size[0]), int(size[1])) for size in sizes]
+    if len(checked) != x.shape[0] or not all(0 < h <= height and 0 < w <= width for h, w in checked):
+        raise ValueError(
+            f"sizes must be {x.shape[0]} heights and widths of 1 to {height} x {width} pixels, got {checked}"
+        )
+    return checked
 
 
 def cover(size: Size, side: float) -> Size:
@@ -78,8 +80,8 @@ def group_images(x: Tensor, sizes: Sequence[Size], cell: int) -> list[Group]:
         return [Group(pad_to(x, cell), torch.arange(len(x), device=x.device))]
     groups = []
     for (rows, cols), members in by_value(cover(size, cell) for size in sizes).items():
-        own = [x[i, :, : sizes[i][0], : sizes[i][1]] for i in members]
-        images = torch.stack([pad_map(image, (rows * cell, cols * cell)) for image in own])
+        crops = [x[i, :, : sizes[i][0], : sizes[i][1]] for i in members]
+        images = torch.stack([pad_map(crop, (rows * cell, cols * cell)) for crop in crops])
         groups.append(Group(images, torch.tensor(members, device=x.device)))
     return groups
 
@@ -149,4 +151,4 @@ class Look(NamedTuple):
 def join_looks(looks: Sequence[Look], order: Tensor) -> Look:
     """The images of several looks, see :func:`join`."""
     fields = zip(*looks, strict=True)
-    return Look(*([join(parts, order) for parts in zip(*own, strict=True)] for own in fields))
+    return Look(*([join(parts, order) for parts in zip(*levels, strict=True)] for levels in fields))

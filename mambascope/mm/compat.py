@@ -30,7 +30,7 @@ def _statistic(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
-def allow_own_checkpoints() -> None:
+def allow_checkpoint_types() -> None:
     """Lets ``torch.load`` with ``weights_only=True``, the default since PyTorch 2.6, read mmengine's checkpoints.
 
     They hold the logged scalars beside the weights: a :class:`HistoryBuffer` of numpy arrays. These types only hold

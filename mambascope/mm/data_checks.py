@@ -71,10 +71,10 @@ def check_data(cfg: Mapping, loaders: tuple[str, ...]) -> None:
     missing: list[Path] = []
     for loader in loaders:
         section = cfg.get(loader)
-        found = [*data_folders(section.get("dataset"))] if isinstance(section, Mapping) else []
+        paths = [*data_folders(section.get("dataset"))] if isinstance(section, Mapping) else []
         if loader != "train_dataloader":
-            found += _scored_files(cfg.get(loader.replace("dataloader", "evaluator")))
-        missing += [path for path in found if not path.exists() or (path.is_dir() and not any(path.iterdir()))]
+            paths += _scored_files(cfg.get(loader.replace("dataloader", "evaluator")))
+        missing += [path for path in paths if not path.exists() or (path.is_dir() and not any(path.iterdir()))]
     if missing:
         what = "".join(f"\n  {path}" for path in dict.fromkeys(missing))
         raise MissingDataError(
@@ -94,9 +94,9 @@ def check_data(cfg: Mapping, loaders: tuple[str, ...]) -> None:
                     _check_polygons(cfg, file, table, classes)
                 if loader != "train_dataloader":
                     evaluator = loader.replace("dataloader", "evaluator")
-                    for other in _scored_files(cfg.get(evaluator)):
-                        table = tables[other] if other in tables else tables.setdefault(other, _read_table(other))
-                        _check_scored(file, tables[file], other, table, evaluator)
+                    for scored in _scored_files(cfg.get(evaluator)):
+                        table = tables[scored] if scored in tables else tables.setdefault(scored, _read_table(scored))
+                        _check_scored(file, tables[file], scored, table, evaluator)
 
 
 def _check_endings(name: str, dataset: Mapping[str, Any]) -> None:
@@ -105,15 +105,15 @@ def _check_endings(name: str, dataset: Mapping[str, Any]) -> None:
     defaults = inspect.signature(kind).parameters if kind else {}
     if "img_suffix" not in defaults or dataset.get("ann_file"):
         return
-    wanted = dataset.get("img_suffix", defaults["img_suffix"].default)
+    suffix = dataset.get("img_suffix", defaults["img_suffix"].default)
     folder = Path(dataset.get("data_root") or "", (dataset.get("data_prefix") or {}).get("img_path") or "")
-    others = set()
+    endings = set()
     for path in folder.rglob("*"):
-        if path.name.endswith(wanted):
+        if path.name.endswith(suffix):
             return
-        others |= {path.suffix} if path.is_file() and path.suffix else set()
+        endings |= {path.suffix} if path.is_file() and path.suffix else set()
     raise DataError(
-        f"folder {folder} has no image that ends in {wanted}; it holds {_some(sorted(others))}: set {name}.img_suffix"
+        f"folder {folder} has no image that ends in {suffix}; it holds {_some(sorted(endings))}: set {name}.img_suffix"
     )
 
 
@@ -126,8 +126,8 @@ def _kind(dataset: Mapping[str, Any]) -> Any:
 def _is_coco(dataset: Mapping[str, Any]) -> bool:
     """Whether a data set reads its annotations as mmdet's ``CocoDataset`` does; some of its kind have other entries."""
     kind = _kind(dataset)
-    own = [getattr(getattr(kind, name, None), "__qualname__", "") for name in ("load_data_list", "parse_data_info")]
-    return own == ["CocoDataset.load_data_list", "CocoDataset.parse_data_info"]
+    methods = [getattr(getattr(kind, name, None), "__qualname__", "") for name in ("load_data_list", "parse_data_info")]
+    return methods == ["CocoDataset.load_data_list", "CocoDataset.parse_data_info"]
 
 
 def _some(names: Sequence[Any]) -> str:
@@ -140,17 +140,17 @@ def _some(names: Sequence[Any]) -> str:
 
 def _classes(cfg: Mapping, name: str, dataset: Mapping[str, Any]) -> list[str]:
     """Class names of a data set's config or of its type; empty if neither says them."""
-    given = (dataset.get("metainfo") or {}).get("classes")
-    if isinstance(given, str):
-        if not Path(given).is_file():
+    names = (dataset.get("metainfo") or {}).get("classes")
+    if isinstance(names, str):
+        if not Path(names).is_file():
             raise DataError(
-                f"{name}.metainfo.classes is the text '{given}', which would be {len(given)} classes; write "
-                f"classes=('{given}',), on the command line {name}.metainfo.classes=\"({given},)\""
+                f"{name}.metainfo.classes is the text '{names}', which would be {len(names)} classes; write "
+                f"classes=('{names}',), on the command line {name}.metainfo.classes=\"({names},)\""
             )
-        given = Path(given).read_text().splitlines()
-    if given is None:
-        given = getattr(_kind(dataset), "METAINFO", {}).get("classes", ())
-    classes = [str(c) for c in given]
+        names = Path(names).read_text().splitlines()
+    if names is None:
+        names = getattr(_kind(dataset), "METAINFO", {}).get("classes", ())
+    classes = [str(c) for c in names]
     if twice := [c for c, count in Counter(classes).items() if count > 1]:
         raise DataError(f"{name}.metainfo.classes names {_some(twice)} more than once")
     palette = (dataset.get("metainfo") or {}).get("palette")
@@ -219,9 +219,11 @@ def _read_table(file: Path) -> dict:
         box, mask = entry["bbox"], entry.get("segmentation")
         if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
             raise DataError(f"bbox of entry {i} of 'annotations' in {file} must be four numbers, got {box!r}")
-        size, own = list(mask.get("size", ())) if isinstance(mask, dict) else None, sizes.get(entry["image_id"])
-        if size and own and size != own:
-            raise DataError(f"mask of entry {i} of 'annotations' in {file} is of size {size} and its image of {own}")
+        size, image_size = list(mask.get("size", ())) if isinstance(mask, dict) else None, sizes.get(entry["image_id"])
+        if size and image_size and size != image_size:
+            raise DataError(
+                f"mask of entry {i} of 'annotations' in {file} is of size {size} and its image of {image_size}"
+            )
     return table
 
 
@@ -255,10 +257,12 @@ def _check_categories(file: Path, table: Mapping[str, Any], classes: Sequence[st
         )
 
 
-def _check_scored(file: Path, read: Mapping[str, Any], other: Path, scored: Mapping[str, Any], name: str) -> None:
+def _check_scored(
+    file: Path, table: Mapping[str, Any], scored_file: Path, scored_table: Mapping[str, Any], name: str
+) -> None:
     """COCO's metric finds images by their numbers."""
-    if {i["id"] for i in read["images"]} - {i["id"] for i in scored["images"]}:
-        raise DataError(f"{name} scores against {other}, which lacks images of {file}: set ann_file of both")
+    if {i["id"] for i in table["images"]} - {i["id"] for i in scored_table["images"]}:
+        raise DataError(f"{name} scores against {scored_file}, which lacks images of {file}: set ann_file of both")
 
 
 def _with_masks(dataset: Mapping[str, Any]) -> bool:
@@ -266,8 +270,8 @@ def _with_masks(dataset: Mapping[str, Any]) -> bool:
 
 
 def _check_polygons(cfg: Mapping, file: Path, table: Mapping[str, Any], classes: Sequence[str]) -> None:
-    wanted = {c["id"] for c in table["categories"] if c["name"] in classes}
-    boxes = [a for a in table["annotations"] if a["category_id"] in wanted]
+    numbers = {c["id"] for c in table["categories"] if c["name"] in classes}
+    boxes = [a for a in table["annotations"] if a["category_id"] in numbers]
     without = sum(not a.get("segmentation") for a in boxes)
     if without:
         raise DataError(
@@ -300,7 +304,7 @@ def _box_only(cfg: Mapping) -> list[str]:
 def check_masks(dataset: Any) -> None:
     """Checks that masks hold more than one class where further labels of theirs are ignored.
 
-    Reads masks until two classes were seen: one or a few in most data sets, all where something is wrong.
+    Reads masks until two classes are there: one or a few in most data sets, all where something is wrong.
 
     Args:
         dataset: As built, with :class:`~mambascope.mm.transforms.NamedAnnotations` in its pipeline.
@@ -314,25 +318,25 @@ def check_masks(dataset: Any) -> None:
         loads = [s for s in steps if isinstance(s, NamedAnnotations) and s.load.with_seg]
         if len(classes) < 2 or not loads or not len(plain):
             continue
-        seen: set[int] = set()
-        raw: set[int] = set()
+        present: set[int] = set()
+        stored: set[int] = set()
         for i in range(len(plain)):
             info = plain.get_data_info(i)
             if not info.get("seg_map_path"):
                 break
             labels = loads[0](info)["gt_seg_map"]
-            seen |= {int(v) for v in np.unique(labels)} - {plain.ignore_index}
-            if len(seen) > 1:
+            present |= {int(v) for v in np.unique(labels)} - {plain.ignore_index}
+            if len(present) > 1:
                 break
-            raw |= loads[0].stored_labels(info["seg_map_path"])
+            stored |= loads[0].stored_labels(info["seg_map_path"])
         else:
-            _check_seen(plain, classes, seen, raw)
+            _check_present(plain, classes, present, stored)
 
 
-def _check_seen(dataset: Any, classes: Sequence[str], seen: set[int], raw: set[int]) -> None:
+def _check_present(dataset: Any, classes: Sequence[str], present: set[int], stored: set[int]) -> None:
     zero = bool(getattr(dataset, "reduce_zero_label", False))
-    ignored = sorted(raw & {255, *((0,) if zero and seen else ())})
-    absent = [name for i, name in enumerate(classes) if i not in seen]
+    ignored = sorted(stored & {255, *((0,) if zero and present else ())})
+    absent = [name for i, name in enumerate(classes) if i not in present]
     if not ignored or not absent:
         return
     way_out = f"save it as {classes.index(absent[0])}"

@@ -55,12 +55,12 @@ class _Call:
     Attributes:
         model: Whose.
         sizes: Of the images without padding, for ``extract_feat``; ``None`` if there is none.
-        seen: What a :class:`ScopeBackbone` found, in ``extract_feat``.
+        features: What a :class:`ScopeBackbone` returned, in ``extract_feat``.
     """
 
     model: Any
     sizes: list[Size] | None
-    seen: list[ScopeFeatures] = field(default_factory=list)
+    features: list[ScopeFeatures] = field(default_factory=list)
 
 
 # of the thread, not of the model: a model serves several threads
@@ -90,19 +90,19 @@ class UnpaddedMixin:
     def _run(
         self, method: str, inputs: Tensor, data_samples: Any, sizes: list[Size] | None, **kwargs: Any
     ) -> tuple[Any, list[ScopeFeatures]]:
-        """What the base model's ``method`` returns, and what a :class:`ScopeBackbone` found on the way."""
+        """What the base model's ``method`` returns, and the features of a :class:`ScopeBackbone` on the way."""
         call = _Call(self, sizes)
         token = _CALL.set(call)
         try:
-            return getattr(super(), method)(inputs, data_samples, **kwargs), call.seen
+            return getattr(super(), method)(inputs, data_samples, **kwargs), call.features
         finally:
             _CALL.reset(token)
 
     def extract_feat(self, inputs: Tensor) -> Any:
         """Features of a batch [B, 3, H, W]: the backbone's maps, through the neck if there is one."""
         call = _CALL.get()
-        own = call if call is not None and call.model is self else _Call(self, None)
-        maps = self._maps(inputs, own)
+        current = call if call is not None and call.model is self else _Call(self, None)
+        maps = self._maps(inputs, current)
         return self.neck(maps) if self.with_neck else maps  # type: ignore[attr-defined]
 
     def _maps(self, inputs: Tensor, call: _Call) -> tuple[Tensor, ...]:
@@ -123,12 +123,12 @@ class UnpaddedMixin:
             return self._predict(inputs, data_samples, **kwargs)
         results: list[Any] = [None] * len(sizes)
         for size, rows in by_value(sizes).items():
-            own = [data_samples[i] for i in rows]
-            for sample in own:
+            samples = [data_samples[i] for i in rows]
+            for sample in samples:
                 crop_sample(sample, size)
-            found = self._predict(inputs[rows, :, : size[0], : size[1]], own, **kwargs)
-            for i, result in zip(rows, found, strict=True):
-                results[i] = result
+            predictions = self._predict(inputs[rows, :, : size[0], : size[1]], samples, **kwargs)
+            for i, prediction in zip(rows, predictions, strict=True):
+                results[i] = prediction
         return results
 
     def _predict(self, inputs: Tensor, data_samples: Any, **kwargs: Any) -> Any:
@@ -149,27 +149,27 @@ class ScopeMixin(UnpaddedMixin):
     def _maps(self, inputs: Tensor, call: _Call) -> tuple[Tensor, ...]:
         backbone: ScopeBackbone = self.backbone
         features = backbone.forward_scope(inputs, call.sizes)
-        call.seen.append(features)
+        call.features.append(features)
         return features.maps
 
     def presence(self, data_samples: Any) -> tuple[Tensor, Tensor | None]:
-        """Classes present in each image [B, C], and of which images this is known [B]; all if ``None``."""
+        """Classes present in each image [B, C], and which images are labelled [B]; all if ``None``."""
         raise NotImplementedError
 
     def loss(self, inputs: Tensor, data_samples: Any) -> dict:
         """The base model's losses and ``loss_gate``."""
         # before the heads, which would fail on a label out of range with an index error or a CUDA assertion
-        presence, known = self.presence(data_samples)
+        presence, labelled = self.presence(data_samples)
         losses, [features] = self._run("loss", inputs, data_samples, image_sizes(inputs, data_samples))
-        losses["loss_gate"] = self.backbone.gate.loss(features.gate_logits, presence.to(inputs.device), known)
+        losses["loss_gate"] = self.backbone.gate.loss(features.gate_logits, presence.to(inputs.device), labelled)
         losses["exit_share"] = features.exited.float().mean()
         return losses
 
     def _predict(self, inputs: Tensor, data_samples: Any, **kwargs: Any) -> Any:
         """Predictions whose metainfo has ``scope``, see :meth:`_facts`; of sliding windows :func:`merge_facts`."""
-        results, seen = self._run("predict", inputs, data_samples, None, **kwargs)
-        windows = zip(*(self._facts(features) for features in seen), strict=True)
-        for sample, facts in zip(results, windows, strict=True):
+        results, windows = self._run("predict", inputs, data_samples, None, **kwargs)
+        decisions = zip(*(self._facts(features) for features in windows), strict=True)
+        for sample, facts in zip(results, decisions, strict=True):
             sample.set_metainfo({"scope": merge_facts(facts)})
         return results
 
@@ -226,6 +226,6 @@ def sample_names(data_samples: Any, *keys: str) -> list[str]:
     """What to call each image in an error: the first of its metainfo's ``keys`` that is there."""
     names = []
     for i, sample in enumerate(data_samples):
-        found = [str(sample.metainfo[k]) for k in keys if sample.metainfo.get(k)]
-        names.append(found[0] if found else f"image {i} of the batch")
+        values = [str(sample.metainfo[k]) for k in keys if sample.metainfo.get(k)]
+        names.append(values[0] if values else f"image {i} of the batch")
     return names

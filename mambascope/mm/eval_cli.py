@@ -52,13 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_options(given: Sequence[str]) -> dict[str, Any]:
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
     """``--cfg-options`` as mmengine reads them."""
     from mmengine.config import DictAction
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--cfg-options", nargs="+", action=DictAction)
-    return parser.parse_args(["--cfg-options", *given]).cfg_options if given else {}
+    return parser.parse_args(["--cfg-options", *texts]).cfg_options if texts else {}
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -90,9 +90,9 @@ def _grouped(batches: Sequence[dict], size: int) -> list[dict]:
     for batch in batches:
         shapes.setdefault(tuple(batch["inputs"][0].shape), []).append(batch)
     joined = []
-    for own in shapes.values():
-        for i in range(0, len(own), size):
-            part = own[i : i + size]
+    for same_shape in shapes.values():
+        for i in range(0, len(same_shape), size):
+            part = same_shape[i : i + size]
             joined.append({k: [b[k][0] for b in part] for k in ("inputs", "data_samples")})
     # sizes are compared between modes, not between batches: keep the most frequent shape
     most = max(shapes, key=lambda s: len(shapes[s]))
@@ -213,23 +213,23 @@ def _cell(value: Any) -> Any:
     return value
 
 
-def how_chosen(images: int, given: float | None, max_drop: float, own: float) -> tuple[float | None, str]:
+def how_chosen(images: int, requested: float | None, max_drop: float, configured: float) -> tuple[float | None, str]:
     """Where the marked threshold comes from.
 
     Args:
         images: How many there are to choose on.
-        given: The threshold that was asked for, if one was.
+        requested: The threshold of the command line, if there is one.
         max_drop: Accepted loss in points.
-        own: The model's threshold.
+        configured: The model's threshold.
 
     Returns:
         The threshold, ``None`` if the images are to choose it, and why it is that.
     """
-    if given is not None:
-        return given, "the threshold was given"
+    if requested is not None:
+        return requested, "the threshold was given"
     needed = images_for_drop(max_drop / 100)
     if images < needed:
-        return own, f"the config's threshold: {images} images are too few to choose one, {needed} can"
+        return configured, f"the config's threshold: {images} images are too few to choose one, {needed} can"
     return None, (
         f"fewest refined at most {max_drop:g} points below refining all; chosen on the {images} images reported here: "
         "its figures are slightly optimistic"

@@ -25,6 +25,8 @@ from mambascope.evaluation.sweep import candidate_thresholds
 from mambascope.evaluation.throughput import interleaved, quartiles
 from mambascope.mm.dense import crop_sample
 from mambascope.mm.loading import scope_backbone
+from mambascope.mm.scope_backbone import ScopeBackbone
+from mambascope.utils import model_device
 
 # what is reported, and what it is called in mmseg's and mmdet's own tables
 HEADLINES = {"mIoU": "mIoU", "bbox_mAP": "box AP", "segm_mAP": "mask AP"}
@@ -70,8 +72,8 @@ def build_metrics(cfg: Any, dataset_meta: dict) -> list[BaseMetric]:
     Raises:
         ValueError: If there is none.
     """
-    given = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
-    metrics = [METRICS.build(copy.deepcopy(m)) for m in given if m["type"] != "GateMetric"]
+    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
+    metrics = [METRICS.build(copy.deepcopy(e)) for e in evaluators if e["type"] != "GateMetric"]
     if not metrics:
         raise ValueError("test_evaluator of the config must have a metric besides GateMetric")
     for metric in metrics:
@@ -142,24 +144,24 @@ class _Facts(BaseMetric):
 
 def scores(metrics: Sequence[BaseMetric], entries: Sequence[list[Any]]) -> dict[str, float]:
     """The headline figures (0 to 100) of entries per metric."""
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     with quiet():
-        for metric, own in zip(metrics, entries, strict=True):
-            for name, value in metric.compute_metrics(own).items():
+        for metric, rows in zip(metrics, entries, strict=True):
+            for name, value in metric.compute_metrics(rows).items():
                 if name in HEADLINES:
                     # COCO's figures lie in [0, 1]; mmseg's are per cent already
-                    found[HEADLINES[name]] = float(value) * (1 if name == "mIoU" else 100)
-    if not found:
+                    figures[HEADLINES[name]] = float(value) * (1 if name == "mIoU" else 100)
+    if not figures:
         raise ValueError(f"the config's metrics give none of {', '.join(HEADLINES)}")
-    return found
+    return figures
 
 
 def thresholds_for(confidence: np.ndarray, points: int) -> np.ndarray:
     """At most ``points`` thresholds from 0 to 1 whose shares refined are spread evenly."""
     every = candidate_thresholds(confidence)
     share = np.array([_refined(confidence, t).mean() for t in every])
-    wanted = np.linspace(0, 1, max(2, points))
-    return every[np.unique([int(np.abs(share - w).argmin()) for w in wanted])]
+    targets = np.linspace(0, 1, max(2, points))
+    return every[np.unique([int(np.abs(share - target).argmin()) for target in targets])]
 
 
 def _refined(confidence: np.ndarray, threshold: float) -> np.ndarray:
@@ -237,27 +239,21 @@ def measure(
         max_seconds: Per size and kind of measurement.
     """
     backbone = scope_backbone(model)
-    device = next(model.parameters()).device
+    device = model_device(model)
     prepared = [model.data_preprocessor(copy.deepcopy(b), False) for b in batches]
     rows: list[dict[str, Any]] = []
-    before = backbone.threshold
+    threshold = backbone.threshold
     try:
         for side in sides:
             inputs = [resized(b, side) for b in prepared]
             count = sum(len(x) for x, _ in inputs)
-            shares, costs = {}, {}
-            height, width = inputs[0][0].shape[-2:]
-            for mode, threshold in settings.items():
-                backbone.threshold = threshold
-                with torch.inference_mode():
-                    found = [backbone.forward_scope(x) for x, _ in inputs]
-                shares[mode] = 1 - float(torch.cat([f.exited for f in found]).double().mean())
-                low, high = backbone.cost(height, width)
-                costs[mode] = low + shares[mode] * (high - low)
-            shares["plain Vim"], costs["plain Vim"] = 1.0, plain.backbone.cost(height, width)[1]
+            shares = {mode: _share_refined(backbone, inputs, value) for mode, value in settings.items()}
+            exit_cost, refined_cost = backbone.cost(*inputs[0][0].shape[-2:])
+            costs = {mode: exit_cost + share * (refined_cost - exit_cost) for mode, share in shares.items()}
+            shares["plain Vim"], costs["plain Vim"] = 1.0, plain.backbone.cost(*inputs[0][0].shape[-2:])[1]
             times: dict[str, dict[str, list[float]]] = {}
             for kind in ("backbone", "model"):
-                runs = {mode: _runner(model, kind, inputs, t) for mode, t in settings.items()}
+                runs = {mode: _runner(model, kind, inputs, value) for mode, value in settings.items()}
                 runs["plain Vim"] = _runner(plain, kind, inputs, None)
                 with torch.inference_mode():
                     times[kind] = interleaved(runs, device, rounds=rounds, max_seconds=max_seconds)
@@ -274,8 +270,15 @@ def measure(
                     row |= {f"ms_{kind}": mid, f"ms_{kind}_low": low, f"ms_{kind}_high": high}
                 rows.append(row)
     finally:
-        backbone.threshold = before
+        backbone.threshold = threshold
     return rows
+
+
+@torch.inference_mode()
+def _share_refined(backbone: ScopeBackbone, inputs: Sequence[tuple[torch.Tensor, Any]], threshold: float) -> float:
+    """Which share of the images is refined at a threshold, which stays set."""
+    backbone.threshold = threshold
+    return 1 - float(torch.cat([backbone.forward_scope(x).exited for x, _ in inputs]).double().mean())
 
 
 def _runner(model: Any, kind: str, inputs: Sequence[tuple[Any, Any]], threshold: float | None) -> Callable[[], None]:

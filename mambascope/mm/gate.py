@@ -81,23 +81,23 @@ def presence_from_masks(
         names: What to call each mask in an error, e.g. its file.
 
     Returns:
-        Presence [B, C] (0 or 1, float32) and which images have any labelled pixel [B] bool: of the others nothing is
-        known, so they are left out of the loss.
+        Presence [B, C] (0 or 1, float32) and which images have any labelled pixel [B] bool: the others are left out of
+        the loss.
 
     Raises:
         DataError: If a label is neither a class nor ``ignore_index``.
     """
-    rows, known = [], []
+    rows, labelled = [], []
     for i, mask in enumerate(masks):
         labels = mask[mask != ignore_index].long()
-        found = torch.unique(labels)
-        check_labels(found.tolist(), num_classes, ignore_index, names[i] if names else f"mask {i} of the batch")
+        classes = torch.unique(labels)
+        check_labels(classes.tolist(), num_classes, ignore_index, names[i] if names else f"mask {i} of the batch")
         row = torch.zeros(num_classes, device=mask.device)
-        row[found] = 1.0
+        row[classes] = 1.0
         rows.append(row)
-        known.append(found.numel() > 0)
+        labelled.append(classes.numel() > 0)
     device = rows[0].device
-    return torch.stack(rows), torch.tensor(known, device=device)
+    return torch.stack(rows), torch.tensor(labelled, device=device)
 
 
 def presence_from_labels(labels: Sequence[Tensor], num_classes: int, names: Sequence[str] | None = None) -> Tensor:
@@ -107,15 +107,16 @@ def presence_from_labels(labels: Sequence[Tensor], num_classes: int, names: Sequ
         DataError: If a label is no class.
     """
     rows = []
-    for i, own in enumerate(labels):
-        if own.numel() and (int(own.min()) < 0 or int(own.max()) >= num_classes):
+    for i, image_labels in enumerate(labels):
+        wrong = image_labels[(image_labels < 0) | (image_labels >= num_classes)]
+        if wrong.numel():
             name = names[i] if names else f"image {i} of the batch"
             raise DataError(
-                f"{name} has a box of class {int(own.max() if own.max() >= num_classes else own.min())}; accepted are "
-                f"0..{num_classes - 1}. Check num_classes of the heads and of the gate against the data set's classes"
+                f"{name} has a box of class {int(wrong.max())}; accepted are 0..{num_classes - 1}. Check num_classes "
+                "of the heads and of the gate against the data set's classes"
             )
-        row = torch.zeros(num_classes, device=own.device)
-        row[own.long()] = 1.0
+        row = torch.zeros(num_classes, device=image_labels.device)
+        row[image_labels.long()] = 1.0
         rows.append(row)
     return torch.stack(rows)
 

@@ -86,9 +86,9 @@ def build_model(
             model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
         except RuntimeError as error:
             raise CheckpointError(misfit(checkpoint, error)) from None
-        told = content.get("meta")
-        told = told.get("dataset_meta") if isinstance(told, Mapping) else None
-        meta = told if isinstance(told, Mapping) and told else meta
+        stored = content.get("meta")
+        stored = stored.get("dataset_meta") if isinstance(stored, Mapping) else None
+        meta = stored if isinstance(stored, Mapping) and stored else meta
     model.dataset_meta = dict(meta or {})
     model.cfg = cfg
     return model.to(device).eval()
@@ -109,8 +109,8 @@ def plain_config(cfg: Config) -> Config:
     backbone.arch = backbone.arch.replace("mambascope_", "vim_")
     for name in ("gate", "threshold", "exit_prob", "coarse_resize", "init_cfg"):
         backbone.pop(name, None)
-    known = VimBackbone.archs[backbone.arch].__dataclass_fields__
-    backbone.arch_options = {k: v for k, v in (backbone.get("arch_options") or {}).items() if k in known}
+    fields = VimBackbone.archs[backbone.arch].__dataclass_fields__
+    backbone.arch_options = {k: v for k, v in (backbone.get("arch_options") or {}).items() if k in fields}
     return plain
 
 

@@ -53,10 +53,10 @@ class ClassWeightedCrossEntropy(nn.Module):
                 f"class_weight must have one weight for each of the {logits.shape[1]} classes, got "
                 f"{len(self.class_weight)}"  # type: ignore[arg-type]
             )
-        own: Tensor = self.class_weight  # type: ignore[assignment]
-        loss = F.cross_entropy(logits.float(), labels, own, ignore_index=ignore_index, reduction="none")
-        known = labels != ignore_index
-        total = (own[labels.where(known, torch.zeros_like(labels))] * known).sum()
+        class_weight: Tensor = self.class_weight  # type: ignore[assignment]
+        loss = F.cross_entropy(logits.float(), labels, class_weight, ignore_index=ignore_index, reduction="none")
+        labelled = labels != ignore_index
+        total = (class_weight[labels.where(labelled, torch.zeros_like(labels))] * labelled).sum()
         if weight is not None:
             loss = loss * weight
         return self.loss_weight * loss.sum() / total.clamp_min(torch.finfo(total.dtype).tiny)

@@ -22,8 +22,8 @@ def average_precision(scores: np.ndarray, present: np.ndarray) -> float:
     order = np.argsort(-scores, kind="stable")
     ranked, hits = scores[order], present[order].astype(np.float64)
     last = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)  # images of one score have no order among them
-    found = hits.cumsum()[last]
-    precision, recall = found / (last + 1), found / hits.sum()
+    true_positives = hits.cumsum()[last]
+    precision, recall = true_positives / (last + 1), true_positives / hits.sum()
     return float((np.diff(recall, prepend=0.0) * precision).sum())
 
 
@@ -96,11 +96,11 @@ class GateMetric(BaseMetric):
                 level=logging.WARNING,
             )
             return {}
-        known = [r for r in results if r["target"] is not None]
+        labelled = [r for r in results if r["target"] is not None]
         value = float("nan")
-        if known:
-            scores = np.stack([r["presence"] for r in known])
-            target = np.stack([r["target"] for r in known])
+        if labelled:
+            scores = np.stack([r["presence"] for r in labelled])
+            target = np.stack([r["target"] for r in labelled])
             classes = np.flatnonzero(target.any(0))
             if classes.size:
                 value = float(np.mean([average_precision(scores[:, c], target[:, c]) for c in classes]))

@@ -41,10 +41,10 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
             raise ValueError(f"layer_decay_rate must lie in (0, 1], got {rate!r}")
         if self.base_lr is None:
             raise ValueError("optimizer must give lr: layer-wise rates are multiples of it")
-        given = self.paramwise_cfg.get("lr_mult", {})
-        factors = flat(given) if isinstance(given, Mapping) else None
+        lr_mult = self.paramwise_cfg.get("lr_mult", {})
+        factors = flat(lr_mult) if isinstance(lr_mult, Mapping) else None
         if factors is None or not all(isinstance(v, (int, float)) and v >= 0 for v in factors.values()):
-            raise ValueError(f"lr_mult must be a dict of names and factors >= 0, got {given!r}")
+            raise ValueError(f"lr_mult must be a dict of names and factors >= 0, got {lr_mult!r}")
         self.paramwise_cfg = {"layer_decay_rate": rate, "lr_mult": factors}
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", is_dcn_module: Any = None) -> None:

@@ -53,9 +53,9 @@ def picture(model: Any, pipeline: Any, path: Path, score: float) -> Any:
         segmentation = sample.pred_sem_seg.data.squeeze(0).cpu().numpy()
     else:
         keep = sample.pred_instances.scores >= score
-        own = sample.pred_instances[keep].cpu()
-        boxes, labels, box_scores = own.bboxes.numpy(), own.labels.numpy(), own.scores.numpy()
-        masks = np.asarray(own.masks) if "masks" in own else None
+        instances = sample.pred_instances[keep].cpu()
+        boxes, labels, box_scores = instances.bboxes.numpy(), instances.labels.numpy(), instances.scores.numpy()
+        masks = np.asarray(instances.masks) if "masks" in instances else None
     palette = model.dataset_meta.get("palette")
     return DensePicture(
         image=original,

@@ -42,8 +42,9 @@ class SimplePyramid(nn.Module):
         self, dim: int, out_channels: int | None = None, norm_cfg: dict | None = None, readout: bool = False
     ) -> None:
         super().__init__()
-        own = (nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim)) for _ in STEPS)
-        self.readout = nn.ModuleList(own) if readout else None
+        self.readout = (
+            nn.ModuleList(nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim)) for _ in STEPS) if readout else None
+        )
         self.dim = dim
         self.norms = nn.ModuleList(LayerNorm2d(dim) for _ in STEPS)
         up = [nn.ConvTranspose2d(dim, dim, 2, 2) for _ in range(3)]
@@ -93,26 +94,26 @@ class ImageDetail(nn.Module):
 
     A classifier's linear patch embedding keeps what tells its classes apart, and its tokens come one for a whole patch;
     masks and boxes need more. The maps are those of a :class:`~mambascope.layers.stem.ConvStem` and one level more: of
-    the encoder's stem, which has learned from a classifier's images, or, where it has none, of an own one.
+    the encoder's stem, which has learned from a classifier's images, or, where it has none, of a separate one.
 
     Args:
         in_chans: Channels of the image.
         patch_size: Side P of a patch in pixels, a power of two and at least 8.
         out_channels: Channels of the maps.
         width: Channels at the finest stride; the others have twice as many.
-        own_stem: Whether the convolutions are made here; if not, their maps have to be given.
+        separate_stem: Whether the convolutions are made here; if not, their maps have to be given.
 
     Raises:
-        ValueError: If the patch size of an own stem is another.
+        ValueError: If the patch size of a separate stem is another.
     """
 
     def __init__(
-        self, in_chans: int, patch_size: int, out_channels: int, width: int = 32, own_stem: bool = True
+        self, in_chans: int, patch_size: int, out_channels: int, width: int = 32, separate_stem: bool = True
     ) -> None:
         super().__init__()
         self.width = width
-        self.stem_macs = stem_macs(stem_convs(in_chans, patch_size, width), patch_size) if own_stem else 0
-        self.stem = ConvStem(in_chans, patch_size, width) if own_stem else None
+        self.stem_macs = stem_macs(stem_convs(in_chans, patch_size, width), patch_size) if separate_stem else 0
+        self.stem = ConvStem(in_chans, patch_size, width) if separate_stem else None
         self.last = conv_half(2 * width, 2 * width)
         channels = (width, *[2 * width] * (len(STEPS) - 1))
         self.outs: Any = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in channels)
@@ -124,16 +125,16 @@ class ImageDetail(nn.Module):
             x: The images.
             stem_maps: What the encoder's stem makes of them, where it has one.
         """
-        found = self._stem_maps(x, stem_maps)
-        return self._project([*found, self.last(found[-1])])
+        levels = self._stem_maps(x, stem_maps)
+        return self._project([*levels, self.last(levels[-1])])
 
     def forward_half(self, half: Tensor, stem_maps: Sequence[Tensor] = ()) -> list[Tensor]:
         """The same maps from the half-size image [B, C, H/2, W/2]: each is one level finer there, the first resized."""
-        found = self._project(self._stem_maps(half, stem_maps))
-        return [double(found[0]), *found]
+        levels = self._project(self._stem_maps(half, stem_maps))
+        return [double(levels[0]), *levels]
 
-    def _stem_maps(self, x: Tensor, given: Sequence[Tensor]) -> Sequence[Tensor]:
-        return given if self.stem is None else self.stem(x)
+    def _stem_maps(self, x: Tensor, stem_maps: Sequence[Tensor]) -> Sequence[Tensor]:
+        return stem_maps if self.stem is None else self.stem(x)
 
     def _project(self, maps: Sequence[Tensor]) -> list[Tensor]:
         # the half-size image has no fourth level

@@ -85,8 +85,8 @@ class ScopeRunner(Runner):
         """Builds the model, with a word on models that do not tell our backbones where padding begins."""
         built = super().build_model(model)
         parts = list(built.modules())
-        ours, unpadded = (any(isinstance(m, kind) for m in parts) for kind in (EncoderBackbone, UnpaddedMixin))
-        if ours and not unpadded:
+        adapted, unpadded = (any(isinstance(m, kind) for m in parts) for kind in (EncoderBackbone, UnpaddedMixin))
+        if adapted and not unpadded:
             print_log(
                 f"{type(built).__name__} takes padding for a part of the image: results depend on the other images of "
                 "a batch. VimEncoderDecoder, ScopeEncoderDecoder, VimCascadeRCNN and ScopeCascadeRCNN read images "
@@ -132,9 +132,9 @@ class ScopeRunner(Runner):
             if is_main_process() and not began:
                 shutil.rmtree(self._log_dir, ignore_errors=True)
                 folder = Path(self.work_dir)
-                given = Path(self.cfg.filename or f"{self.timestamp}.py")
-                dumped = folder / given.name
-                if set(folder.iterdir()) <= {dumped} and given.resolve() != dumped.resolve():
+                source = Path(self.cfg.filename or f"{self.timestamp}.py")
+                dumped = folder / source.name
+                if set(folder.iterdir()) <= {dumped} and source.resolve() != dumped.resolve():
                     dumped.unlink(missing_ok=True)
                     folder.rmdir()
             raise
@@ -150,9 +150,9 @@ class ScopeRunner(Runner):
             if "need at least one array" not in str(error) or not isinstance(dataloader, Mapping):
                 raise
             [(_, dataset), *_] = plain_configs(dataloader["dataset"])
-            left = dict(dataset.get("filter_cfg") or {})
+            filters = dict(dataset.get("filter_cfg") or {})
             where = Path(dataset.get("data_root") or "", dataset.get("ann_file") or "")
-            raise DataError(f"no image of {where} is left after filter_cfg={left}") from None
+            raise DataError(f"no image of {where} is left after filter_cfg={filters}") from None
         name_annotations(loader.dataset)
         check_masks(loader.dataset)
         survey_images(loader.dataset)
@@ -186,8 +186,8 @@ class ScopeRunner(Runner):
             model = revert_sync_batchnorm(model)
             if self.distributed:
                 unused = self.cfg.get("find_unused_parameters", False)
-                own = {"broadcast_buffers": False, "find_unused_parameters": unused, "device_ids": None}
-                model_wrapper_cfg = {"type": "MMDistributedDataParallel", **own, **(model_wrapper_cfg or {})}
+                ddp = {"broadcast_buffers": False, "find_unused_parameters": unused, "device_ids": None}
+                model_wrapper_cfg = {"type": "MMDistributedDataParallel", **ddp, **(model_wrapper_cfg or {})}
         return super().wrap_model(model_wrapper_cfg, model)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
@@ -195,6 +195,6 @@ class ScopeRunner(Runner):
         amp = isinstance(optim_wrapper, Mapping) and optim_wrapper.get("type") == "AmpOptimWrapper"
         if amp and not torch.cuda.is_available():
             print_log("mixed precision on CPU: bfloat16, no loss scale", logger="current")
-            kept = {k: v for k, v in optim_wrapper.items() if k not in ("loss_scale", "dtype", "use_fp64")}
-            optim_wrapper = {**kept, "type": "CpuAmpOptimWrapper"}
+            options = {k: v for k, v in optim_wrapper.items() if k not in ("loss_scale", "dtype", "use_fp64")}
+            optim_wrapper = {**options, "type": "CpuAmpOptimWrapper"}
         return super().build_optim_wrapper(optim_wrapper)

@@ -110,8 +110,8 @@ class ScopeBackbone(EncoderBackbone):
         self.coarse_up = None
         if coarse_resize == "learned":
             maps = [nn.ConvTranspose2d(dim, dim, 2, 2, bias=False) for _ in STEPS]
-            for own in maps:
-                nn.init.zeros_(own.weight)
+            for linear in maps:
+                nn.init.zeros_(linear.weight)
             self.coarse_up = nn.ModuleList(maps)
         if not 0 <= exit_prob <= 1:
             raise ValueError(f"exit_prob must lie in [0, 1], got {exit_prob!r}")
@@ -145,10 +145,10 @@ class ScopeBackbone(EncoderBackbone):
             sizes: Height and width of each image in pixels; what lies outside is padding, which is neither read nor
                 selected, and where the maps are zero. ``None`` if there is none.
         """
-        groups, own = self._groups(x, sizes)
+        groups, image_sizes = self._groups(x, sizes)
         canvas = (x.shape[-2], x.shape[-1])
         parts = [self._part(group.images) for group in groups]
-        levels = self._levels([part.look for part in parts], groups, canvas, own)
+        levels = self._levels([part.look for part in parts], groups, canvas, image_sizes)
         order = batch_order(groups)
         grid = cover(canvas, self._cell)
         most = max(part.selected.shape[1] for part in parts)
@@ -164,7 +164,7 @@ class ScopeBackbone(EncoderBackbone):
             importance=join(importance, order),
             selected=join(selected, order),
             grid=grid,
-            sizes=own,
+            sizes=image_sizes,
         )
 
     def _part(self, x: Tensor) -> _Part:
@@ -233,12 +233,12 @@ class ScopeBackbone(EncoderBackbone):
 
     def image_gflops(self, features: ScopeFeatures) -> dict[str, list[float]]:
         """Backbone GFLOPs of every image of a batch, padding not counted, per convention of :meth:`cost`."""
-        found = {}
+        gflops = {}
         for convention in ("one_direction", "both_directions"):
             costs = {size: self.cost(*size, convention) for size in set(features.sizes)}
             pairs = zip(features.exited.tolist(), features.sizes, strict=True)
-            found[convention] = [costs[size][0 if exited else 1] for exited, size in pairs]
-        return found
+            gflops[convention] = [costs[size][0 if exited else 1] for exited, size in pairs]
+        return gflops
 
 
 def check_gate(backbone: Any, num_classes: int) -> ScopeBackbone:

@@ -126,13 +126,13 @@ class NamedAnnotations:
 
     def _check_boxes(self, results: Mapping[str, Any]) -> None:
         """Boxes and polygons are in pixels of an image of the size that the file says."""
-        said = results.get("height"), results.get("width")
-        if self.load.with_seg or None in said or "ori_shape" not in results:
+        size = results.get("height"), results.get("width")
+        if self.load.with_seg or None in size or "ori_shape" not in results:
             return
-        if tuple(results["ori_shape"][:2]) != said:
+        if tuple(results["ori_shape"][:2]) != size:
             raise DataError(
                 f"image {results['img_path']} is {_size(results['ori_shape'])} pixels{_turned(results)} and "
-                f"annotations {self.annotations} say {_size(said)}: boxes would not fit"
+                f"annotations {self.annotations} say {_size(size)}: boxes would not fit"
             )
 
     def _check_mask(self, results: Mapping[str, Any]) -> None:
@@ -143,8 +143,8 @@ class NamedAnnotations:
                 f"{_size(labels.shape)}: they must be of one size"
             )
         if self.num_classes:
-            found = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
-            check_labels(found.tolist(), self.num_classes, self.ignore_index, mask)
+            classes = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
+            check_labels(classes.tolist(), self.num_classes, self.ignore_index, mask)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.load!r})"

@@ -42,14 +42,14 @@ def pretrained_options(init_cfg: Any) -> Mapping[str, Any]:
     Raises:
         ValueError: If it is something else.
     """
-    given = init_cfg[0] if isinstance(init_cfg, Sequence) and len(init_cfg) == 1 else init_cfg
-    kind = given.get("type") if isinstance(given, Mapping) else None
-    if getattr(kind, "__name__", kind) not in ("Pretrained", "PretrainedInit") or set(given) - _OPTIONS:
+    single = init_cfg[0] if isinstance(init_cfg, Sequence) and len(init_cfg) == 1 else init_cfg
+    kind = single.get("type") if isinstance(single, Mapping) else None
+    if getattr(kind, "__name__", kind) not in ("Pretrained", "PretrainedInit") or set(single) - _OPTIONS:
         raise ValueError(
             "init_cfg must be dict(type='Pretrained', checkpoint=FILE, prefix=None, strict=True) or None, "
             f"got {init_cfg!r}"
         )
-    return given
+    return single
 
 
 def local_file(checkpoint: str | os.PathLike[str]) -> Path:
@@ -100,14 +100,14 @@ def read_weights(checkpoint: str | os.PathLike[str], prefix: str | None = None) 
     tensors, description = read_tensors(path)
     if prefix:
         start = prefix if prefix.endswith(".") else f"{prefix}."
-        found = {k.partition(start)[2]: v for k, v in tensors.items() if k.removeprefix("module.").startswith(start)}
-        if not found:
+        matches = {k.partition(start)[2]: v for k, v in tensors.items() if k.removeprefix("module.").startswith(start)}
+        if not matches:
             first = dict.fromkeys(f"{k.partition('.')[0]}." for k in tensors if "." in k)
             raise CheckpointError(
                 f"checkpoint {checkpoint} has no tensor whose name begins with {start!r}; its names begin with "
                 f"{', '.join(list(first)[:8])}"
             )
-        tensors = found
+        tensors = matches
     return Weights(str(checkpoint), strip_wrappers(tensors, description), description)
 
 
@@ -127,27 +127,27 @@ def start_backbone(backbone: Any, source: Weights, strict: bool = True) -> str:
         return f"{report}\n{parts[0]} tensors from the file; everything else of the backbone starts anew"
     for child in (name for name, _ in backbone.named_children() if f"{name}." != ENCODER):
         parts.append(_start_part(child, backbone, source.tensors, report))
-    known = (ENCODER, *(f"{name}." for name, _ in backbone.named_children()))
-    report.unused += [name for name in source.tensors if not name.startswith(known)]
+    prefixes = (ENCODER, *(f"{name}." for name, _ in backbone.named_children()))
+    report.unused += [name for name in source.tensors if not name.startswith(prefixes)]
     return f"{report}\ntensors from the file: {', '.join(parts)}"
 
 
 def _start_part(child: str, backbone: Any, tensors: Mapping[str, Tensor], report: LoadReport) -> str:
     """Loads what fits of one part beside the encoder and adds it to the report."""
-    own = {name: value for name, value in backbone.state_dict().items() if name.startswith(f"{child}.")}
-    found = 0
-    other = ""
+    part_weights = {name: value for name, value in backbone.state_dict().items() if name.startswith(f"{child}.")}
+    count = 0
+    misfit = ""
     with torch.no_grad():
-        for name, value in own.items():
-            given = tensors.get(name)
-            if given is not None and given.shape == value.shape:
-                value.copy_(given)
+        for name, value in part_weights.items():
+            tensor = tensors.get(name)
+            if tensor is not None and tensor.shape == value.shape:
+                value.copy_(tensor)
                 report.matched.append(name)
-                found += 1
+                count += 1
                 continue
             report.new.append(name)
-            if given is not None:
+            if tensor is not None:
                 report.unused.append(name)
-                other = other or f" ({name} is {list(given.shape)} in the file and {list(value.shape)} here)"
-    report.unused += [name for name in tensors if name.startswith(f"{child}.") and name not in own]
-    return f"{child}: {found} of {len(own)}{other}"
+                misfit = misfit or f" ({name} is {list(tensor.shape)} in the file and {list(value.shape)} here)"
+    report.unused += [name for name in tensors if name.startswith(f"{child}.") and name not in part_weights]
+    return f"{child}: {count} of {len(part_weights)}{misfit}"
