@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mambascope.evaluation.report import machine_info
+from mambascope.evaluation.machine import machine_info
 from mambascope.utils import atomic_path
 
 RESULTS = Path(__file__).parent / "results"

@@ -28,7 +28,7 @@ ALLOWED = {
     "evaluation": {"ops", "models", "data", "plotting"},
     "compare": {"models", "data", "training", "evaluation", "plotting"},
     "commands": CORE,
-    **{wing: CORE for wing in WINGS},
+    **dict.fromkeys(WINGS, CORE),
 }
 LIBRARIES = {
     "lightning": {"training", "data", "commands", "eye", "peers"},

@@ -12,6 +12,7 @@ import torch
 from mambascope.commands.options import CHECKPOINT_HELP, add_column_arguments, add_value_range, image_size, value_range
 from mambascope.data.open import validation_loader
 from mambascope.evaluation.calibration import calibrate
+from mambascope.evaluation.options import ReportOptions
 from mambascope.evaluation.report import Report, write_report
 from mambascope.evaluation.sweep import Target
 from mambascope.evaluation.throughput import Timing, compare_engine, representative
@@ -160,10 +161,8 @@ def _run(args: argparse.Namespace) -> int:
         if data.calibration is None:
             raise ValueError(f"--fit-temperature needs calibration data; {data.name} has none beside the evaluation's")
         print(f"temperature {calibrate(model, data.calibration):.4f}, fitted on the calibration data")
-    report = write_report(
-        model,
-        data.loader,
-        out,
+    options = ReportOptions(
+        name=model.description.get("model"),
         calibration_loader=data.calibration,
         threshold=args.threshold,
         target=target or Target(),
@@ -172,11 +171,11 @@ def _run(args: argparse.Namespace) -> int:
         timing_images=args.timing_images,
         rounds=args.rounds,
         max_seconds=args.max_seconds,
-        name=model.description.get("model"),
         published=args.published,
         figures=not args.no_figures,
         progress=sys.stderr.isatty(),
     )
+    report = write_report(model, data.loader, out, options)
     if args.engine and is_two_stage(model):
         print("\n" + engine_table(model, report, args))
     if target is not None or args.export:

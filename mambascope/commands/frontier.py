@@ -18,7 +18,7 @@ from mambascope.compare.lists import FrontierList, read_list, shipped_lists
 from mambascope.compare.table import Row, Spread, make_rows, write_csv
 from mambascope.compare.timing import Measured, measure
 from mambascope.compare.work import Point, Result, Work
-from mambascope.evaluation.published import IMAGENET_ROWS, NOTE
+from mambascope.evaluation.published import IMAGENET_ROWS
 from mambascope.utils import atomic_path, pick_device, run_command
 
 CSV_NAME, PLOT_NAME, FACTS_NAME, TEXT_NAME = "frontier.csv", "frontier.png", "frontier.json", "comparison.txt"
@@ -73,7 +73,8 @@ def _curves(plan: FrontierList, results: dict[Point, Result], measured: Sequence
 
 
 def _plot(plan: FrontierList, rows: Sequence[Row], curves: dict[str, Curve], path: Path) -> None:
-    from mambascope.plotting.methods import Method, Published, plot_methods
+    from mambascope.plotting.methods import Method, plot_methods
+    from mambascope.plotting.published import PublishedPoint
 
     convention = "one_direction" if plan.published else "both_directions"
     sizes = plan.timing.batch_sizes
@@ -98,8 +99,8 @@ def _plot(plan: FrontierList, rows: Sequence[Row], curves: dict[str, Curve], pat
                 reference=name == plan.baseline,
             )
         )
-    literature = [(row.label, row.gflops, row.top1) for row in IMAGENET_ROWS if row.size in plan.published]
-    published = Published(NOTE, *zip(*literature, strict=True)) if literature else None
+    models = [row for row in IMAGENET_ROWS if row.size in plan.published]
+    published = [PublishedPoint(row.label, row.top1, row.gflops) for row in models]
     plot_methods(methods, panels, path, published=published, title=plan.title)
 
 

@@ -306,15 +306,13 @@ class TrainCLI(LightningCLI):
         if run.report and isinstance(model, MambaEye):
             self._report_eye(model)
         elif run.report:
+            from mambascope.evaluation.options import ReportOptions
             from mambascope.evaluation.report import write_report
             from mambascope.evaluation.sweep import Target
 
             self.datamodule.trainer = None  # the loaders shall give this process every image
             given = self.model.net.args.get("threshold")
-            report = write_report(
-                model.to(self.trainer.strategy.root_device).eval(),
-                self.datamodule,
-                self.run_dir / REPORT_DIR,
+            options = ReportOptions(
                 class_names=getattr(self.datamodule, "class_names", None),
                 metrics_csv=self.run_dir / LOG_DIR / "metrics.csv",
                 # on other images the drop differs by a few tenths: aim at none, to stay within half a point
@@ -328,6 +326,8 @@ class TrainCLI(LightningCLI):
                 progress=sys.stdout.isatty(),
                 print_table=False,
             )
+            trained = model.to(self.trainer.strategy.root_device).eval()
+            report = write_report(trained, self.datamodule, self.run_dir / REPORT_DIR, options)
             print(f"\n{report.table}\n")
             if isinstance(model, MambaScope) and report.threshold is not None:
                 model.threshold = report.threshold

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mambascope.compare.lists import TimingArgs, digest
 from mambascope.compare.work import Point, Result, Work
-from mambascope.evaluation.report import machine_info
+from mambascope.evaluation.machine import machine_info
 from mambascope.evaluation.throughput import interleaved, quartiles
 from mambascope.utils import atomic_path, evaluating
 

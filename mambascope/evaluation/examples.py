@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mambascope.models.engine import ScopePredictor
 from mambascope.models.gate import confidence
 from mambascope.models.preprocessing import preprocessing
 from mambascope.models.scope import MambaScope
 from mambascope.models.states import ScopeOutput
 from mambascope.plotting import Example
-from mambascope.utils import evaluating, model_device
+from mambascope.utils import model_device
 
 
 def to_rgb(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -80,12 +81,5 @@ def make_examples(
 
 
 def run_scope(model: MambaScope, images: Tensor, threshold: float, batch_size: int = 64) -> ScopeOutput:
-    """Dynamic inference on images [B, C, H, W] in small batches; the result is on the CPU."""
-    device = model_device(model)
-    with evaluating(model):
-        parts = [model.forward_scope(part.to(device), threshold) for part in images.split(batch_size)]
-    joined = {
-        name: torch.cat([getattr(part, name) for part in parts]).cpu()
-        for name in ("logits", "coarse_logits", "confidence", "exited", "importance", "selected", "tokens")
-    }
-    return ScopeOutput(**joined, grid=parts[0].grid)
+    """Dynamic inference on images [B, C, H, W] of any device, `batch_size` at a time through the coarse stage."""
+    return ScopePredictor(model, threshold=threshold)(images.to(model_device(model)), batch_size)

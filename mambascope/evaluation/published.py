@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NOTE = "published, not reproduced here"
-
 
 @dataclass(frozen=True)
 class PublishedRow:

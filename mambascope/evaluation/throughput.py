@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mambascope.evaluation.collect import Collected
 from mambascope.models.engine import ScopePredictor
 from mambascope.models.scope import MambaScope
 from mambascope.utils import evaluating, model_device
@@ -175,38 +177,69 @@ def measure_scope(
     """
     device = model_device(model)
     batches = _batches(images.to(device), batch_size)
-    total = sum(len(b) for b in batches)
     settings = [("coarse", 0.0), ("refine_all", 1.0), *(("dynamic", float(t)) for t in thresholds)]
 
-    def runner(threshold: float) -> Callable[[], None]:
-        def run() -> None:
-            for batch in batches:
-                model.forward_scope(batch, threshold, alpha)
-
-        return run
+    def passes(threshold: float) -> list[Tensor]:
+        return [model.forward_scope(batch, threshold, alpha).exited for batch in batches]
 
     with evaluating(model):
         if max_seconds is not None:
             # modes between coarse only and everything refined cost about two thirds of the latter
             modes = len(settings) * 2 / 3
             batches, rounds = _fit(lambda x: model.forward_scope(x, 1.0, alpha), batches, modes, rounds, max_seconds)
-            total = sum(len(b) for b in batches)
-        shares = []
-        for _, threshold in settings:
-            exits = [model.forward_scope(batch, threshold, alpha).exited for batch in batches]
-            shares.append(1 - float(torch.cat(exits).double().mean()))
+        shares = [1 - float(torch.cat(passes(eta)).double().mean()) for _, eta in settings]
         seconds = interleaved(
-            {str(i): runner(t) for i, (_, t) in enumerate(settings)},
+            {str(i): partial(passes, eta) for i, (_, eta) in enumerate(settings)},
             device,
             rounds=rounds,
             warmup=0,  # the pass over the shares has warmed everything up
             max_seconds=max_seconds,
             progress=f"timing, batch {batch_size}" if progress else None,
         )
-    timings = []
-    for i, ((mode, threshold), share) in enumerate(zip(settings, shares, strict=True)):
-        eta = threshold if mode == "dynamic" else None
-        timings.append(_timing(mode, batch_size, total, seconds[str(i)], eta, share))
+    total = sum(len(b) for b in batches)
+    return [
+        _timing(mode, batch_size, total, seconds[str(i)], eta if mode == "dynamic" else None, shares[i])
+        for i, (mode, eta) in enumerate(settings)
+    ]
+
+
+def measure_all(
+    model: MambaScope,
+    sample: Collected,
+    thresholds: Sequence[float],
+    batch_sizes: Sequence[int],
+    count: int = 384,
+    *,
+    rounds: int = 7,
+    max_seconds: float | None = None,
+    progress: bool = False,
+) -> list[Timing]:
+    """Times all modes at every batch size on about `count` sampled images; larger batches shrink to the sample.
+
+    Args:
+        model: On the device to measure.
+        sample: Its answers on all images, and some of the images.
+        thresholds: η of the dynamic modes.
+        batch_sizes: Images per call.
+        count: Images to time.
+        rounds, max_seconds, progress: See :func:`measure_scope`.
+    """
+    timings: list[Timing] = []
+    confidence = sample.record.confidence[sample.index.numpy()]
+    count = min(count, len(confidence))
+    for size in dict.fromkeys(min(int(s), count) for s in batch_sizes):
+        # single images take several times longer each: a quarter of the sample is enough
+        images = count // size * size if size > 8 else max(size, count // 4)
+        picked = representative(confidence, sample.record.confidence, images)
+        timings += measure_scope(
+            model,
+            sample.images[torch.from_numpy(picked)],
+            thresholds,
+            batch_size=size,
+            rounds=rounds,
+            max_seconds=max_seconds,
+            progress=progress,
+        )
     return timings
 
 

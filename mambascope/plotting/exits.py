@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
-from mambascope.evaluation.sweep import StageRecord
 from mambascope.plotting import style
 from mambascope.plotting.heatmaps import Example
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Both stages' answers on N images.
+
+    Attributes:
+        confidence: Of the coarse stage [N], 0 to 1.
+        coarse_correct, fine_correct: Whether each stage is right [N] bool.
+    """
+
+    confidence: np.ndarray
+    coarse_correct: np.ndarray
+    fine_correct: np.ndarray
+
+
 def plot_exits(
-    record: StageRecord,
+    answers: Answers,
     examples: Sequence[Example],
     threshold: float,
     path: str | os.PathLike[str],
@@ -27,24 +41,24 @@ def plot_exits(
     """Draws example images per stage, and the coarse confidences of all images around the threshold.
 
     Args:
-        record: Both stages' answers on all images.
+        answers: Of both stages on all images.
         examples: Images with the stage in which they ended.
         threshold: η; ``<= 0`` exits all, ``>= 1`` refines all.
         path: PNG to write.
         per_stage: Most images shown per stage.
         title: Of the whole figure.
     """
-    exited = record.confidence >= threshold if threshold < 1 else np.zeros(len(record), dtype=bool)
+    exited = answers.confidence >= threshold if threshold < 1 else np.zeros(len(answers.confidence), dtype=bool)
     exited |= threshold <= 0
     with style.styled():
         figure = style.new_figure(10.8, 5.2)
         pictures, numbers = figure.subfigures(1, 2, squeeze=False, width_ratios=[2.1, 1])[0]
         upper, lower = pictures.subfigures(2, 1, squeeze=False)[:, 0]
-        left = _heading("left after the coarse look", exited, record.coarse_correct)
-        again = _heading("read again", ~exited, record.fine_correct)
+        left = _heading("left after the coarse look", exited, answers.coarse_correct)
+        again = _heading("read again", ~exited, answers.fine_correct)
         _stage(upper, [e for e in examples if e.exited], per_stage, left, style.COARSE)
         _stage(lower, [e for e in examples if not e.exited], per_stage, again, style.FINE)
-        _histogram(numbers.subplots(), record, threshold)
+        _histogram(numbers.subplots(), answers, threshold)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         return style.save(figure, path)
@@ -77,11 +91,11 @@ def _stage(part: SubFigure, examples: Sequence[Example], most: int, heading: str
                 spine.set(visible=True, color=style.WRONG, linewidth=2)
 
 
-def _histogram(ax: Axes, record: StageRecord, threshold: float) -> None:
+def _histogram(ax: Axes, answers: Answers, threshold: float) -> None:
     bins = np.linspace(0, 1, 26)
-    right = record.coarse_correct
+    right = answers.coarse_correct
     ax.hist(
-        [record.confidence[right], record.confidence[~right]],
+        [answers.confidence[right], answers.confidence[~right]],
         bins=list(bins),
         stacked=True,
         color=[style.RIGHT, style.WRONG],

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from mambascope.plotting import style
+from mambascope.plotting.published import PublishedPoint, draw_published
 
 _COLOURS = (
     style.COARSE,
@@ -51,29 +52,12 @@ class Method:
     reference: bool = False
 
 
-@dataclass(frozen=True)
-class Published:
-    """Rows of the literature, drawn grey and marked as such.
-
-    Attributes:
-        note: What they are, in the legend.
-        labels: Name of each row.
-        cost: Cost of each row, in the unit of the panel.
-        top1: Accuracy of each row, in per cent.
-    """
-
-    note: str
-    labels: Sequence[str]
-    cost: Sequence[float]
-    top1: Sequence[float]
-
-
 def plot_methods(
     methods: Sequence[Method],
     panels: dict[str, tuple[str, str]],
     path: str | os.PathLike[str],
     *,
-    published: Published | None = None,
+    published: Sequence[PublishedPoint] = (),
     title: str = "",
 ) -> Path:
     """Draws top-1 against each cost.
@@ -82,32 +66,25 @@ def plot_methods(
         methods: What is drawn; points of a method are joined by a thin line.
         panels: Title and label of the horizontal axis, by the name that the cost has in the methods.
         path: PNG to write.
-        published: Rows of the literature for the first panel.
+        published: Rows of the literature (``one_direction`` GFLOPs) for the first panel, grey and marked as such.
         title: Of the whole figure.
     """
     with style.styled():
         figure = style.new_figure(4.7 * len(panels), 5.0)
-        axes = figure.subplots(1, len(panels), squeeze=False, sharey=published is None)[0]
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=not published)[0]
         for ax, (name, (heading, label)) in zip(axes, panels.items(), strict=True):
             for i, (method, look) in enumerate(zip(methods, _looks(methods), strict=True)):
                 _draw(ax, method, name, *look, order=3 + i)
             ax.set_title(heading)
             ax.set_xlabel(label)
             ax.set_xlim(left=0)
-        if published is not None:
-            _draw_published(axes[0], published)
+        draw_published(axes[0], published, fontsize=6.5)
         axes[0].set_ylabel("top-1 accuracy (%)")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         return style.save(figure, path)
-
-
-def _draw_published(ax: Axes, rows: Published) -> None:
-    ax.plot(rows.cost, rows.top1, "x", color=style.MUTED, ms=6, zorder=2, label=rows.note)
-    for label, cost, top1 in zip(rows.labels, rows.cost, rows.top1, strict=True):
-        ax.annotate(label, (cost, top1), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
 
 
 def _looks(methods: Sequence[Method]) -> list[tuple[str, str]]:

@@ -72,7 +72,7 @@ def test_folder_with_the_model_class_numbers(checkpoint, data, tmp_path, capsys)
     assert {t["threshold"] for t in report["timings"]} >= {0.5, report["threshold"]}
     with (tmp_path / "timings.csv").open() as file:
         assert {row["batch_size"] for row in csv.DictReader(file)} == {"6", "1"}
-    assert not (tmp_path / "frontier.png").exists()
+    assert not (tmp_path / "tradeoff.png").exists()
     # labels are those of the model, not the alphabet's of this folder
     model = ready_model(checkpoint, device="cpu")
     from mambascope.data.open import validation_loader
@@ -183,7 +183,7 @@ def test_the_tool_itself(digits_run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "saved by dynamic" in done.stdout
     assert (tmp_path / "report.json").is_file()
-    assert (tmp_path / "frontier.png").is_file()
+    assert (tmp_path / "tradeoff.png").is_file()
 
 
 def test_the_gate_is_calibrated_on_images_of_its_own(digits_run, checkpoint, data, tmp_path, capsys):

@@ -21,6 +21,7 @@ from mambascope.evaluation.choice import (
     images_for_share,
     images_needed,
 )
+from mambascope.evaluation.options import ReportOptions
 from mambascope.evaluation.report import write_report
 from mambascope.evaluation.sweep import StageRecord, Target
 from mambascope.models.checkpoint import load_model, save_safetensors
@@ -84,11 +85,11 @@ def test_what_is_said_of_a_choice():
     fine[995] = 1
     hit = np.ones(n, dtype=bool)
     record = StageRecord(labels, confidence, coarse, hit, confidence, fine, hit)
-    found = describe_choice(Target(), record, 0.45, 0.8)
-    assert (found["decided"], found["images"], found["threshold"]) == (True, n, 0.45)
-    assert found["drop"] == pytest.approx((4 - 1) / n)
-    assert found["drop_interval"] == pytest.approx(drop_interval(4, 1, n))
-    assert found["share_refined"] == pytest.approx(0.45)
+    report = describe_choice(Target(), record, 0.45, 0.8)
+    assert (report["decided"], report["images"], report["threshold"]) == (True, n, 0.45)
+    assert report["drop"] == pytest.approx((4 - 1) / n)
+    assert report["drop_interval"] == pytest.approx(drop_interval(4, 1, n))
+    assert report["share_refined"] == pytest.approx(0.45)
     assert describe_choice(Target(), record, 0.0, 0.8)["share_refined"] == 0
     assert describe_choice(Target(), record, 1.0, 0.8)["share_refined"] == 1
 
@@ -98,22 +99,22 @@ def test_three_images_leave_the_threshold(model, tmp_path, where):
     """It became 0, and the model never refined again."""
     few = data(model, 3)
     loader, calibration = ([few], None) if where == "evaluation" else ([data(model, 40)], [few])
-    found = write_report(model, loader, tmp_path, calibration_loader=calibration, **NO_FIGURES)
-    assert found.threshold == 0.7
+    report = write_report(model, loader, tmp_path, ReportOptions(calibration_loader=calibration, **NO_FIGURES))
+    assert report.threshold == 0.7
     choice = json.loads((tmp_path / "report.json").read_text())["choice"]
     assert (choice["decided"], choice["images"], choice["images_needed"]) == (False, 3, 598)
     assert choice["drop_interval"][0] < -0.5
     assert choice["drop_interval"][1] > 0.5
-    assert "the model's own 0.7 stays: 3 images are too few to choose" in found.table
-    assert "598 can" in found.table
-    assert "95 % interval" in found.table
+    assert "the model's own 0.7 stays: 3 images are too few to choose" in report.table
+    assert "598 can" in report.table
+    assert "95 % interval" in report.table
 
 
 def test_enough_images_choose(model, tmp_path):
-    found = write_report(model, [data(model, 600)], tmp_path, **NO_FIGURES)
-    assert found.threshold == 0.0
-    assert found.data["choice"]["decided"]
-    assert found.data["choice"]["drop_interval"][1] < 0.01
+    report = write_report(model, [data(model, 600)], tmp_path, ReportOptions(**NO_FIGURES))
+    assert report.threshold == 0.0
+    assert report.data["choice"]["decided"]
+    assert report.data["choice"]["drop_interval"][1] < 0.01
 
 
 @pytest.mark.parametrize(("target", "stays"), [(["--target-acc-drop", 0.5], True), (["--target-acc-drop", 20], False)])

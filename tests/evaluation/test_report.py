@@ -11,6 +11,7 @@ from PIL import Image
 from mambascope.evaluation import report as report_module
 from mambascope.evaluation.choice import interval_text
 from mambascope.evaluation.examples import make_examples, run_scope, to_rgb
+from mambascope.evaluation.options import ReportOptions
 from mambascope.evaluation.report import write_report
 from mambascope.evaluation.sweep import Target
 from mambascope.evaluation.throughput import representative
@@ -35,17 +36,13 @@ def written(tiny_scope, loader, tmp_path_factory):
         tiny_scope,
         loader,
         out,
-        metrics_csv=log,
-        class_names=list("abcdefg"),
-        target=Target(value=0.1),
-        name="test",
-        **QUICK,
+        ReportOptions(metrics_csv=log, class_names=list("abcdefg"), target=Target(value=0.1), name="test", **QUICK),
     )
 
 
 def test_every_file_is_there_and_readable(written):
     names = {p.name for p in written.directory.iterdir()}
-    pictures = {"frontier.png", "heatmaps.png", "exits.png", "training.png"}
+    pictures = {"tradeoff.png", "heatmaps.png", "exits.png", "training.png"}
     assert names == pictures | {"report.json", "report.txt", "curve.csv", "timings.csv"}
     assert set(written.data["files"]) == names
     for name in pictures:
@@ -116,11 +113,13 @@ def test_calibration_data_decide_when_there_are_any(tiny_scope, loader, images, 
     with torch.no_grad():
         right = tiny_scope.forward_coarse(images).logits.argmax(1)
     # on data where the coarse stage is always right nothing needs to be refined
-    found = write_report(tiny_scope, loader, tmp_path, calibration_loader=[(images, right)] * 20, **NO_FIGURES)
-    assert found.threshold == 0.0
-    assert found.data["choice"]["data"] == "calibration data"
-    assert found.data["images"] == 30
-    assert capsys.readouterr().out.strip() == found.table
+    report = write_report(
+        tiny_scope, loader, tmp_path, ReportOptions(calibration_loader=[(images, right)] * 20, **NO_FIGURES)
+    )
+    assert report.threshold == 0.0
+    assert report.data["choice"]["data"] == "calibration data"
+    assert report.data["images"] == 30
+    assert capsys.readouterr().out.strip() == report.table
 
 
 def test_a_given_threshold_and_a_data_module(tiny_scope, loader, tmp_path, eta):
@@ -128,31 +127,35 @@ def test_a_given_threshold_and_a_data_module(tiny_scope, loader, tmp_path, eta):
         def val_dataloader(self):
             return loader
 
-    found = write_report(tiny_scope, Module(), tmp_path, threshold=eta, measure_thresholds=[0.9], **NO_FIGURES)
-    assert found.threshold == eta
-    assert found.data["choice"]["rule"] == "given"
-    assert sorted({t["threshold"] for t in found.data["timings"] if t["mode"] == "dynamic"}) == sorted({eta, 0.9})
+    report = write_report(
+        tiny_scope, Module(), tmp_path, ReportOptions(threshold=eta, measure_thresholds=[0.9], **NO_FIGURES)
+    )
+    assert report.threshold == eta
+    assert report.data["choice"]["rule"] == "given"
+    assert sorted({t["threshold"] for t in report.data["timings"] if t["mode"] == "dynamic"}) == sorted({eta, 0.9})
     assert not (tmp_path / "training.png").exists()
 
 
 def test_targets_for_gflops_and_time(tiny_scope, loader, tmp_path):
     cost = stage_macs(tiny_scope.config)
-    found = write_report(tiny_scope, loader, tmp_path, target=Target("gflops", cost.gflops(0.5)), **NO_FIGURES)
-    assert found.data["results"]["dynamic"]["gflops_one_direction"] <= cost.gflops(0.5) + 1e-12
-    assert "GFLOPs (one direction)" in found.data["choice"]["rule"]
-    generous = write_report(tiny_scope, loader, tmp_path, target=Target("ms", 1e6), **NO_FIGURES)
+    report = write_report(
+        tiny_scope, loader, tmp_path, ReportOptions(target=Target("gflops", cost.gflops(0.5)), **NO_FIGURES)
+    )
+    assert report.data["results"]["dynamic"]["gflops_one_direction"] <= cost.gflops(0.5) + 1e-12
+    assert "GFLOPs (one direction)" in report.data["choice"]["rule"]
+    generous = write_report(tiny_scope, loader, tmp_path, ReportOptions(target=Target("ms", 1e6), **NO_FIGURES))
     top1 = [row["top1"] for row in generous.data["curve"]]
     assert generous.data["results"]["dynamic"]["top1"] == pytest.approx(max(top1), abs=1e-5)
     with pytest.raises(ValueError, match="cannot be met"):
-        write_report(tiny_scope, loader, tmp_path, target=Target("ms", 1e-9), **NO_FIGURES)
+        write_report(tiny_scope, loader, tmp_path, ReportOptions(target=Target("ms", 1e-9), **NO_FIGURES))
 
 
 def test_one_stage_model(images, labels, tmp_path):
     model = VisionMamba(VimConfig(img_size=32, patch_size=8, embed_dim=16, depth=1, num_classes=7))
-    found = write_report(model, [(images, labels)], tmp_path, **NO_FIGURES)
-    assert found.threshold is None
-    assert found.data["results"]["all"]["gflops_one_direction"] == stage_macs(model.config).gflops()
-    assert found.data["results"]["all"]["ms_batch_8"] > 0
+    report = write_report(model, [(images, labels)], tmp_path, ReportOptions(**NO_FIGURES))
+    assert report.threshold is None
+    assert report.data["results"]["all"]["gflops_one_direction"] == stage_macs(model.config).gflops()
+    assert report.data["results"]["all"]["ms_batch_8"] > 0
     assert {p.name for p in tmp_path.iterdir()} == {"report.json", "report.txt"}
 
 
@@ -162,7 +165,7 @@ def test_one_stage_model(images, labels, tmp_path):
 )
 def test_bad_options(tiny_scope, loader, tmp_path, options, word):
     with pytest.raises(ValueError, match=word):
-        write_report(tiny_scope, loader, tmp_path, **{**NO_FIGURES, **options})
+        write_report(tiny_scope, loader, tmp_path, ReportOptions(**{**NO_FIGURES, **options}))
 
 
 def test_a_crash_while_writing_keeps_the_old_report(tiny_scope, loader, tmp_path, monkeypatch):
@@ -173,7 +176,7 @@ def test_a_crash_while_writing_keeps_the_old_report(tiny_scope, loader, tmp_path
 
     monkeypatch.setattr(report_module.Path, "write_text", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        write_report(tiny_scope, loader, tmp_path, **NO_FIGURES)
+        write_report(tiny_scope, loader, tmp_path, ReportOptions(**NO_FIGURES))
     monkeypatch.undo()
     assert (tmp_path / "report.json").read_text() == "old"
     assert not list(tmp_path.glob(".*"))

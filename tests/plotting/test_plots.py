@@ -11,6 +11,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from mambascope.commands.cost import model_config
+from mambascope.evaluation.figures import answers, chosen_point, published_points, timed_point, tradeoff
 from mambascope.evaluation.published import rows_for
 from mambascope.evaluation.sweep import StageRecord, pick_acc_drop, sweep
 from mambascope.evaluation.throughput import Timing
@@ -20,8 +21,8 @@ from mambascope.plotting import (
     Example,
     draw_example,
     plot_exits,
-    plot_frontier,
     plot_heatmaps,
+    plot_tradeoff,
     plot_training_curves,
     style,
 )
@@ -111,36 +112,37 @@ def test_heat_map_sheets_and_single_pictures(tmp_path):
 
 def test_exits(tmp_path, record):
     examples = [example(exited=True), example(), example(true="7")]
-    assert_picture(plot_exits(record, examples, 0.5, tmp_path / "exits.png"))
+    assert_picture(plot_exits(answers(record), examples, 0.5, tmp_path / "exits.png"))
     # nobody exits, and no picture for a stage
-    assert_picture(plot_exits(record, [], 1.0, tmp_path / "none.png"))
+    assert_picture(plot_exits(answers(record), [], 1.0, tmp_path / "none.png"))
 
 
-def test_frontier_with_and_without_measured_times_and_published_rows(tmp_path, record):
+def test_tradeoff_with_and_without_measured_times_and_published_rows(tmp_path, record):
     config = model_config("mambascope_tiny_patch16_224")
     curve = sweep(record, {c: stage_macs(config, convention=c) for c in CONVENTIONS})
     chosen = pick_acc_drop(curve, 0.01)
     eta = float(curve.threshold[chosen])
     at_eta = sweep(record, {c: stage_macs(config, convention=c) for c in CONVENTIONS}, thresholds=[eta])
-    timings = [
-        Timing(mode, batch, 64, 3, ms, 0.9 * ms, 1.1 * ms, threshold, share)
+    timed = [
+        timed_point(Timing(mode, batch, 64, 3, ms, 0.9 * ms, 1.1 * ms, threshold, share), top1)
         for batch in (1, 32)
-        for mode, ms, threshold, share in (
-            ("coarse", 1.0, None, 0.0),
-            ("refine_all", 4.0, None, 1.0),
-            ("dynamic", 2.5, eta, 0.5),
+        for mode, ms, threshold, share, top1 in (
+            ("coarse", 1.0, None, 0.0, curve.top1[0]),
+            ("refine_all", 4.0, None, 1.0, curve.top1[-1]),
+            ("dynamic", 2.5, eta, 0.5, curve.top1[chosen]),
         )
     ]
-    top1 = [curve.top1[0], curve.top1[-1], curve.top1[chosen]] * 2
-    timed = plot_frontier(curve, tmp_path / "timed.png", chosen=at_eta, timings=timings, timed_top1=top1, title="T")
-    plain = plot_frontier(curve, tmp_path / "plain.png")
-    assert_picture(timed, min_width=1500)
+    both, one = (tradeoff(curve, convention) for convention in ("both_directions", "one_direction"))
+    point = chosen_point(at_eta, "both_directions")
+    assert (point.threshold, point.top1) == (eta, curve.top1[chosen])
+    assert_picture(plot_tradeoff(both, tmp_path / "timed.png", chosen=point, timed=timed, title="T"), min_width=1500)
+    plain = plot_tradeoff(one, tmp_path / "plain.png")
     assert_picture(plain)
-    published = plot_frontier(
-        curve, tmp_path / "pub.png", convention="one_direction", published=rows_for("mambascope_tiny_patch16_224")
-    )
-    assert_picture(published)
-    assert zlib.crc32(published.read_bytes()) != zlib.crc32(plain.read_bytes())
+    published = published_points("mambascope_tiny_patch16_224")
+    assert len(published) == 5
+    shown = plot_tradeoff(one, tmp_path / "pub.png", published=published)
+    assert_picture(shown)
+    assert zlib.crc32(shown.read_bytes()) != zlib.crc32(plain.read_bytes())
 
 
 def test_published_rows_belong_to_the_size_in_the_name():
