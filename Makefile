@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 MM_STAMP := $(VENV)/.mm-installed
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
 MIM := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mim
 
-.PHONY: help setup demo frontier test lint format bench clean mm mm-demo mm-demo-one
+.PHONY: help setup demo frontier check test lint format bench clean mm mm-demo mm-demo-one
 
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -26,8 +28,11 @@ demo: $(STAMP)  ## train the coarse-to-fine classifier on the built-in data and 
 frontier: $(STAMP)  ## train, evaluate and time all methods on the built-in data and draw them (about an hour on two cores)
 	$(BIN)/python tools/frontier.py scopedigits --out benchmarks/results/frontier
 
-test: $(MM_STAMP)  ## run the tests (installs the OpenMMLab stack too)
-	$(BIN)/python -m pytest
+check: lint  ## lint, and run the tests that need no OpenMMLab (JOBS=1: one after the other)
+	$(PYTEST) --ignore tests/mm
+
+test: $(MM_STAMP)  ## run all tests (installs the OpenMMLab stack too)
+	$(PYTEST)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

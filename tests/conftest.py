@@ -1,7 +1,11 @@
 """Shared test settings: one thread keeps small tests fast, and random draws repeat."""
 
+import os
 import signal
 from pathlib import Path
+
+# before torch reads them; the commands that tests start inherit them. Tests of several threads ask for them
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -15,17 +19,30 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With ``-n``, the tests of a file that share a fixture of the module run in the process that makes it."""
+    for item in items:
+        fixtures = [fixture for group in item._fixtureinfo.name2fixturedefs.values() for fixture in group]
+        if any(fixture.scope == "module" for fixture in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
 @pytest.fixture(autouse=True)
-def _seed():
+def _repeatable():
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(2, before))
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory for commands that run in this process; the runs they started are left afterwards."""
+    from mambascope.training.runs import leave_runs
+
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    leave_runs()
+    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

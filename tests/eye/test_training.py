@@ -1,7 +1,6 @@
 """MambaEye from the same command line: configs, losses, metrics, exact resume, weights, mistakes."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -48,15 +47,6 @@ TINY = {
 def tiny(**changes):
     options = {**TINY, **{key.replace("__", "."): value for key, value in changes.items()}}
     return ["--config", "scopedigits_mambaeye", *(f"--{key}={value}" for key, value in options.items())]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
-    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 @pytest.fixture

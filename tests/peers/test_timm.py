@@ -1,7 +1,5 @@
 """Classifiers of timm's own, trained and read back like ours."""
 
-import os
-
 import pytest
 import torch
 import yaml
@@ -17,15 +15,6 @@ from tests.training.helpers import TINY
 
 DEIT = {"name": "deit_tiny_patch16_224", "args": {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}}
 RESNET = {"name": "resnet50", "args": {"layers": [1, 1, 1, 1], "channels": [4, 8, 8, 8], "stem_width": 8}}
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
-    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 @pytest.mark.parametrize("net", [DEIT, RESNET], ids=lambda net: net["name"])

@@ -49,16 +49,6 @@ class Poison(Callback):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A working directory of its own."""
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
-    os.environ.pop("PL_GLOBAL_SEED", None)
-
-
-@pytest.fixture
 def folder(tmp_path):
     """An ImageNet-like folder of three classes."""
     for split in ("train", "val"):

@@ -62,15 +62,6 @@ def train(base, **changes):
     return main([f"--{key}={value}" for key, value in options.items() if value is not None])
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
-    os.environ.pop("PL_GLOBAL_SEED", None)
-
-
 def data(kind):
     """A folder of two classes that differ in brightness, below the working directory."""
     rng = np.random.default_rng(0)

@@ -5,7 +5,6 @@ import os
 
 import pytest
 import timm
-import torch
 import yaml
 from PIL import Image
 
@@ -28,16 +27,6 @@ def folder(tmp_path):
             for i in range(2):
                 Image.new("RGB", (40, 30), (90 * i, 20, 30)).save(tmp_path / "images" / split / name / f"{i}.jpg")
     return tmp_path / "images"
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A working directory of its own."""
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
-    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 def cli(*args):

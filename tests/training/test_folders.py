@@ -5,7 +5,6 @@ import os
 import re
 
 import pytest
-import torch
 from PIL import Image
 
 import mambascope
@@ -28,15 +27,6 @@ TINY = [
     "--run.report=false",
 ]
 LATIN = os.fsdecode(b"caf\xe9")
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
-    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 def put(root, *names):

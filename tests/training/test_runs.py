@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 from lightning.pytorch import Callback
 from PIL import Image
 
@@ -47,17 +46,6 @@ class Fail(Callback):
 
     def on_train_batch_end(self, trainer, *args):
         self._fail("step", trainer.global_step)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A working directory of its own."""
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield tmp_path
-    leave_runs()
-    torch.set_num_threads(threads)
-    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 @pytest.fixture
