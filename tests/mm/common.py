@@ -18,6 +18,7 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.registry import RUNNERS  # noqa: E402
 
 from mambascope.data.export_scopedigits import export  # noqa: E402
+from mambascope.mm import ScopeBackbone, VimBackbone  # noqa: E402
 from mambascope.mm.loading import register  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,32 @@ MIM = Path(sys.executable).parent / "mim"
 # two blocks per quarter would only cost time; four blocks are the least
 _numbers = itertools.count()
 TINY = {"depth": 4, "embed_dim": 32}
+
+
+def scope(**options):
+    """A small gated backbone."""
+    arch_options = {**TINY, **options.pop("arch_options", {})}
+    return ScopeBackbone(
+        "mambascope_nano_patch8_64", arch_options=arch_options, **{"gate": {"num_classes": 5}, **options}
+    )
+
+
+def vim(**options):
+    """The plain Vim of the same size."""
+    arch_options = {**TINY, **options.pop("arch_options", {})}
+    return VimBackbone("vim_nano_patch8_64", arch_options=arch_options, **options)
+
+
+def refined_images(model):
+    """Counts of images in the backbone's fine passes from now on, one for each pass."""
+    counts, forward_fine = [], model.encoder.forward_fine
+
+    def counted(x, *args, **kwargs):
+        counts.append(len(x))
+        return forward_fine(x, *args, **kwargs)
+
+    model.encoder.forward_fine = counted
+    return counts
 
 
 def demo_config(kind, data=None, work_dir=None, **options):

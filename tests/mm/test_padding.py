@@ -7,7 +7,7 @@ import torch
 from mambascope.mm.dense import image_sizes
 from mambascope.mm.loading import plain_config
 from tests.mm import common
-from tests.mm.test_backbone import scope, vim
+from tests.mm.common import scope, vim
 from tests.mm.test_configs import build, load
 
 SIZES = [(64, 64), (64, 96), (70, 45), (64, 64), (17, 128), (96, 33)]
