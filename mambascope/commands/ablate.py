@@ -37,7 +37,8 @@ reproduced here*: only which choice is best can be compared. Top-1 in per cent. 
 Importance, share of cells, momentum and layers are changed at inference on one model, without training it anew: they
 say what this model makes of the change, and every set has other images of the validation scans. In the other tables
 every row and seed is a training of its own. Tables with costs compare options beyond the paper: "at 50 % cost" is top-1
-at the threshold where a row's mean GFLOPs equal those of the given model with half of the images refined.
+at the threshold where a row's mean GFLOPs equal those of the given model with half of the images refined. Options that
+were measured and removed: [removed.md](removed.md).
 
 """
 

@@ -11,7 +11,6 @@ import torch
 
 from mambascope.commands.options import CHECKPOINT_HELP, add_column_arguments, add_value_range, image_size, value_range
 from mambascope.data.open import validation_loader
-from mambascope.evaluation.calibration import calibrate
 from mambascope.evaluation.options import ReportOptions
 from mambascope.evaluation.report import Report, write_report
 from mambascope.evaluation.sweep import Target
@@ -53,9 +52,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--both-directions", action="store_true", help="--target-gflops counts both scan directions")
     parser.add_argument("--engine", action="store_true", help="also time the throughput engine against plain splitting")
     parser.add_argument("--export", metavar="FILE", help="write the model with the chosen threshold (.safetensors)")
-    parser.add_argument(
-        "--fit-temperature", action="store_true", help="fit the gate's temperature on the calibration data first"
-    )
     parser.add_argument("--published", action="store_true", help="draw the published ImageNet rows too, marked as such")
     parser.add_argument("--no-figures", action="store_true", help="numbers only")
     parser.add_argument("--alpha", type=float, help="share of the cells that the fine stage reads, 0 to 1")
@@ -132,9 +128,9 @@ def _run(args: argparse.Namespace) -> int:
         values=value_range(args.value_range),
     )
     if not is_two_stage(model):
-        for name in ("threshold", "export", "engine", "fit_temperature"):
+        for name in ("threshold", "export", "engine"):
             if getattr(args, name):
-                raise ValueError(f"--{name.replace('_', '-')} needs a MambaScope; this is a one-stage model")
+                raise ValueError(f"--{name} needs a MambaScope; this is a one-stage model")
         if target is not None:
             raise ValueError("targets choose the threshold of a MambaScope; this is a one-stage model")
     if target is not None and args.threshold is not None:
@@ -157,10 +153,6 @@ def _run(args: argparse.Namespace) -> int:
     beside = Path("runs") / f"eval_{args.checkpoint}" if checkpoint in SHIPPED.values() else checkpoint.parent / "eval"
     out = Path(args.out) if args.out else beside
     print(f"evaluating on {data.name}", file=sys.stderr)
-    if args.fit_temperature and is_two_stage(model):
-        if data.calibration is None:
-            raise ValueError(f"--fit-temperature needs calibration data; {data.name} has none beside the evaluation's")
-        print(f"temperature {calibrate(model, data.calibration):.4f}, fitted on the calibration data")
     options = ReportOptions(
         name=model.description.get("model"),
         calibration_loader=data.calibration,

@@ -30,7 +30,6 @@ from mambascope.models.configs import ScopeConfig, with_overrides
 from mambascope.models.cost import StageCost, stage_macs
 from mambascope.models.gate import confidence, exit_mask
 from mambascope.models.scope import MambaScope
-from mambascope.models.states import RefinedState
 from mambascope.utils import atomic_path, evaluating, model_device, unpack
 
 BUDGETS = (0.25, 0.5, 0.75)
@@ -121,53 +120,28 @@ def tables(config: ScopeConfig) -> dict[str, Table]:
             ),
             trained=True,
         ),
-        **improvements(config),
+        **improvements(),
     }
 
 
-def improvements(config: ScopeConfig) -> dict[str, Table]:
+def improvements() -> dict[str, Table]:
     """Options beyond the paper, compared at equal cost with the model as it is."""
     base = Setting("as it is", {})
     most = {"alpha": 0.9375}  # 15 of 16 cells
-    mass = {"alpha_rule": "mass", "alpha": 0.95}
-    gate = tuple(Setting(f"temperature {t:g}", {"temperature": t}) for t in (0.5, 2.0))
-    gate += tuple(Setting(rule, {"confidence": rule}) for rule in ("margin", "entropy"))
     cells = (
         Setting("score clip", {"score_metric": "clip"}),
         Setting("alpha 0.9375", most),
         Setting("score clip, alpha 0.9375", {"score_metric": "clip", **most}),
-        Setting("mass 0.95", mass),
-        Setting("mass 0.98", {**mass, "alpha": 0.98}),
-        Setting("score clip, mass 0.95", {"score_metric": "clip", **mass}),
-        Setting("rest none", {"rest_tokens": "none"}),
-        Setting("rest none, alpha 0.9375", {"rest_tokens": "none", **most}),
     )
-    third = config.depth // 3
     coarse_loss = (
         Setting("coarse CE 0", {}, training={"model.loss.coarse_ce_weight": 0.0}),
         Setting("coarse CE 1", {}, training={"model.loss.coarse_ce_weight": 1.0}),
-        Setting("coarse focal 2", {}, training={"model.loss.focal_gamma": 2.0}),
-        Setting("coarse smoothing 0.1", {}, training={"model.loss.coarse_label_smoothing": 0.1}),
     )
-    fine_pass = (
-        Setting(f"rest state from {third}", {"rest_tokens": "state", "rest_join": third}),
-        Setting("fine depth 2/3", {"fine_depth": config.depth - third}),
-        Setting("fine depth 2/3, rest state", {"fine_depth": config.depth - third, "rest_tokens": "state"}),
-        Setting("cell scans, alternate", {"fine_pool": "alternate"}),
-        Setting("cell scans, all", {"fine_pool": "all"}),
-    )
-    recipe = (
-        Setting("stem 32", {"stem_width": 32}),
-        Setting("registers 4", {"registers": 4}),
-        Setting("shuffle 0.2", {"shuffle_rate": 0.2}),
-        Setting("shuffle 0.5", {"shuffle_rate": 0.5}),
-    )
+    recipe = (Setting("stem 32", {"stem_width": 32}),)
     return {
-        "gate": Table("What the threshold is compared with", (base, *gate), equal_cost=True),
         "cells": Table("Which cells are re-read, without training anew", (base, *cells), equal_cost=True),
         "coarse_loss": Table("Loss of the coarse stage", (base, *coarse_loss), trained=True, equal_cost=True),
         "trained_cells": Table("Which cells are re-read, trained so", (base, *cells), trained=True, equal_cost=True),
-        "fine_pass": Table("Cheaper fine passes", (base, *fine_pass), trained=True, equal_cost=True),
         "recipe": Table("Recipe of the encoder", (base, *recipe), trained=True, equal_cost=True),
     }
 
@@ -294,36 +268,34 @@ def evaluate(
     """
     if selection not in SELECTIONS:
         raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}")
-    before, alpha, temperature = model.config, model.alpha, model.temperature
+    before, alpha = model.config, model.alpha
     generator = torch.Generator().manual_seed(seed)
     device = model_device(model)
     parts: list[StageRecord] = []
     exits: list[Tensor] = []
     try:
-        model.config = with_overrides(before, {"alpha": alpha, "temperature": temperature, **overrides})
+        model.config = with_overrides(before, {"alpha": alpha, **overrides})
         model.set_alpha(model.config.alpha)
-        model.temperature = model.config.temperature
         with evaluating(model):
             for images, labels in map(unpack, loader):
                 x, y = images.to(device), labels.to(device)
                 coarse = model.forward_coarse(x)
                 coarse.importance = _choose(coarse.importance, selection, generator)
-                parts.append(_record(model, coarse.logits, model.forward_refined(x, coarse), y))
-                exits.append(exit_mask(model.confidence(coarse.logits), model.threshold).cpu())
+                parts.append(_record(coarse.logits, model.forward_fine(x, coarse).logits, y))
+                exits.append(exit_mask(confidence(coarse.logits), model.threshold).cpu())
         cost = stage_macs(model.config, convention="both_directions")
     finally:
-        model.config, model.alpha, model.temperature = before, alpha, temperature
+        model.config, model.alpha = before, alpha
     if not parts:
         raise DataError("there are no images to evaluate on")
     record, exited = StageRecord.concatenate(parts), torch.cat(exits).numpy()
-    assert record.cells is not None
     figures = {
         "images": len(record),
         "top1_fine": float(record.fine_correct.mean()),
         "top1_coarse": float(record.coarse_correct.mean()),
         "top1_dynamic": float(np.where(exited, record.coarse_correct, record.fine_correct).mean()),
         "share_refined": float(1 - exited.mean()),
-        "gflops_fine": cost.gflops(cells=float(record.cells.mean())),
+        "gflops_fine": cost.gflops(),
     }
     if reference is not None:
         for share in BUDGETS:
@@ -331,11 +303,11 @@ def evaluate(
     return figures
 
 
-def _record(model: MambaScope, coarse: Tensor, refined: RefinedState, labels: Tensor) -> StageRecord:
+def _record(coarse: Tensor, fine: Tensor, labels: Tensor) -> StageRecord:
     """Both stages' answers on a batch; the five most likely classes are not looked at."""
-    conf, fine_conf = model.confidence(coarse).double(), confidence(refined.logits).double()
+    conf, fine_conf = confidence(coarse).double(), confidence(fine).double()
     nothing = torch.zeros_like(labels, dtype=torch.bool)
-    values = (labels, conf, coarse.argmax(1), nothing, fine_conf, refined.logits.argmax(1), nothing, refined.cells)
+    values = (labels, conf, coarse.argmax(1), nothing, fine_conf, fine.argmax(1), nothing)
     return StageRecord(*(v.cpu().numpy() for v in values))
 
 

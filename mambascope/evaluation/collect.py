@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,29 +34,21 @@ class Collected:
     index: Tensor
 
 
-def stage_answers(
-    model: nn.Module, images: Tensor, alpha: float | None = None
-) -> tuple[Tensor, Tensor, np.ndarray | None]:
-    """Coarse and fine logits [B, C] of every image, and how many cells the fine stage re-reads in it [B].
-
-    A one-stage model answers twice the same and re-reads nothing (``None``).
-    """
+def stage_answers(model: nn.Module, images: Tensor, alpha: float | None = None) -> tuple[Tensor, Tensor]:
+    """Coarse and fine logits [B, C] of every image; a one-stage model answers twice the same."""
     if is_two_stage(model):
-        coarse = model.forward_coarse(images)
-        refined = model.forward_refined(images, coarse, alpha)
-        return coarse.logits, refined.logits, refined.cells.cpu().numpy()
+        both = model.forward_both(images, alpha)
+        return both.coarse, both.fine
     logits = model(images)
-    return logits, logits, None
+    return logits, logits
 
 
-def _stage(
-    logits: Tensor, labels: Tensor, sure: Callable[[Tensor], Tensor] = confidence
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Confidence by `sure`, predicted class and top-5 hit of one stage."""
+def _stage(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Confidence, predicted class and top-5 hit of one stage."""
     logits = logits.float()
     own = logits.gather(1, labels.unsqueeze(1))
     top5 = (logits > own).sum(1) < 5
-    return sure(logits).double().cpu().numpy(), logits.argmax(1).cpu().numpy(), top5.cpu().numpy()
+    return confidence(logits).double().cpu().numpy(), logits.argmax(1).cpu().numpy(), top5.cpu().numpy()
 
 
 def collect(
@@ -87,7 +79,6 @@ def collect(
             or inf.
     """
     device = model_device(model)
-    gate = model.confidence if is_two_stage(model) else confidence
     rng = np.random.default_rng(seed)
     parts: list[StageRecord] = []
     sample: list[tuple[int, Tensor, int]] = []
@@ -95,7 +86,7 @@ def collect(
     with evaluating(model), tqdm(loader, desc=description, unit="batch", disable=not progress, leave=False) as bar:
         for batch in bar:
             images, labels = unpack(batch)
-            coarse, fine, cells = stage_answers(model, images.to(device), alpha)
+            coarse, fine = stage_answers(model, images.to(device), alpha)
             classes = coarse.shape[1]
             odd = labels[(labels < 0) | (labels >= classes)]
             if len(odd):
@@ -105,8 +96,8 @@ def collect(
             if not (bool(coarse.isfinite().all()) and bool(fine.isfinite().all())):
                 raise ValueError(f"the model returned NaN or inf for an image among {seen}..{seen + len(labels) - 1}")
             y = labels.to(device).long()
-            (c_conf, c_pred, c_top5), (f_conf, f_pred, f_top5) = _stage(coarse, y, gate), _stage(fine, y)
-            parts.append(StageRecord(y.cpu().numpy(), c_conf, c_pred, c_top5, f_conf, f_pred, f_top5, cells))
+            (c_conf, c_pred, c_top5), (f_conf, f_pred, f_top5) = _stage(coarse, y), _stage(fine, y)
+            parts.append(StageRecord(y.cpu().numpy(), c_conf, c_pred, c_top5, f_conf, f_pred, f_top5))
             _reservoir(sample, images, labels, seen, keep, rng)
             seen += len(labels)
     record = StageRecord.concatenate([p for p in parts if len(p)])

@@ -26,8 +26,6 @@ class StageRecord:
         fine_confidence: Largest probability of the fine stage [N], float64.
         coarse_pred, fine_pred: Predicted classes [N] int64.
         coarse_top5, fine_top5: Whether the label is among the five most likely classes [N] bool.
-        cells: Cells that the fine stage re-reads in each image [N] int64, refined or not; ``None`` where images do not
-            differ in it.
     """
 
     labels: np.ndarray
@@ -37,7 +35,6 @@ class StageRecord:
     fine_confidence: np.ndarray
     fine_pred: np.ndarray
     fine_top5: np.ndarray
-    cells: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -77,8 +74,7 @@ class StageRecord:
         """Joins records of several batches, in order."""
         if not parts:
             raise ValueError("there are no images to evaluate")
-        names = [f.name for f in fields(cls) if f.name != "cells" or parts[0].cells is not None]
-        return cls(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in names})
+        return cls(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)})
 
 
 def _stage(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -202,7 +198,6 @@ def sweep(
     ms = None
     if ms_coarse is not None and ms_refined is not None:
         ms = ms_coarse + share * (ms_refined - ms_coarse)
-    cells = None if record.cells is None else below(record.cells) / np.maximum(refined, 1)  # mean over the refined
     return SweepCurve(
         threshold=eta,
         share_refined=share,
@@ -210,15 +205,9 @@ def sweep(
         top5=(record.coarse_top5.sum() - below(record.coarse_top5) + below(record.fine_top5)) / n,
         coarse_top1_exited=exited_acc,
         fine_top1_refined=refined_acc,
-        gflops={name: _gflops(cost, share, cells) for name, cost in (costs or {}).items()},
+        gflops={name: np.array([cost.gflops(s) for s in share.tolist()]) for name, cost in (costs or {}).items()},
         ms=ms,
     )
-
-
-def _gflops(cost: StageCost, share: np.ndarray, cells: np.ndarray | None) -> np.ndarray:
-    """Mean GFLOPs per image [T] at shares refined [T] that re-read so many cells on average [T]."""
-    counts: Sequence[float | None] = [None] * len(share) if cells is None else cells.tolist()
-    return np.array([cost.gflops(s, k) for s, k in zip(share.tolist(), counts, strict=True)])
 
 
 def pick_acc_drop(curve: SweepCurve, max_drop: float) -> int:

@@ -39,16 +39,12 @@ class LossArgs:
         temperature: Softening of both distributions in it. MambaScope only.
         coarse_ce_weight: Weight of the coarse stage's own cross entropy. MambaScope only.
         label_smoothing: Of the cross entropies.
-        coarse_label_smoothing: Of the coarse one, where it shall differ. MambaScope only.
-        focal_gamma: Exponent of the focal loss in place of the coarse cross entropy; 0 for none. MambaScope only.
     """
 
     kl_weight: float = 1.0
     temperature: float = 1.0
     coarse_ce_weight: float = 0.0
     label_smoothing: float = 0.0
-    coarse_label_smoothing: float | None = None
-    focal_gamma: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import mambascope  # noqa: F401  (registers the timm entries)
 from mambascope.models import SCOPE_CONFIGS, VIM_CONFIGS, MambaScope, VisionMamba, load_checkpoint
 from mambascope.models.cells import num_selected
 from mambascope.models.flop_count import costs_of
-from mambascope.models.gate import exit_mask
+from mambascope.models.gate import confidence, exit_mask
 from mambascope.models.losses import ClassificationLoss, ScopeLoss
 from mambascope.peers import ReducedOutput
 from mambascope.peers.loss import ReductionLoss
@@ -113,7 +113,7 @@ class ClassifierModule(TrainModule):
             self.criterion = ReductionLoss(loss.label_smoothing, teacher.kl_weight, teacher.token_weight)
         self.mixup = self._make_mixup(mix)
         names = (
-            (*SCOPE_METRICS, "share_refined", "cells_refined", "fine_loss", "coarse_loss")
+            (*SCOPE_METRICS, "share_refined", "fine_loss", "coarse_loss")
             if self.two_stage
             else ("top1", "top5", "loss")
         )
@@ -227,12 +227,10 @@ class ClassifierModule(TrainModule):
             self._update("loss", F.cross_entropy(logits, y, reduction="none"))
             self._update_tops("", logits, y)
             return
-        state = self.model.forward_coarse(x)
-        refined = self.model.forward_refined(x, state, self.model.config.alpha)
-        coarse, fine = state.logits.float(), refined.logits.float()
+        coarse, fine = (logits.float() for logits in self.model.forward_both(x, self.model.config.alpha))
         self._update("coarse_loss", F.cross_entropy(coarse, y, reduction="none"))
         self._update("fine_loss", F.cross_entropy(fine, y, reduction="none"))
-        conf = self.model.confidence(coarse)
+        conf = confidence(coarse)
         # alpha = 0 selects nothing, so that every coarse answer stands, as in forward_scope
         selects = num_selected(self.model.config.alpha, self._cells()) > 0
         exited = exit_mask(conf, self.model.threshold if selects else 0.0)
@@ -240,7 +238,6 @@ class ClassifierModule(TrainModule):
         self._update_tops("fine_", fine, y)
         self._update_tops("dynamic_", torch.where(exited.unsqueeze(1), coarse, fine), y)
         self._update("share_refined", (~exited).float())
-        self._update("cells_refined", (refined.cells * ~exited).float())
         self.val_metrics["gate_ece"].update(conf, (coarse.argmax(1) == y).long())  # type: ignore[operator]
 
     def _one_stage_logits(self, x: Tensor) -> Tensor:
@@ -266,13 +263,11 @@ class ClassifierModule(TrainModule):
         results = self._results()
         height, width = self._over_processes(self._val_size or (0, 0), "max")
         share = float(results["val/share_refined"]) if self.two_stage else 1.0
-        # the mean over the refined images
-        cells = float(results.pop("val/cells_refined")) / share if self.two_stage and share else None
         blocks = range(self.model.config.depth if switches_scans(self.model) else 0)
         ran = [float(results[f"val/scan_share_{block}"]) for block in blocks] or None
         costs = costs_of(self.model, (int(height), int(width)), self._alpha() if self.two_stage else None, ran)
-        results["val/gflops"] = costs["one_direction"].gflops(share, cells)
-        results["val/gflops_both_directions"] = costs["both_directions"].gflops(share, cells)
+        results["val/gflops"] = costs["one_direction"].gflops(share)
+        results["val/gflops_both_directions"] = costs["both_directions"].gflops(share)
         self._log_results(results)
 
     def describe(self) -> dict[str, Any]:

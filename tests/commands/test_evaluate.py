@@ -184,23 +184,3 @@ def test_the_tool_itself(digits_run, tmp_path):
     assert "saved by dynamic" in done.stdout
     assert (tmp_path / "report.json").is_file()
     assert (tmp_path / "tradeoff.png").is_file()
-
-
-def test_the_gate_is_calibrated_on_images_of_its_own(digits_run, checkpoint, data, tmp_path, capsys):
-    target = tmp_path / "warm.safetensors"
-    fit = ["--fit-temperature", "--export", target, "--out", tmp_path]
-    status, _, err = run(capsys, digits_run / "model.safetensors", *fit)
-    assert status == 2
-    assert "do not tell the temperature" in err.splitlines()[-1]  # too few of a model that knows too little
-    assert not target.exists()
-    status, out, err = run(capsys, "scopedigits", "--length", 100, *fit)
-    assert status == 0, err
-    assert "fitted on the calibration data" in out
-    found = float(out.split("temperature ")[1].split(",")[0])
-    assert load_model(target).temperature == pytest.approx(found, abs=1e-4)
-    assert found != 1
-    status, _, err = run(capsys, checkpoint, "--data", data, "--fit-temperature", "--out", tmp_path)
-    assert (status, err.splitlines()[-1]) == (
-        2,
-        f"error: --fit-temperature needs calibration data; {data}/val has none beside the evaluation's",
-    )

@@ -136,8 +136,8 @@ def test_early_exit_over_two_files(exported, images, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"score_metric": "topk", "score_direction": "backward", "fine_cls": "last", "fine_order": "important_last"},
-        {"reuse": "linear", "reuse_cls": True, "cell_order": "raster", "score_source": "post_gate"},
+        {"score_metric": "topk", "fine_cls": "last", "fine_order": "important_last"},
+        {"reuse": "linear", "reuse_cls": True, "cell_order": "raster"},
         {"stem_width": 8, "patch_size": 8, "global_pool": "lse"},
     ],
 )

@@ -1,7 +1,6 @@
 """Aggregation over seeds and comparison at equal cost and equal accuracy, on records whose answers are known."""
 
 import csv
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,19 +112,6 @@ def test_curve_at_equal_cost_time_and_accuracy(world):
     printed = text(curve, [found])
     assert "-40 %" in printed
     assert "+25.0 [+20.0, +30.0]" in printed
-
-
-def test_images_that_refine_different_numbers_of_cells(world):
-    results, measured = world
-    own = []
-    for point, value in results.items():
-        if point.entry == "scope":
-            # the less confident half refines two cells more than the other half, which refines as many as the cost says
-            record = replace(value.record, cells=np.where(np.arange(N) < N // 2, 6, 4))
-            costs = {c: replace(cost, cells=4, per_cell=10**9) for c, cost in value.costs.items()}
-            own.append((point, replace(value, record=record, costs=costs)))
-    curve = make_curve("MambaScope", own, measured)
-    assert np.allclose(curve.gflops["both_directions"], 2 + 8 * curve.share + 2 * np.minimum(curve.share, 0.5))
 
 
 def test_beyond_the_ends_of_the_curve(world):

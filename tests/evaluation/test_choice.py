@@ -12,7 +12,6 @@ from scipy.stats import binom
 from mambascope import MambaScope
 from mambascope.commands import evaluate as eval_cli
 from mambascope.commands import predict as predict_cli
-from mambascope.evaluation.calibration import calibrate
 from mambascope.evaluation.choice import (
     binomial_interval,
     describe_choice,
@@ -150,10 +149,3 @@ def save_image(path):
     from PIL import Image
 
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
-
-
-def test_three_images_fit_no_temperature(model):
-    images, labels = data(model, 3)
-    with pytest.raises(ValueError, match="3 images do not tell the temperature"):
-        calibrate(model, [(images, labels)])
-    assert model.temperature == 1.0

@@ -22,7 +22,7 @@ def start(path, make=ScopeBackbone, **options):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("norm_eps", 1e-3), ("rest_tokens", "features"), ("fine_depth", 2), ("coarse_interpolation", "nearest")],
+    [("norm_eps", 1e-3), ("fine_order", "important_last"), ("cell_order", "raster"), ("coarse_pos", "resampled")],
 )
 def test_every_field_that_makes_another_meaning_is_compared(field, value, tmp_path):
     save_safetensors(MambaScope(**SIZES, **{field: value}), tmp_path / "a.safetensors")

@@ -130,13 +130,13 @@ def test_validation_metrics_equal_the_offline_sweep(tmp_path):
 def test_validation_uses_the_models_alpha_in_every_phase(tmp_path):
     net = module(full_refine_epochs=5)
     seen = []
-    forward = net.model.forward_refined
+    forward = net.model.forward_both
 
-    def spy(x, coarse, alpha=None):
+    def spy(x, alpha=None):
         seen.append((net.training, alpha))
-        return forward(x, coarse, alpha)
+        return forward(x, alpha)
 
-    net.model.forward_refined = spy
+    net.model.forward_both = spy
     trainer(tmp_path, max_epochs=1).fit(net, data())
     assert set(seen) == {(True, None), (False, 0.5)}
     assert net.model.alpha == 1.0
@@ -310,20 +310,3 @@ def test_warmup_longer_than_the_training_is_shortened(tmp_path):
     with pytest.warns(UserWarning, match="warming up for 6 steps"):
         trainer(tmp_path, spy, max_epochs=1).fit(module(schedule=ScheduleArgs(warmup_epochs=9)), data())
     assert spy.lr.index(max(spy.lr)) == 5
-
-
-def test_validation_counts_the_cells_of_each_image(tmp_path):
-    """With a number of cells per image, the logged GFLOPs are those of the refined images."""
-    net = module({"alpha_rule": "mass", "alpha_min": 0.05, "alpha_buckets": 16, "threshold": 1.0, "alpha": 0.6})
-    fit = trainer(tmp_path, max_epochs=1)
-    fit.fit(net, data())
-    model = net.model.eval()
-    cost = stage_macs(model.config)
-    batches = [x for x, _ in data().val_dataloader()]
-    with torch.no_grad():
-        outputs = [model.forward_scope(x, 1.0) for x in batches]
-    cells = torch.cat([(o.selected >= 0).sum(1) for o in outputs]).double()
-    found = float(fit.callback_metrics["val/gflops"])
-    assert found == pytest.approx(cost.gflops(1.0, float(cells.mean())), rel=1e-5)
-    assert len(set(cells.tolist())) > 1
-    assert "val/cells_refined" not in fit.callback_metrics
