@@ -13,7 +13,7 @@ except ImportError as error:
 
 from mambascope.mm.backbone import VimBackbone
 from mambascope.mm.compat import allow_checkpoint_types
-from mambascope.mm.gate import GateHead, gate_confidence, presence_from_labels, presence_from_masks
+from mambascope.mm.gate import DenseGate, GateHead, gate_confidence, presence_from_labels, presence_from_masks
 from mambascope.mm.loss import ClassWeightedCrossEntropy
 from mambascope.mm.metrics import GateMetric
 from mambascope.mm.optim import CpuAmpOptimWrapper, LayerDecayConstructor
@@ -27,6 +27,7 @@ allow_checkpoint_types()
 __all__ = [
     "ClassWeightedCrossEntropy",
     "CpuAmpOptimWrapper",
+    "DenseGate",
     "GateHead",
     "GateMetric",
     "LayerDecayConstructor",

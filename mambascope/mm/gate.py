@@ -7,16 +7,59 @@ CLS output, trained with binary cross-entropy on the classes that are present.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmengine.registry import MODELS
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from mambascope.data.errors import DataError
+from mambascope.models.states import CoarseState
+from mambascope.utils import check_positive
 
-CONFIDENCES = ("mean_present", "max", "margin", "entropy")
+
+def _mean_present(logits: Tensor) -> Tensor:
+    p = logits.sigmoid()
+    present = p >= 0.5
+    mean = (p * present).sum(1) / present.sum(1).clamp(min=1)
+    return torch.where(present.any(1), mean, p.amax(1))
+
+
+def _max(logits: Tensor) -> Tensor:
+    return logits.sigmoid().amax(1)
+
+
+def _margin(logits: Tensor) -> Tensor:
+    p = logits.sigmoid()
+    present = p >= 0.5
+    lowest_in = p.masked_fill(~present, 1.0).amin(1)
+    highest_out = p.masked_fill(present, 0.0).amax(1)
+    return torch.where(present.any(1), lowest_in - highest_out, torch.zeros_like(highest_out))
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    p = logits.sigmoid()
+    nats = -(p * F.logsigmoid(logits) + (1 - p) * F.logsigmoid(-logits))
+    return 1 - nats.mean(1) / math.log(2)
+
+
+RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean_present": _mean_present,
+    "max": _max,
+    "margin": _margin,
+    "entropy": _entropy,
+}
+"""From multi-label logits [B, C] to confidence [B] in [0, 1].
+
+``mean_present``: Mean probability of the classes predicted present (p >= 0.5); if there is none, the largest
+probability. ``max``: The largest probability. ``margin``: The gap between the least likely class that is predicted
+present and the most likely one that is not; 0 if none is present. It is small as soon as a single class is in doubt,
+where a mean hides it behind the rest. ``entropy``: 1 minus the mean entropy of the classes in bits: every class in
+doubt counts, those thought absent too.
+"""
 
 
 def gate_confidence(logits: Tensor, rule: str = "mean_present") -> Tensor:
@@ -24,11 +67,7 @@ def gate_confidence(logits: Tensor, rule: str = "mean_present") -> Tensor:
 
     Args:
         logits: Multi-label logits [B, C].
-        rule: ``mean_present``: mean probability of the classes predicted present (p >= 0.5); if there is none, the
-            largest probability. ``max``: the largest probability. ``margin``: the gap between the least likely class
-            that is predicted present and the most likely one that is not; 0 if none is present. It is small as soon as
-            a single class is in doubt, where a mean hides it behind the others. ``entropy``: 1 minus the mean entropy
-            of the classes in bits: every class in doubt counts, those thought absent too.
+        rule: One of :data:`RULES`.
 
     Returns:
         Confidence [B], at least fp32.
@@ -36,23 +75,9 @@ def gate_confidence(logits: Tensor, rule: str = "mean_present") -> Tensor:
     Raises:
         ValueError: If the rule is unknown.
     """
-    if rule not in CONFIDENCES:
-        raise ValueError(f"confidence must be one of {', '.join(CONFIDENCES)}, got {rule!r}")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    p = logits.sigmoid()
-    if rule == "entropy":
-        nats = -(p * F.logsigmoid(logits) + (1 - p) * F.logsigmoid(-logits))
-        return 1 - nats.mean(1) / math.log(2)
-    largest = p.amax(1)
-    if rule == "max":
-        return largest
-    present = p >= 0.5
-    if rule == "mean_present":
-        mean = (p * present).sum(1) / present.sum(1).clamp(min=1)
-        return torch.where(present.any(1), mean, largest)
-    lowest_in = p.masked_fill(~present, 1.0).amin(1)
-    highest_out = p.masked_fill(present, 0.0).amax(1)
-    return torch.where(present.any(1), lowest_in - highest_out, torch.zeros_like(largest))
+    if rule not in RULES:
+        raise ValueError(f"confidence must be one of {', '.join(RULES)}, got {rule!r}")
+    return RULES[rule](logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 def check_labels(labels: Sequence[int], num_classes: int, ignore_index: int, name: str) -> None:
@@ -121,17 +146,88 @@ def presence_from_labels(labels: Sequence[Tensor], num_classes: int, names: Sequ
     return torch.stack(rows)
 
 
-class GateHead(nn.Module):
-    """Image-level multi-label head on the coarse CLS output.
+class DenseGate(nn.Module):
+    """How sure a segmentor or detector is after the coarse look: coarse state to confidence [B].
+
+    It tells which classes are in the image (:meth:`logits`), how sure that is (:meth:`confidence`), and learns from the
+    classes that are really there (:meth:`loss`). A gate of one's own derives from this class, writes :meth:`logits` and
+    what else shall differ, and is registered with ``@MODELS.register_module()`` of mmengine; a backbone builds the one
+    that its config names, ``gate=dict(type="MyGate", num_classes=11)``, with the model width ``dim``. Its weights are
+    part of the backbone's (``backbone.gate.*``): saved, loaded and trained with the model.
+
+    Args:
+        num_classes: C.
+        confidence: Rule, see :func:`gate_confidence`.
+        loss_weight: Weight of the loss.
+        skip_classes: Classes that the confidence leaves out. A class that nearly every image has, such as a background,
+            is always sure to be present and would hide that nothing else is.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        confidence: str = "mean_present",
+        loss_weight: float = 1.0,
+        skip_classes: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        check_positive("num_classes of the gate", num_classes)
+        if confidence not in RULES:
+            raise ValueError(f"confidence of the gate must be one of {', '.join(RULES)}, got {confidence!r}")
+        if loss_weight < 0:
+            raise ValueError(f"loss_weight of the gate must be >= 0, got {loss_weight}")
+        skipped = set(skip_classes)
+        if not skipped < set(range(num_classes)):
+            raise ValueError(
+                f"skip_classes of the gate must be some of the classes 0..{num_classes - 1} and leave at least one, "
+                f"got {list(skip_classes)}"
+            )
+        self.num_classes = num_classes
+        self.rule = confidence
+        self.kept_classes = [c for c in range(num_classes) if c not in skipped]
+        self.loss_weight = loss_weight
+
+    def forward(self, coarse: CoarseState) -> Tensor:
+        """Confidence [B] of images after the coarse look."""
+        return self.confidence(self.logits(coarse))
+
+    def logits(self, coarse: CoarseState) -> Tensor:
+        """Multi-label logits [B, C] of the classes in the images."""
+        raise NotImplementedError
+
+    def confidence(self, logits: Tensor) -> Tensor:
+        """Confidence [B] of logits [B, C], see :func:`gate_confidence`; no gradient."""
+        logits = logits.detach()
+        if len(self.kept_classes) < self.num_classes:
+            logits = logits[:, self.kept_classes]
+        return gate_confidence(logits, self.rule)
+
+    def loss(self, logits: Tensor, presence: Tensor, labelled: Tensor | None = None) -> Tensor:
+        """Weighted binary cross-entropy, the mean over classes and over the labelled images.
+
+        Args:
+            logits: [B, C].
+            presence: Classes that are really there [B, C], 0 or 1.
+            labelled: Images that take part [B] bool; default all.
+        """
+        # in fp32 also under autocast
+        loss = F.binary_cross_entropy_with_logits(logits.float(), presence.float(), reduction="none").mean(1)
+        weight = torch.ones_like(loss) if labelled is None else labelled.to(loss)
+        return self.loss_weight * (loss * weight).sum() / weight.sum().clamp(min=1)
+
+
+@MODELS.register_module()
+class GateHead(DenseGate):
+    """The paper's gate: one linear layer on the coarse CLS output.
 
     Args:
         dim: Model width d.
         num_classes: C.
-        confidence: See :func:`gate_confidence`.
-        loss_weight: Weight of the loss.
+        confidence: See :class:`DenseGate`, as are ``loss_weight`` and ``skip_classes``.
         prior: Presence that every class starts from; a low one keeps the first steps from being all about the bias.
-        skip_classes: Classes that the confidence leaves out. A class that nearly every image has, such as a background,
-            is always sure to be present and would hide that nothing else is.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -146,49 +242,31 @@ class GateHead(nn.Module):
         prior: float = 0.1,
         skip_classes: Sequence[int] = (),
     ) -> None:
-        super().__init__()
-        if not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f"num_classes of the gate must be a positive integer, got {num_classes!r}")
-        if confidence not in CONFIDENCES:
-            raise ValueError(f"confidence of the gate must be one of {', '.join(CONFIDENCES)}, got {confidence!r}")
-        if loss_weight < 0:
-            raise ValueError(f"loss_weight of the gate must be >= 0, got {loss_weight}")
+        super().__init__(num_classes, confidence, loss_weight, skip_classes)
         if not 0 < prior < 1:
             raise ValueError(f"prior of the gate must lie in (0, 1), got {prior}")
-        skipped = set(skip_classes)
-        if not skipped < set(range(num_classes)):
-            raise ValueError(
-                f"skip_classes of the gate must be some of the classes 0..{num_classes - 1} and leave at least one, "
-                f"got {list(skip_classes)}"
-            )
-        self.num_classes = num_classes
-        self.confidence = confidence
-        self.kept_classes = [c for c in range(num_classes) if c not in skipped]
-        self.loss_weight = loss_weight
         self.fc = nn.Linear(dim, num_classes)
         trunc_normal_(self.fc.weight, std=0.02)
         nn.init.constant_(self.fc.bias, float(torch.logit(torch.tensor(prior))))
 
-    def forward(self, cls: Tensor) -> Tensor:
-        """Logits [B, C] of the coarse CLS output [B, d]."""
-        return self.fc(cls)
+    def logits(self, coarse: CoarseState) -> Tensor:
+        """Multi-label logits [B, C] of the classes in the images."""
+        return self.fc(coarse.cls)
 
-    def sureness(self, logits: Tensor) -> Tensor:
-        """Confidence [B] of logits [B, C], see :func:`gate_confidence`; no gradient."""
-        logits = logits.detach()
-        if len(self.kept_classes) < self.num_classes:
-            logits = logits[:, self.kept_classes]
-        return gate_confidence(logits, self.confidence)
 
-    def loss(self, logits: Tensor, presence: Tensor, known: Tensor | None = None) -> Tensor:
-        """Weighted binary cross-entropy, the mean over classes and over the images of which something is known.
+def build_gate(options: Mapping[str, Any] | None, dim: int) -> DenseGate | None:
+    """The gate that a backbone's config names; a :class:`GateHead` without a ``type``.
 
-        Args:
-            logits: [B, C].
-            presence: [B, C], 0 or 1.
-            known: Images that take part [B] bool; default all.
-        """
-        # in fp32 also under autocast
-        loss = F.binary_cross_entropy_with_logits(logits.float(), presence.float(), reduction="none").mean(1)
-        weight = torch.ones_like(loss) if known is None else known.to(loss)
-        return self.loss_weight * (loss * weight).sum() / weight.sum().clamp(min=1)
+    Args:
+        options: Its ``type`` and arguments without ``dim``; ``None`` for no gate.
+        dim: Model width d.
+
+    Raises:
+        ValueError: If it is no :class:`DenseGate`.
+    """
+    if options is None:
+        return None
+    gate = MODELS.build({"type": "GateHead", **options, "dim": dim})
+    if not isinstance(gate, DenseGate):
+        raise ValueError(f"gate must be a mambascope.mm.DenseGate, got {type(gate).__name__}")
+    return gate

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mambascope.layers import cls_index, remove_cls
 from mambascope.mm.backbone import EncoderBackbone
 from mambascope.mm.canvas import Look, Size, batch_order, cells_on_canvas, cover, join, join_looks, pad_map
-from mambascope.mm.gate import GateHead
+from mambascope.mm.gate import build_gate
 from mambascope.mm.pyramid import STEPS, double
 from mambascope.models.cells import num_selected
 from mambascope.models.configs import SCOPE_CONFIGS
@@ -75,8 +75,8 @@ class ScopeBackbone(EncoderBackbone):
 
     Args:
         arch: ``mambascope_tiny_patch16_224`` and so on, as :class:`VimBackbone`.
-        gate: Arguments of :class:`~mambascope.mm.gate.GateHead` without the width, ``num_classes`` at least; ``None``
-            for no gate.
+        gate: Arguments of :class:`~mambascope.mm.gate.GateHead` without the width, ``num_classes`` at least; with a
+            ``type`` those of another :class:`~mambascope.mm.gate.DenseGate`; ``None`` for no gate.
         threshold: Confidence at which the coarse features are kept; ``<= 0`` always, ``>= 1`` never.
         exit_prob: Share of training images that exit, in [0, 1].
         coarse_resize: How coarse tokens come to the fine grid: ``bilinear`` (copied in cells that are not re-read), or
@@ -115,7 +115,7 @@ class ScopeBackbone(EncoderBackbone):
             self.coarse_up = nn.ModuleList(maps)
         if not 0 <= exit_prob <= 1:
             raise ValueError(f"exit_prob must lie in [0, 1], got {exit_prob!r}")
-        self.gate = None if gate is None else GateHead(self.encoder.embed_dim, **gate)
+        self.gate = build_gate(gate, self.encoder.embed_dim)
         self.threshold = check_threshold(threshold)
         self.exit_prob = exit_prob
 
@@ -174,8 +174,8 @@ class ScopeBackbone(EncoderBackbone):
         coarse = self.encoder.forward_half(half, self.out_indices, stem_maps)
         logits = confidence = None
         if self.gate is not None:
-            logits = self.gate(coarse.cls)
-            confidence = self.gate.sureness(logits)
+            logits = self.gate.logits(coarse)
+            confidence = self.gate.confidence(logits)
         batch, cells = coarse.importance.shape
         exited = self._decide(x, confidence, cells)
         selected = torch.full((batch, num_selected(self.encoder.alpha, cells)), -1, dtype=torch.long, device=x.device)

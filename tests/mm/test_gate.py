@@ -43,10 +43,10 @@ def test_entropy_counts_every_class_in_doubt():
 def test_skipped_classes_do_not_count(rule):
     head = GateHead(8, 4, confidence=rule, skip_classes=(0, 2))
     rows = logits([0.99, 0.7, 0.2, 0.4], [0.99, 0.1, 0.97, 0.3])
-    torch.testing.assert_close(head.sureness(rows), gate_confidence(rows[:, [1, 3]], rule))
+    torch.testing.assert_close(head.confidence(rows), gate_confidence(rows[:, [1, 3]], rule))
     changed = rows.clone()
     changed[:, [0, 2]] = 0.0
-    torch.testing.assert_close(head.sureness(changed), head.sureness(rows))
+    torch.testing.assert_close(head.confidence(changed), head.confidence(rows))
 
 
 @pytest.mark.parametrize("skipped", [(4,), (-1,), (0, 1, 2, 3), "[0]"])
@@ -76,7 +76,7 @@ def test_presence_of_an_image_without_boxes():
 
 def test_loss_leaves_unknown_images_out():
     head = GateHead(8, 3, loss_weight=2.0)
-    out = head(torch.randn(2, 8))
+    out = head.fc(torch.randn(2, 8))
     target = torch.tensor([[1.0, 0, 0], [0, 0, 0]])
     alone = head.loss(out[:1], target[:1])
     torch.testing.assert_close(head.loss(out, target, torch.tensor([True, False])), alone)
