@@ -19,13 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mambascope._names import open_streams, printable
-from mambascope.data import (  # noqa: F401 (--data finds them by name)
-    DataError,
-    GlimpseDigitsDataModule,
-    GlimpseImageDataModule,
-    ImageDataModule,
-    ScopeDigitsDataModule,
-)
+from mambascope.data import DataError, load_data_modules
 from mambascope.data.datamodule import ResumableDataModule
 from mambascope.data.errors import worker_failure
 from mambascope.eye import MAMBAEYE_CONFIGS, MambaEye
@@ -121,6 +115,7 @@ class TrainCLI(LightningCLI):
     resume_from: Path | None
 
     def __init__(self, args: Sequence[str]) -> None:
+        load_data_modules()  # --data finds by name those that are imported
         super().__init__(
             module_class(args),
             LightningDataModule,

@@ -16,31 +16,38 @@ if TYPE_CHECKING:
     from mambascope.data.image_io import open_image
     from mambascope.data.scopedigits import ScopeDigits
     from mambascope.data.scopedigits_config import ScopeDigitsConfig
-    from mambascope.eye.datamodules import GlimpseDigitsDataModule, GlimpseImageDataModule
+
+DATA_MODULES = {
+    "ImageDataModule": "mambascope.data.image_datamodule",
+    "ScopeDigitsDataModule": "mambascope.data.digits_datamodule",
+}
+"""The file of each data module that ``--data NAME`` means; wings add theirs."""
 
 _LAZY = {
-    "GlimpseDigitsDataModule": "mambascope.eye.datamodules",
-    "GlimpseImageDataModule": "mambascope.eye.datamodules",
-    "ImageDataModule": "mambascope.data.image_datamodule",
     "ScopeDigits": "mambascope.data.scopedigits",
-    "ScopeDigitsConfig": "mambascope.data.scopedigits",
-    "ScopeDigitsDataModule": "mambascope.data.digits_datamodule",
+    "ScopeDigitsConfig": "mambascope.data.scopedigits_config",
     "open_image": "mambascope.data.image_io",
 }
 
 __all__ = [
+    "DATA_MODULES",
     "DataError",
-    "GlimpseDigitsDataModule",
-    "GlimpseImageDataModule",
     "ImageDataModule",
     "ScopeDigits",
     "ScopeDigitsConfig",
     "ScopeDigitsDataModule",
+    "load_data_modules",
     "open_image",
 ]
 
 
+def load_data_modules() -> dict[str, type]:
+    """Every registered data module by name; the command line finds those that are imported."""
+    return {name: getattr(import_module(file), name) for name, file in DATA_MODULES.items()}
+
+
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    file = DATA_MODULES.get(name) or _LAZY.get(name)
+    if file is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(file), name)

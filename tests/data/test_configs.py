@@ -52,5 +52,5 @@ def test_help_describes_the_arguments(parser, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--data.help=mambascope.data.ImageDataModule"])
     text = capsys.readouterr().out
-    assert "repeated augmentation" in text
+    assert "Repeated augmentation" in text
     assert "skip_bad_files" in text
