@@ -50,6 +50,23 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return ((value.double() - reference.double()).abs().max() / reference.double().abs().max().clamp_min(1e-30)).item()
 
 
+class FineCalls:
+    """Counts the images that go through a MambaScope's fine stage from now on.
+
+    Attributes:
+        images: How many did.
+    """
+
+    def __init__(self, model: MambaScope) -> None:
+        self.images = 0
+        self._forward = model.forward_fine
+        model.forward_fine = self._counted
+
+    def _counted(self, x: torch.Tensor, *args, **kwargs):
+        self.images += len(x)
+        return self._forward(x, *args, **kwargs)
+
+
 @pytest.fixture(scope="session")
 def tiny_scope():
     """Two blocks of width 32 on 32-pixel images: 8 x 8 patches, 4 x 4 cells; in evaluation mode."""

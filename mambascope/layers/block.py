@@ -5,7 +5,6 @@ from __future__ import annotations
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from mambascope.layers.cell_pool import CellPool
 from mambascope.layers.mixer import BidirectionalMamba, ScoreOptions
 from mambascope.layers.norm import RMSNorm
 
@@ -29,12 +28,7 @@ class VimBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(
-        self,
-        hidden: Tensor,
-        residual: Tensor | None,
-        score: ScoreOptions | None = None,
-        pool: CellPool | None = None,
-        order: Tensor | None = None,
+        self, hidden: Tensor, residual: Tensor | None, score: ScoreOptions | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the branch output [B, L, d], the residual stream it joins [B, L, d] and the token scores [B, L].
 
@@ -42,15 +36,7 @@ class VimBlock(nn.Module):
             hidden: Output of the block before [B, L, d].
             residual: Residual stream that it joins [B, L, d].
             score: How token scores are computed.
-            pool: Scan the means of cells instead of their tokens.
-            order: Order in which the mixer reads the tokens [L], a permutation; what it returns is in the old order.
         """
         normed, residual = self.norm(hidden, residual)
-        if order is None:
-            out, scores = self.mixer(normed, score, pool)
-        else:
-            back = order.argsort()
-            out, scores = self.mixer(normed.index_select(1, order), score, pool)
-            out = out.index_select(1, back)
-            scores = None if scores is None else scores.index_select(1, back)
+        out, scores = self.mixer(normed, score)
         return self.drop_path(out), residual, scores

@@ -12,13 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambascope.layers.cell_pool import CellPool
 from mambascope.layers.plain import convolve, is_plain, project
 from mambascope.ops import ScanDirection, bidirectional_conv, bidirectional_scan, selective_scan
 
 SCORE_METRICS = ("max", "l2", "mean", "clip", "softplus", "topk")
-SCORE_SOURCES = ("pre_gate", "post_gate")
-SCORE_DIRECTIONS = ("sum", "forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -29,31 +26,22 @@ class ScoreOptions:
         metric: Reduction over channels. ``max``: largest softplus (the paper's choice); ``l2``: Euclidean norm;
             ``mean``: plain mean (the paper's "no clip"); ``clip``: mean of ``max(y, 0)``; ``softplus``: mean softplus;
             ``topk``: mean softplus of the ``topk`` largest channels.
-        source: ``pre_gate`` (SSM output including the D term) or ``post_gate`` (after ``SiLU(z)``).
-        direction: ``sum`` of both re-aligned directions, or one of them.
         topk: Channels taken by ``topk``.
     """
 
     metric: str = "max"
-    source: str = "pre_gate"
-    direction: str = "sum"
     topk: int = 16
 
     def __post_init__(self) -> None:
-        for name, value, accepted in (
-            ("score_metric", self.metric, SCORE_METRICS),
-            ("score_source", self.source, SCORE_SOURCES),
-            ("score_direction", self.direction, SCORE_DIRECTIONS),
-        ):
-            if value not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
+        if self.metric not in SCORE_METRICS:
+            raise ValueError(f"score_metric must be one of {', '.join(SCORE_METRICS)}, got {self.metric!r}")
         if self.topk < 1:
             raise ValueError(f"score_topk must be at least 1, got {self.topk}")
 
     @property
     def fused(self) -> bool:
         """Whether the scan itself can return the score (no extra [B, L, E] tensor)."""
-        return (self.metric, self.source, self.direction) == ("max", "pre_gate", "sum")
+        return self.metric == "max"
 
     def reduce(self, y_BLE: Tensor) -> Tensor:
         """Reduces SSM outputs [B, L, E] over channels to scores [B, L]."""
@@ -171,22 +159,17 @@ class BidirectionalMamba(nn.Module):
         x_f, x_b = self.convolve(x_BLE)
         return self.direction(x_f, reverse=False), self.direction(x_b, reverse=True)
 
-    def forward(
-        self, u_BLD: Tensor, score: ScoreOptions | None = None, pool: CellPool | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, u_BLD: Tensor, score: ScoreOptions | None = None) -> tuple[Tensor, Tensor | None]:
         """Mixes tokens [B, L, D].
 
         Args:
             u_BLD: Tokens.
-            score: How each token's importance is computed; not together with ``pool``.
-            pool: Scan the means of cells instead of their tokens.
+            score: How each token's importance is computed.
 
         Returns:
             The mixed tokens [B, L, D] and, if ``score`` is given, each token's importance [B, L] (detached, fp32).
         """
         x_BLE, z_BLE = self.project(u_BLD)
-        if pool is not None:
-            return self._scan_pooled(x_BLE, z_BLE, pool), None
         forward, backward = self.directions(x_BLE)
         if score is None:
             return project(self.out_proj, self.scan_both(forward, backward, z_BLE)), None
@@ -202,20 +185,6 @@ class BidirectionalMamba(nn.Module):
         """Half the gated sum of both directions' SSM outputs [B, L, E], in one call."""
         return bidirectional_scan(forward, backward, z_BLE, scale=0.5, backend=self.scan_backend)
 
-    def _scan_pooled(self, x_BLE: Tensor, z_BLE: Tensor, pool: CellPool) -> Tensor:
-        """Scans the cells; convolution, skip term and gate keep every token (as FastVim does with rows and columns).
-
-        Fewer operations, not less time on a CPU at small sizes: the fused scan beats the averages that shorten it.
-        """
-        x_f, x_b = self.convolve(x_BLE)
-        forward = self.direction(pool.pool(x_f), reverse=False)
-        backward = self.direction(pool.pool(x_b), reverse=True)
-        skip = forward.D * _at_least_fp32(x_f) + backward.D * _at_least_fp32(x_b)
-        # the skip term is taken from the tokens themselves, so the scan has none
-        forward, backward = (d._replace(D=torch.zeros_like(d.D)) for d in (forward, backward))
-        half = bidirectional_scan(forward, backward, None, scale=0.5, backend=self.scan_backend)
-        return self.finish(2 * _at_least_fp32(pool.unpool(half)) + skip, z_BLE)
-
     def _forward_scored(
         self, forward: ScanDirection, backward: ScanDirection, z_BLE: Tensor, score: ScoreOptions
     ) -> tuple[Tensor, Tensor]:
@@ -225,9 +194,7 @@ class BidirectionalMamba(nn.Module):
         y_b = _at_least_fp32(self.scan(backward, reverse=True))
         out = self.finish(y_f + y_b, z_BLE)
         with torch.no_grad():
-            y = {"sum": y_f + y_b, "forward": y_f, "backward": y_b}[score.direction]
-            gate = F.silu(_at_least_fp32(z_BLE)) if score.source == "post_gate" else None
-            return out, score.reduce(y if gate is None else y * gate)
+            return out, score.reduce(y_f + y_b)
 
     def finish(self, y_BLE: Tensor, z_BLE: Tensor) -> Tensor:
         """The mixer's output [B, L, D] from the sum of both directions' SSM outputs and the gate, both [B, L, E]."""

@@ -25,40 +25,6 @@ def num_selected(alpha: float, num_cells: int) -> int:
     return min(num_cells, math.ceil(alpha * num_cells - 1e-9))
 
 
-def count_levels(num_cells: int, lowest: float, highest: float, buckets: int) -> tuple[int, ...]:
-    """Counts of cells that per-image selection may take: ``buckets`` at most, evenly from share to share of M cells.
-
-    Few different counts keep the batches of images with the same count large.
-    """
-    low, high = max(1, num_selected(lowest, num_cells)), max(1, num_selected(highest, num_cells))
-    steps = min(buckets - 1, high - low)  # no more than there are counts
-    return tuple(sorted({high} | {low + -(-(high - low) * i // steps) for i in range(steps)}))  # rounded up
-
-
-def mass_counts(importance_BM: Tensor, mass: float, levels: tuple[int, ...]) -> Tensor:
-    """How many cells hold a share of each image's importance: the smallest count, raised to one of ``levels``.
-
-    The mass of a cell is its importance above the image's least important cell, as a share of the image's sum. Where
-    all cells are equally important each has ``1 / M``, so that the count is that of a constant alpha.
-
-    Args:
-        importance_BM: Scores [B, M].
-        mass: Share of the mass to reach, in [0, 1].
-        levels: Accepted counts, ascending; larger needs are cut to the last one.
-
-    Returns:
-        Counts [B] int64.
-    """
-    scores = importance_BM.double()
-    above = scores - scores.amin(dim=1, keepdim=True)
-    total = above.sum(dim=1, keepdim=True)
-    share_BM = torch.where(total > 0, above / total, 1 / scores.shape[1])  # 0 / 0 is not taken
-    reached = share_BM.sort(dim=1, descending=True).values.cumsum(dim=1)
-    needed = (reached < mass - 1e-9).sum(dim=1) + 1
-    choices = torch.tensor(levels, device=scores.device)
-    return choices[torch.bucketize(needed, choices).clamp_max(len(levels) - 1)]
-
-
 def average_importance(scores: Iterable[Tensor], beta: float) -> Tensor:
     """Momentum average of the layers' scores [B, M], starting from zero: ``S <- beta S + (1 - beta) s`` (eq. 12)."""
     total: Tensor | None = None
@@ -69,7 +35,7 @@ def average_importance(scores: Iterable[Tensor], beta: float) -> Tensor:
     return total
 
 
-def select_cells(importance_BM: Tensor, alpha: float, count: int | None = None) -> tuple[Tensor, Tensor]:
+def select_cells(importance_BM: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Splits the cells into the ``k`` most important ones and the others (eq. 13).
 
     Ties go to the lower index.
@@ -77,13 +43,11 @@ def select_cells(importance_BM: Tensor, alpha: float, count: int | None = None) 
     Args:
         importance_BM: Scores [B, M].
         alpha: Share to select, in [0, 1].
-        count: Cells to select, instead of a share.
 
     Returns:
         Selected cells [B, k] and the others [B, M - k], int64, each in raster order.
     """
-    if count is None:
-        count = num_selected(alpha, importance_BM.shape[1])
+    count = num_selected(alpha, importance_BM.shape[1])
     order = torch.sort(importance_BM, dim=1, descending=True, stable=True).indices
     return order[:, :count].sort(dim=1).values, order[:, count:].sort(dim=1).values
 

@@ -10,7 +10,7 @@ from mambascope.layers.mixer import ScoreOptions
 from mambascope.layers.pos_embed import CLS_POSITIONS
 from mambascope.layers.reuse import REUSE_KINDS
 from mambascope.layers.stem import stem_convs
-from mambascope.models.gate import CONFIDENCES, check_temperature, check_threshold
+from mambascope.models.gate import check_threshold
 from mambascope.ops import check_backend
 from mambascope.peers import EncoderSizes, ReductionConfig, reduction_config
 from mambascope.utils import as_number, check_choice, check_positive, share
@@ -19,10 +19,6 @@ GLOBAL_POOLS = ("token", "avg", "lse", "")
 CELL_ORDERS = ("cell", "raster")
 FINE_ORDERS = ("important_first", "important_last")
 COARSE_POSITIONS = ("own", "resampled")
-REST_TOKENS = ("embedding", "features", "state", "none")
-FINE_POOLS = ("off", "alternate", "all")
-ALPHA_RULES = ("constant", "mass")
-COARSE_INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,6 @@ class VimConfig:
             and added to the patches. What is smaller than a patch is then not lost, and dense models read the finer
             maps too; MambaScope's second look runs it on the whole image. For patches of 8, 16, 32, ... pixels without
             overlap; 0 for none, as published.
-        registers: Learned tokens that are spread evenly through the sequence in every pass (Mamba-Reg, arXiv
-            2405.14858); their outputs are dropped.
-        shuffle_rate: Probability with which the last block's mixer reads the tokens in a random order in training;
-            earlier blocks rise to it linearly (layer-wise shuffle, arXiv 2408.17081).
         reduction: Token reduction: a mapping with the ``name`` of a method and its settings
             (:mod:`mambascope.peers`); ``None`` for none. Not for MambaScope.
     """
@@ -80,8 +72,6 @@ class VimConfig:
     global_pool: str = "token"
     scan_backend: str | None = None
     stem_width: int = 0
-    registers: int = 0
-    shuffle_rate: float = 0.0
     reduction: ReductionConfig | None = None
 
     def __post_init__(self) -> None:
@@ -102,10 +92,7 @@ class VimConfig:
         for name in ("drop_rate", "drop_path_rate"):
             # as plain floats: NumPy's are no JSON
             object.__setattr__(self, name, share(name, getattr(self, name), below_one=True))
-        object.__setattr__(self, "shuffle_rate", share("shuffle_rate", self.shuffle_rate))
         self._check_stem()
-        if not isinstance(self.registers, int) or isinstance(self.registers, bool) or self.registers < 0:
-            raise ValueError(f"registers must be an integer >= 0, got {self.registers!r}")
         eps = as_number(self.norm_eps)
         if eps is None or not 0 < eps < math.inf:
             raise ValueError(f"norm_eps must be a positive number, got {self.norm_eps!r}")
@@ -124,9 +111,6 @@ class VimConfig:
                     "global_pool must be 'token' or '' with reduction, which leaves other tokens, "
                     f"got {self.global_pool!r}"
                 )
-            if self.registers or self.shuffle_rate:
-                name = "registers" if self.registers else "shuffle_rate"
-                raise ValueError(f"{name} must be 0 with reduction, which keeps the patches' order and nothing else")
 
     def _check_stem(self) -> None:
         if not isinstance(self.stem_width, int) or isinstance(self.stem_width, bool) or self.stem_width < 0:
@@ -178,72 +162,34 @@ class ScopeConfig(VimConfig):
     """MambaScope (arXiv 2512.00647): the Vim encoder read twice, coarse first.
 
     Attributes:
-        alpha: Share of coarse cells that the fine stage re-reads (section 3.3). 0 is the coarse model alone. With
-            ``alpha_rule="mass"`` the share of the importance that the re-read cells hold.
-        alpha_rule: ``constant``: as many cells in every image (the paper's). ``mass``: in each image the fewest cells
-            that hold the share ``alpha`` of its importance, between ``alpha_min`` and ``alpha_max`` of all cells;
-            with ``alpha`` 1 all of them.
-        alpha_min: Smallest share of cells under ``mass``.
-        alpha_max: Largest share of cells under ``mass``.
-        alpha_buckets: Different counts of cells under ``mass``; needs are rounded up to one of them, so that images
-            with the same count make dense batches.
+        alpha: Share of coarse cells that the fine stage re-reads (section 3.3). 0 is the coarse model alone.
         beta: Momentum of the importance average over layers (eq. 12, Table 6).
         threshold: Confidence eta at which the coarse answer is accepted. ``<= 0`` always, ``>= 1`` never.
-        confidence: What the threshold is compared with: the largest coarse probability (``max``, the paper's), the
-            ``margin`` between the two largest, or 1 less the normalised ``entropy``.
-        temperature: Divides the coarse logits before their confidence is taken; 1 leaves them. One scalar that is
-            fitted on held-out images after training (:func:`mambascope.evaluation.calibration.fit_temperature`).
         score_metric: Token importance: ``max``, ``l2``, ``mean``, ``clip``, ``softplus`` or ``topk`` (Table 4).
         score_topk: Channels averaged by ``topk``.
-        score_source: SSM output ``pre_gate`` or ``post_gate``.
-        score_direction: ``sum`` of both directions, ``forward`` or ``backward``.
-        score_layers: How many of the last layers take part; ``None`` is the last half (Table 6).
-        score_stride: Every how many of them.
+        score_layers: From how many of the last layers every second one takes part; ``None``: half of all (Table 6).
         fine_cls: Place of the CLS token in the fine sequence (Table 7).
         fine_order: ``important_first`` or ``important_last`` (Table 7).
         cell_order: Fine tokens ``cell`` by cell, or in ``raster`` order over the image.
         reuse: Feature reuse by ``mlp``, ``linear`` or ``off`` (Figure 5).
         reuse_ratio: Hidden width of the reuse MLP as a multiple of d.
         reuse_cls: Whether the coarse CLS output is reused too (Figure 5).
-        rest_tokens: What the cells that are not re-read enter the fine stage as: their coarse patch ``embedding`` with
-            position, or their ``features`` after the coarse pass; their ``state``, the coarse pass's residual stream
-            before the block ``rest_join``; or ``none``: they do not enter it.
-        rest_join: Block before which ``state`` tokens join; the fine pass runs the blocks before it on CLS and the
-            refined tokens alone. ``None``: the first block of the fine pass.
-        fine_depth: How many blocks, the last ones, the fine pass runs; ``None`` for all.
-        fine_pool: Which blocks of the fine pass scan the means of the re-read cells instead of their four tokens
-            (after FastVim, arXiv 2409.18962): none (``off``), every second one (``alternate``) or ``all``.
         coarse_pos: Position table of the coarse grid: its ``own``, or the fine one ``resampled``.
-        coarse_interpolation: How the half-size image is made: ``bilinear``, ``bicubic`` or ``nearest``.
     """
 
     alpha: float = 0.7
-    alpha_rule: str = "constant"
-    alpha_min: float = 0.25
-    alpha_max: float = 1.0
-    alpha_buckets: int = 4
     beta: float = 0.99
     threshold: float = 0.8
-    confidence: str = "max"
-    temperature: float = 1.0
     score_metric: str = "max"
     score_topk: int = 16
-    score_source: str = "pre_gate"
-    score_direction: str = "sum"
     score_layers: int | None = None
-    score_stride: int = 2
     fine_cls: str = "first"
     fine_order: str = "important_first"
     cell_order: str = "cell"
     reuse: str = "mlp"
     reuse_ratio: float = 4.0
     reuse_cls: bool = False
-    rest_tokens: str = "embedding"
-    rest_join: int | None = None
-    fine_depth: int | None = None
-    fine_pool: str = "off"
     coarse_pos: str = "own"
-    coarse_interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -254,35 +200,22 @@ class ScopeConfig(VimConfig):
                 f"stride must equal patch_size {self.patch_size} in MambaScope (a cell owns four patches), "
                 f"got {self.stride}"
             )
-        for name in ("alpha", "alpha_min", "alpha_max"):
-            object.__setattr__(self, name, share(name, getattr(self, name)))
-        check_choice("alpha_rule", self.alpha_rule, ALPHA_RULES)
-        check_positive("alpha_buckets", self.alpha_buckets)
-        if self.alpha_min > self.alpha_max or self.alpha_max == 0:
-            raise ValueError(
-                f"alpha_max must be above 0 and not below alpha_min {self.alpha_min:g}, got {self.alpha_max:g}"
-            )
+        object.__setattr__(self, "alpha", share("alpha", self.alpha))
         object.__setattr__(self, "beta", share("beta", self.beta, below_one=True))
         object.__setattr__(self, "threshold", check_threshold(self.threshold))
-        check_choice("confidence", self.confidence, CONFIDENCES)
-        object.__setattr__(self, "temperature", check_temperature(self.temperature))
         check_positive("score_topk", self.score_topk)
-        _ = self.score  # checks the metric, source and direction
+        _ = self.score  # checks the metric
         if self.score_layers is not None:
             check_positive("score_layers", self.score_layers)
             if self.score_layers > self.depth:
                 raise ValueError(f"score_layers must lie in 1..{self.depth} (the depth), got {self.score_layers}")
-        check_positive("score_stride", self.score_stride)
         check_choice("fine_cls", self.fine_cls, CLS_POSITIONS)
         check_choice("fine_order", self.fine_order, FINE_ORDERS)
         check_choice("cell_order", self.cell_order, CELL_ORDERS)
         if self.reuse is False:  # how YAML reads "off"
             object.__setattr__(self, "reuse", "off")
         check_choice("reuse", self.reuse, REUSE_KINDS)
-        check_choice("rest_tokens", self.rest_tokens, REST_TOKENS)
-        self._check_fine_pass()
         check_choice("coarse_pos", self.coarse_pos, COARSE_POSITIONS)
-        check_choice("coarse_interpolation", self.coarse_interpolation, COARSE_INTERPOLATIONS)
         ratio = as_number(self.reuse_ratio)
         if ratio is None or not 0 < ratio < math.inf:
             raise ValueError(f"reuse_ratio must be a positive number, got {self.reuse_ratio!r}")
@@ -291,56 +224,16 @@ class ScopeConfig(VimConfig):
         if self.reuse_cls and self.reuse == "off":
             raise ValueError("reuse_cls needs reuse to be 'mlp' or 'linear', got reuse='off'")
 
-    def _check_fine_pass(self) -> None:
-        if self.fine_depth is not None:
-            check_positive("fine_depth", self.fine_depth)
-            if self.fine_depth > self.depth:
-                raise ValueError(f"fine_depth must lie in 1..{self.depth} (the depth), got {self.fine_depth}")
-        if self.rest_join is not None:
-            if self.rest_tokens != "state":
-                raise ValueError(f"rest_join needs rest_tokens to be 'state', got {self.rest_tokens!r}")
-            if type(self.rest_join) is not int or not self.fine_start <= self.rest_join < self.depth:
-                raise ValueError(
-                    f"rest_join must lie in {self.fine_start}..{self.depth - 1} (blocks of the fine pass), "
-                    f"got {self.rest_join!r}"
-                )
-        check_choice("fine_pool", self.fine_pool, FINE_POOLS)
-        if self.fine_pool != "off" and self.cell_order != "cell":
-            raise ValueError(f"fine_pool needs cell_order to be 'cell', got {self.cell_order!r}")
-        if self.fine_pool != "off" and self.registers:
-            raise ValueError(f"fine_pool needs registers to be 0, which would stand inside cells, got {self.registers}")
-
-    @property
-    def fine_start(self) -> int:
-        """First block that the fine pass runs."""
-        return self.depth - (self.fine_depth or self.depth)
-
-    @property
-    def rest_start(self) -> int:
-        """Block before which the cells that are not re-read join the fine pass."""
-        return self.fine_start if self.rest_join is None else self.rest_join
-
-    @property
-    def pooled_layers(self) -> tuple[int, ...]:
-        """Blocks that scan the means of cells in the fine pass; alternating ones begin with the second."""
-        if self.fine_pool == "off":
-            return ()
-        return (
-            tuple(range(self.depth))[self.fine_start + 1 :: 2]
-            if self.fine_pool == "alternate"
-            else tuple(range(self.fine_start, self.depth))
-        )
-
     @property
     def score(self) -> ScoreOptions:
         """The token score's options."""
-        return ScoreOptions(self.score_metric, self.score_source, self.score_direction, self.score_topk)
+        return ScoreOptions(self.score_metric, self.score_topk)
 
     @property
     def taking_part(self) -> tuple[int, ...]:
         """Indices of the layers whose scores enter the importance average."""
         last = self.depth - self.depth // 2 if self.score_layers is None else self.score_layers
-        return tuple(range(self.depth - last, self.depth, self.score_stride))
+        return tuple(range(self.depth - last, self.depth, 2))
 
 
 VIM_CONFIGS: dict[str, VimConfig] = {

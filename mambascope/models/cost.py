@@ -166,17 +166,7 @@ def reduced_macs(
 
 def fine_macs(config: ScopeConfig, cells: int, refined: int, convention: str = "one_direction") -> int:
     """Multiply-adds of the fine pass over `cells` coarse cells of which it re-reads `refined`."""
-    e, n, r = config.inner_dim, config.d_state, config.rank
-    directions = 2 if convention == "both_directions" else 1
-    per_token = encoder_macs(config, 1, 0, convention) // config.depth
-    scanned = directions * (e * (r + 2 * n) + r * e + 9 * e * n)
-    rest = 0 if config.rest_tokens == "none" else cells - refined
-    total = encoder_macs(config, 0, 4 * cells, convention)
-    for layer in range(config.fine_start, config.depth):
-        total += (1 + config.registers + 4 * refined + (rest if layer >= config.rest_start else 0)) * per_token
-        if layer in config.pooled_layers:
-            total -= 3 * refined * scanned
-    return total
+    return encoder_macs(config, 1 + 4 * refined + cells - refined, 4 * cells, convention)
 
 
 def reuse_macs(config: ScopeConfig, cells: int) -> int:
@@ -189,7 +179,7 @@ def count_parameters(config: VimConfig) -> int:
     """Parameters of the model that `config` describes (tables are sized by ``config.img_size``)."""
     d, e, n, k, r = config.embed_dim, config.inner_dim, config.d_state, config.d_conv, config.rank
     mixer = 3 * e * d + 2 * (e * n + e + e * k + e + (r + 2 * n) * e + e * r + e)
-    fine_patches = math.prod(vim_grid(config)) + config.registers
+    fine_patches = math.prod(vim_grid(config))
     total = config.depth * (mixer + d) + d  # blocks with their norm gains, final norm
     total += config.in_chans * config.patch_size**2 * d + d  # patch embedding
     # convolutions with bias, and gain and bias of their norms
@@ -199,16 +189,16 @@ def count_parameters(config: VimConfig) -> int:
         total += config.reduction.num_parameters(config.sizes)
     if isinstance(config, ScopeConfig):
         cells = math.prod(scope_grid(config))
-        fine_patches = 4 * cells + config.registers
+        fine_patches = 4 * cells
         total += (cells + 1) * d  # coarse position table
         hidden = int(config.reuse_ratio * d)
         total += {"mlp": 2 * d + 2 * d * hidden + hidden + d, "linear": 2 * d + d * d + d, "off": 0}[config.reuse]
-    return total + d + (fine_patches + 1) * d  # CLS, position table, registers
+    return total + d + (fine_patches + 1) * d  # CLS, position table
 
 
 def head_macs(config: VimConfig, tokens: int) -> int:
-    """Multiply-adds of the classifier head on a sequence of `tokens`, registers included; the tables leave it out."""
-    rows = tokens - config.registers if config.global_pool in ("lse", "") else 1
+    """Multiply-adds of the classifier head on a sequence of `tokens`; the tables leave it out."""
+    rows = tokens if config.global_pool in ("lse", "") else 1
     return rows * config.embed_dim * config.num_classes
 
 
@@ -224,8 +214,7 @@ def stage_macs(
     Args:
         config: a :class:`VimConfig` or :class:`ScopeConfig`.
         img_size: side or (height, width) in pixels; default ``config.img_size``.
-        alpha: share of the cells that the fine stage refines, 0 to 1; default ``config.alpha``. MambaScope only. With
-            ``alpha_rule="mass"`` images differ in that share: what they cost is then ``expected(share, cells)``.
+        alpha: share of the cells that the fine stage refines, 0 to 1; default ``config.alpha``. MambaScope only.
         convention: ``"one_direction"`` (published) or ``"both_directions"`` (honest).
         scan_share: share of the scans that ran, per block; default: all. Token reduction only.
 
@@ -239,7 +228,7 @@ def stage_macs(
         if alpha is not None:
             raise ValueError("alpha applies to MambaScope models only; a plain Vim has one stage")
         patches = math.prod(vim_grid(config, img_size))
-        tokens = patches + 1 + config.registers
+        tokens = patches + 1
         if config.reduction is None:
             total = encoder_macs(config, tokens, patches, convention)
         else:
@@ -250,14 +239,13 @@ def stage_macs(
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
     k = num_selected(alpha, cells)
-    rest = 0 if config.rest_tokens == "none" else cells - k
     fine = fine_macs(config, cells, k, convention)
     return StageCost(
         convention=convention,
         params=params,
-        tokens_coarse=1 + config.registers + cells,
-        tokens_fine=1 + config.registers + 4 * k + rest,
-        coarse=encoder_macs(config, 1 + config.registers + cells, cells, convention),
+        tokens_coarse=1 + cells,
+        tokens_fine=1 + 4 * k + cells - k,
+        coarse=encoder_macs(config, 1 + cells, cells, convention),
         reuse=reuse_macs(config, cells),
         fine=fine,
         cells=k,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mambascope.models.pictures import STRETCHES, check_value_range
+from mambascope.models.retired import without_retired
 
 MAX_SIDE = 4096
 """Longest side of the images that a description may ask for where no tensor of the file shows the size."""
@@ -147,7 +148,12 @@ def checked_description(path: Path, description: Any) -> dict[str, Any]:
         raise CheckpointError(f"{damaged}: report.table must be a list of mappings")
     if choice is not None and not (isinstance(choice, dict) and _line(choice.get("rule", ""))):
         raise CheckpointError(f"{damaged}: report.choice must be a mapping whose rule is one line of text")
-    return {name: value for name, value in known.items() if value is not None}
+    try:
+        config = without_retired(known.get("config") or {})
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
+    known = {name: value for name, value in known.items() if value is not None}
+    return {**known, "config": config} if "config" in known else known
 
 
 def check_use(path: Path, description: Mapping[str, Any], config: Any) -> None:

@@ -15,7 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mambascope.models.gate import check_threshold, exit_mask
+from mambascope.models.cells import num_selected
+from mambascope.models.gate import check_threshold
 from mambascope.models.scope import MambaScope
 from mambascope.models.states import CoarseState, ScopeOutput
 from mambascope.utils import evaluating, model_device, share
@@ -33,20 +34,18 @@ class _Open:
 
 @dataclass
 class _Waiting:
-    """Images of one batch that wait for the fine stage and re-read as many `cells`."""
+    """Images of one batch that wait for the fine stage."""
 
     images: Tensor
     coarse: CoarseState
     owner: _Open
     rows: Tensor
-    cells: int
 
     def split(self, count: int) -> tuple[_Waiting, _Waiting]:
         """The first `count` images and the others."""
         cut = torch.arange(len(self.rows), device=self.rows.device).split([count, len(self.rows) - count])
         first, rest = (
-            _Waiting(self.images[index], self.coarse.index_select(index), self.owner, self.rows[index], self.cells)
-            for index in cut
+            _Waiting(self.images[index], self.coarse.index_select(index), self.owner, self.rows[index]) for index in cut
         )
         return first, rest
 
@@ -71,7 +70,7 @@ class ScopePredictor:
         threshold: confidence η; ``None`` for the model's.
         alpha: share of cells to refine; ``None`` for the model's.
         fine_batch_size: images per fine pass; only the last one of a stream may be smaller, and those that `max_open`
-            forces. Images that differ in their number of cells wait and run apart.
+            forces.
         max_open: batches that may wait for their results before an incomplete fine pass is forced. Bounds memory and
             delay where only few images are refined.
 
@@ -113,7 +112,7 @@ class ScopePredictor:
         self.fine_batches = []
         device = model_device(self.model)
         open_batches: deque[tuple[_Open, T]] = deque()
-        waiting: dict[int, deque[_Waiting]] = {}  # by number of cells: a fine pass has one length
+        waiting: deque[_Waiting] = deque()
         size: torch.Size | None = None
         for images, extra in batches:
             with evaluating(self.model):
@@ -121,10 +120,10 @@ class ScopePredictor:
                 if images.shape[1:] != size:
                     self._refine(waiting, flush=True)  # a fine pass takes images of one size
                     size = images.shape[1:]
-                opened, states = self._look(images)
+                opened, state = self._look(images)
                 open_batches.append((opened, extra))
-                for state in states:
-                    waiting.setdefault(state.cells, deque()).append(state)
+                if state is not None:
+                    waiting.append(state)
                 self._refine(waiting, flush=len(open_batches) > self.max_open)
             while open_batches and not open_batches[0][0].missing:
                 done, its_extra = open_batches.popleft()
@@ -145,42 +144,19 @@ class ScopePredictor:
                 joined[name] = torch.cat([getattr(o, name) for o in outputs])
         return ScopeOutput(**joined)
 
-    def _look(self, images: Tensor) -> tuple[_Open, list[_Waiting]]:
-        """The coarse pass: a batch's results so far, and its images that must go on, by number of cells."""
+    def _look(self, images: Tensor) -> tuple[_Open, _Waiting | None]:
+        """The coarse pass: a batch's results so far, and those of its images that must go on."""
         coarse = self.model.forward_coarse(images)
-        batch, cells = coarse.importance.shape
-        chosen = self.model.max_cells(cells, self.alpha)
-        conf = self.model.confidence(coarse.logits)
-        exited = exit_mask(conf, self.threshold if chosen else 0.0)
-        output = ScopeOutput(
-            logits=coarse.logits.clone(),
-            coarse_logits=coarse.logits,
-            confidence=conf,
-            exited=exited,
-            importance=coarse.importance,
-            selected=torch.full((batch, chosen), -1, dtype=torch.long, device=images.device),
-            tokens=torch.full(
-                (batch,), cells + 1 + self.model.config.registers, dtype=torch.long, device=images.device
-            ),
-            grid=coarse.grid,
-        )
+        confidence, exited = self.model.decide(coarse, self.threshold, self.alpha)
+        output = ScopeOutput.start(coarse, confidence, exited, num_selected(self.alpha, coarse.importance.shape[1]))
         rows = exited.logical_not().nonzero().squeeze(1)
         opened = _Open(output, missing=len(rows))
         if not len(rows):
-            return opened, []
-        states = []
-        for count, some in self.model.group_rows(coarse.importance[rows], self.alpha):
-            group = rows[some]
-            states.append(_Waiting(images[group], coarse.index_select(group), opened, group, count))
-        return opened, states
+            return opened, None
+        return opened, _Waiting(images[rows], coarse.index_select(rows), opened, rows)
 
-    def _refine(self, waiting: dict[int, deque[_Waiting]], *, flush: bool) -> None:
+    def _refine(self, waiting: deque[_Waiting], *, flush: bool) -> None:
         """Runs fine passes while a full one has gathered; with `flush`, until nobody waits."""
-        for queue in waiting.values():
-            self._drain(queue, flush)
-
-    def _drain(self, waiting: deque[_Waiting], flush: bool) -> None:
-        """The same for the images with one number of cells."""
         count = sum(len(w.rows) for w in waiting)
         while count and (flush or count >= self.fine_batch_size):
             taken: list[_Waiting] = []
@@ -200,13 +176,7 @@ class ScopePredictor:
     def _fine_pass(self, items: list[_Waiting]) -> None:
         images = torch.cat([item.images for item in items]) if len(items) > 1 else items[0].images
         state = concatenate_states([item.coarse for item in items])
-        fine = self.model.forward_fine(images, state, count=items[0].cells)
-        length = fine.length + self.model.config.registers
-        sizes = [len(item.rows) for item in items]
-        parts = zip(items, fine.logits.split(sizes), fine.selected.split(sizes), strict=True)
-        for item, logits, selected in parts:
-            output = item.owner.output
-            output.logits.index_copy_(0, item.rows, logits.to(output.logits.dtype))
-            output.selected[item.rows, : item.cells] = selected
-            output.tokens.index_add_(0, item.rows, output.tokens.new_full((len(item.rows),), length))
+        fine = self.model.forward_fine(images, state, self.alpha)
+        for item, part in zip(items, fine.split([len(item.rows) for item in items]), strict=True):
+            item.owner.output.merge(part, item.rows)
             item.owner.missing -= len(item.rows)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from mambascope.models.gate import check_threshold, exit_mask
+from mambascope.models.gate import check_threshold
 from mambascope.models.scope import MambaScope
 from mambascope.models.states import CoarseState
 from mambascope.models.vim import VisionMamba
@@ -90,8 +90,7 @@ class TwoStages(nn.Module):
         """Images [B, C, H, W] to logits [B, classes], confidence [B], exited [B], coarse logits and cells [B, k]."""
         coarse = self.model.forward_coarse(images)
         fine = self.model.forward_fine(images, coarse, self.alpha)
-        conf = self.model.confidence(coarse.logits)
-        exited = exit_mask(conf, self.threshold)
+        conf, exited = self.model.decide(coarse, self.threshold, self.alpha)
         logits = torch.where(exited.unsqueeze(1), coarse.logits, fine.logits)
         return logits, conf, exited, coarse.logits, fine.selected
 
@@ -124,8 +123,6 @@ def stages(
         raise ValueError("the model has no classifier to export")
     if not isinstance(model, MambaScope):
         return {"model": (OneStage(model).eval(), (images,))}
-    if model.config.alpha_rule != "constant":
-        raise ValueError(f"alpha_rule must be 'constant' to export a fine stage, got {model.config.alpha_rule!r}")
     fine = FineStage(model, alpha)
     if fine.alpha == 0:
         raise ValueError("alpha must be larger than 0 to export a fine stage, got 0")

@@ -56,9 +56,7 @@ def expected_count(model: VisionMamba, img_size: Sequence[int] | None = None) ->
         cost = stage_macs(model.config, img_size, convention="both_directions")
         return CountedCost(0, cost.fine + head_macs(model.config, cost.tokens_fine))
     cost = stage_macs(model.config, img_size, model.alpha, "both_directions")
-    # skip term and gate are 2 E per token and direction; a cell has four tokens
-    pooled = 2 * 2 * model.config.inner_dim * 3 * cost.cells * len(model.config.pooled_layers)
-    skipped = skipped_macs(model.config, img_size, model.alpha) + pooled
+    skipped = skipped_macs(model.config, img_size, model.alpha)
     first, last = (head_macs(model.config, tokens) for tokens in (cost.tokens_coarse, cost.tokens_fine))
     return CountedCost(cost.coarse + first, cost.reuse + cost.fine - skipped + last)
 

@@ -31,28 +31,6 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
     return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
 
 
-def focal_cross_entropy(logits: Tensor, target: Tensor, gamma: float, label_smoothing: float = 0.0) -> Tensor:
-    """Mean focal loss (Lin et al., arXiv 1708.02002) in at least fp32: sure answers count less.
-
-    ``-sum_c q_c (1 - p_c)^gamma log p_c`` with the target distribution ``q``; gamma 0 is the cross entropy.
-
-    Args:
-        logits: [B, C].
-        target: Class indices [B] int64, or probabilities [B, C].
-        gamma: Exponent, 0 or more.
-        label_smoothing: Share of the probability spread evenly over all classes, 0 to 1.
-    """
-    if gamma == 0:
-        return cross_entropy(logits, target, label_smoothing)
-    log_p = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-    classes = logits.shape[-1]
-    q = target.to(log_p.dtype) if target.is_floating_point() else F.one_hot(target, classes).to(log_p.dtype)
-    q = (1 - label_smoothing) * q + label_smoothing / classes
-    # 1 - p without cancellation where p rounds to 1; the power has no gradient at 0
-    rest = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny)
-    return -(q * rest.pow(gamma) * log_p).sum(-1).mean()
-
-
 def coarse_distillation(coarse: Tensor, fine: Tensor, temperature: float = 1.0) -> Tensor:
     """``KL(softmax(fine / T) || softmax(coarse / T))``, mean over the batch; no gradient reaches the fine logits.
 
@@ -80,8 +58,6 @@ class ScopeLoss(nn.Module):
         temperature: Softening of both distributions in the distillation term.
         coarse_ce_weight: Weight of the coarse stage's own cross entropy; the paper has none.
         label_smoothing: Of both cross entropies.
-        coarse_label_smoothing: Of the coarse cross entropy, where it shall differ from the fine one's.
-        focal_gamma: Exponent of the focal loss that takes the place of the coarse cross entropy; 0 for none.
     """
 
     def __init__(
@@ -90,22 +66,11 @@ class ScopeLoss(nn.Module):
         temperature: float = 1.0,
         coarse_ce_weight: float = 0.0,
         label_smoothing: float = 0.0,
-        coarse_label_smoothing: float | None = None,
-        focal_gamma: float = 0.0,
     ) -> None:
         super().__init__()
         self.kl_weight = nonnegative("kl_weight", kl_weight)
         self.coarse_ce_weight = nonnegative("coarse_ce_weight", coarse_ce_weight)
         self.label_smoothing = share("label_smoothing", label_smoothing, below_one=True)
-        self.coarse_label_smoothing = (
-            self.label_smoothing
-            if coarse_label_smoothing is None
-            else share("coarse_label_smoothing", coarse_label_smoothing, below_one=True)
-        )
-        self.focal_gamma = nonnegative("focal_gamma", focal_gamma)
-        for name, value in (("coarse_label_smoothing", coarse_label_smoothing), ("focal_gamma", focal_gamma)):
-            if value and coarse_ce_weight == 0:
-                raise ValueError(f"{name} changes the coarse cross entropy: coarse_ce_weight must be above 0, got 0")
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature!r}")
         self.temperature = temperature
@@ -125,7 +90,7 @@ class ScopeLoss(nn.Module):
         fine_ce = cross_entropy(output.fine, target, self.label_smoothing)
         coarse_kl = coarse_distillation(output.coarse, output.fine, self.temperature)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.coarse_ce_weight > 0):
-            coarse_ce = focal_cross_entropy(output.coarse, target, self.focal_gamma, self.coarse_label_smoothing)
+            coarse_ce = cross_entropy(output.coarse, target, self.label_smoothing)
         loss = fine_ce + self.kl_weight * coarse_kl
         if self.coarse_ce_weight > 0:
             loss = loss + self.coarse_ce_weight * coarse_ce

@@ -12,26 +12,22 @@ from mambascope.models.description import shortened
 
 SIZES = (
     "in_chans", "num_classes", "embed_dim", "depth", "d_state", "d_conv", "expand", "dt_rank", "stem_width",
-    "registers", "reuse_ratio", "head_dim",
+    "reuse_ratio", "head_dim",
 )  # fmt: skip
 """Sizes of tensors: a difference shows in their shapes."""
 
 MEANING = (
     "patch_size", "stride", "move_dim",  # a MambaEye's first layer takes patch and move together: no shape tells them
     "cls_position", "global_pool", "norm_eps", "reduction",
-    "fine_cls", "fine_order", "cell_order", "reuse", "reuse_cls", "rest_tokens", "rest_join", "fine_depth", "fine_pool",
-    "coarse_pos", "coarse_interpolation",
+    "fine_cls", "fine_order", "cell_order", "reuse", "reuse_cls", "coarse_pos",
     "name", "args",
 )  # fmt: skip
 """What the weights were trained to compute: another value makes other answers of the same tensors."""
 
-CHOICES = (
-    "alpha", "alpha_rule", "alpha_min", "alpha_max", "alpha_buckets", "beta", "threshold", "confidence", "temperature",
-    "score_metric", "score_topk", "score_source", "score_direction", "score_layers", "score_stride",
-)  # fmt: skip
+CHOICES = ("alpha", "beta", "threshold", "score_metric", "score_topk", "score_layers")
 """How much is computed, and which cells are read again: free after training too, but results depend on it."""
 
-SILENT = ("img_size", "drop_rate", "drop_path_rate", "shuffle_rate", "scan_backend", "chunk_size")
+SILENT = ("img_size", "drop_rate", "drop_path_rate", "scan_backend", "chunk_size")
 """Training, speed, or (``img_size``) what is resampled and reported with the position tables."""
 
 _TRAINING_ARGS = (
@@ -67,10 +63,8 @@ def _effective(name: str, config: Mapping[str, Any]) -> Any:
     if name == "reuse" and value is False:  # how YAML reads "off"
         return "off"
     depth = config.get("depth")
-    if value is None and name in ("fine_depth", "rest_join", "score_layers") and isinstance(depth, int):
-        fine_depth = config.get("fine_depth")
-        start = depth - fine_depth if isinstance(fine_depth, int) else 0
-        return {"fine_depth": depth, "rest_join": start, "score_layers": depth - depth // 2}[name]
+    if value is None and name == "score_layers" and isinstance(depth, int):
+        return depth - depth // 2
     return config.get("patch_size") if value is None and name == "stride" else _listed(value)
 
 

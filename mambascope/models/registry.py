@@ -53,7 +53,7 @@ register(
         ScopeConfig,
         MambaScope,
         SCOPE_CONFIGS,
-        settings=("alpha", "threshold", "temperature"),
+        settings=("alpha", "threshold"),
         mark="cls_token",
         additions=("reuse.", "pos_embed_coarse"),
         tables={"pos_embed": None, "pos_embed_coarse": "pos_embed"},

@@ -13,7 +13,6 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from mambascope.layers import (
-    CellPool,
     FeatureReuse,
     cls_index,
     gather_rows,
@@ -22,17 +21,10 @@ from mambascope.layers import (
     remove_cls,
     resample_pos_embed,
 )
-from mambascope.models.cells import (
-    average_importance,
-    children,
-    count_levels,
-    mass_counts,
-    num_selected,
-    select_cells,
-)
+from mambascope.models.cells import average_importance, children, num_selected, select_cells
 from mambascope.models.configs import ScopeConfig
 from mambascope.models.gate import check_threshold, confidence, exit_mask
-from mambascope.models.states import CoarseState, FineState, RefinedState, ScopeOutput, StageLogits
+from mambascope.models.states import CoarseState, FineState, ScopeOutput, StageLogits
 from mambascope.models.vim import VisionMamba
 from mambascope.utils import share
 
@@ -45,8 +37,6 @@ class MambaScope(VisionMamba):
     Attributes:
         alpha: Share of cells to re-read; may be changed at any time.
         threshold: Confidence at which the coarse answer is accepted; may be changed at any time.
-        temperature: Divides the coarse logits before their confidence is taken; may be changed at any time.
-        fine_calls: Images that went through the fine stage since it was last set to 0.
     """
 
     config_class = ScopeConfig
@@ -58,8 +48,6 @@ class MambaScope(VisionMamba):
         config = self.config
         self.alpha = config.alpha
         self.threshold = config.threshold
-        self.temperature = config.temperature
-        self.fine_calls = 0
         self.pos_embed_coarse: nn.Parameter | None = None
         if config.coarse_pos == "own":
             cells = (self.grid[0] // 2) * (self.grid[1] // 2)
@@ -80,14 +68,10 @@ class MambaScope(VisionMamba):
 
     def half_image(self, x: Tensor) -> Tensor:
         """The half-size image."""
-        mode = self.config.coarse_interpolation
-        if mode == "bilinear":  # at one half that is the mean of four pixels
-            if x.device.type == "cpu" and x.dtype == torch.float32:
-                rows = x[..., 0::2, :] + x[..., 1::2, :]  # pooling runs one pixel at a time there: 6 times slower
-                return (rows[..., 0::2] + rows[..., 1::2]) * 0.25
-            return F.avg_pool2d(x, 2)
-        corners = None if mode == "nearest" else False
-        return F.interpolate(x, scale_factor=0.5, mode=mode, align_corners=corners)
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            rows = x[..., 0::2, :] + x[..., 1::2, :]  # pooling runs one pixel at a time there: 6 times slower
+            return (rows[..., 0::2] + rows[..., 1::2]) * 0.25
+        return F.avg_pool2d(x, 2)  # bilinear at one half is the mean of four pixels
 
     def forward_coarse(self, x: Tensor, take: tuple[int, ...] | list[int] = ()) -> CoarseState:
         """First look (section 3.2): the half-size image through the encoder.
@@ -111,12 +95,7 @@ class MambaScope(VisionMamba):
             table = resample_pos_embed(self.pos_embed_coarse, trained, grid, position)
         tokens = insert_cls(patches, self.cls_token, position) + table
         layers = self.config.taking_part
-        joined = self.config.rest_start - 1 if self.config.rest_tokens == "state" else -1
-        wanted = sorted({*take, joined} - {-1})
-        out, scores, taken = self.encode(tokens, score=self.config.score, score_layers=layers, take=wanted)
-        if joined >= 0:
-            tokens = taken[wanted.index(joined)]
-            taken = [t for i, t in zip(wanted, taken, strict=True) if i in take]
+        out, scores, taken = self.encode(tokens, score=self.config.score, score_layers=layers, take=take)
         with torch.no_grad():
             importance = average_importance((remove_cls(s.detach(), position) for s in scores), self.config.beta)
         return CoarseState(
@@ -147,55 +126,20 @@ class MambaScope(VisionMamba):
             tokens = gather_rows(tokens, patches.flatten(1).argsort(dim=1))
         return tokens
 
-    def _fine_parts(
-        self,
-        x: Tensor,
-        coarse: CoarseState,
-        alpha: float | None,
-        count: int | None = None,
-        stem_maps: list[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What the fine stage reads (eq. 13-16).
-
-        Returns:
-            Refined tokens [B, 4k, d], the other cells' tokens [B, M - k, d] (or none), CLS [B or 1, 1, d], the
-            selected cells [B, k] and the others [B, M - k].
-        """
-        selected, others = select_cells(coarse.importance, self.alpha if alpha is None else alpha, count)
-        fine = self._fine_tokens(self._prepare(x), coarse, selected, stem_maps)
-        rest = coarse.features if self.config.rest_tokens == "features" else coarse.tokens
-        rest = gather_rows(rest, others[:, :0] if self.config.rest_tokens == "none" else others)
-        row = cls_index(self.pos_embed.shape[1] - 1, self.config.cls_position)
-        cls = self.cls_token + self.pos_embed[:, row : row + 1]
-        if self.reuse is not None and self.config.reuse_cls:
-            cls = cls + self.reuse(coarse.cls).unsqueeze(1)
-        return fine, rest, cls, selected, others
-
-    def _arrange(self, fine: Tensor, rest: Tensor, cls: Tensor) -> tuple[Tensor, CellPool]:
-        """The fine stage's sequence [B, L, d] from its parts, and where its cells are."""
-        first = self.config.fine_order == "important_first"
-        rest = rest.to(fine.dtype)
-        sequence = torch.cat([fine, rest] if first else [rest, fine], dim=1)
-        pool = CellPool(fine.shape[1] // 4, cls_index(sequence.shape[1], self.config.fine_cls), first)
-        return insert_cls(sequence, cls, self.config.fine_cls), pool
-
-    def _encode_fine(
-        self, fine: Tensor, rest: Tensor, cls: Tensor, take: tuple[int, ...] | list[int]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Runs the fine stage's blocks on its parts: the normalised sequence [B, L, d], and the outputs of ``take``."""
+    def fine_sequence(
+        self, x: Tensor, coarse: CoarseState, alpha: float | None = None, stem_maps: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The fine stage's tokens [B, L, d], the selected cells [B, k] and the others [B, M - k] (eq. 13-16)."""
         config = self.config
-        if any(i < config.rest_start for i in take):
-            raise ValueError(f"take must name blocks from {config.rest_start} on in this fine pass, got {list(take)}")
-        options: dict[str, Any] = {"start": config.fine_start, "pool_layers": config.pooled_layers}
-        if config.rest_start > config.fine_start:
-            sequence, pool = self._arrange(fine, rest[:, :0], cls)
-            state, _, _ = self.encode(sequence, stop_after=config.rest_start - 1, pool=pool, **options)
-            at = cls_index(fine.shape[1], config.fine_cls)
-            fine, cls = remove_cls(state, config.fine_cls), state[:, at : at + 1]
-            options["start"] = config.rest_start
-        sequence, pool = self._arrange(fine, rest, cls)
-        tokens, _, taken = self.encode(sequence, take=take, pool=pool, **options)
-        return tokens, taken
+        selected, others = select_cells(coarse.importance, self.alpha if alpha is None else alpha)
+        fine = self._fine_tokens(self._prepare(x), coarse, selected, stem_maps)
+        rest = gather_rows(coarse.tokens, others).to(fine.dtype)
+        row = cls_index(self.pos_embed.shape[1] - 1, config.cls_position)
+        cls = self.cls_token + self.pos_embed[:, row : row + 1]
+        if self.reuse is not None and config.reuse_cls:
+            cls = cls + self.reuse(coarse.cls).unsqueeze(1)
+        sequence = torch.cat([fine, rest] if config.fine_order == "important_first" else [rest, fine], dim=1)
+        return insert_cls(sequence, cls, config.fine_cls), selected, others
 
     def forward_fine(
         self,
@@ -203,7 +147,6 @@ class MambaScope(VisionMamba):
         coarse: CoarseState,
         alpha: float | None = None,
         take: tuple[int, ...] | list[int] = (),
-        count: int | None = None,
         stem_maps: list[Tensor] | None = None,
     ) -> FineState:
         """Second look (section 3.3): selected cells at full resolution, the others as coarse tokens.
@@ -213,100 +156,49 @@ class MambaScope(VisionMamba):
             coarse: The same images' coarse state.
             alpha: Share of cells to re-read; ``None`` for ``self.alpha``.
             take: Blocks whose outputs are wanted.
-            count: Cells to re-read in every image, instead of a share.
             stem_maps: Those of ``x``, if known.
-
-        Raises:
-            ValueError: If ``count`` is missing where images may differ in it (``alpha_rule="mass"``), or ``take`` names
-                a block before all tokens are there (``fine_depth``, ``rest_join``).
         """
-        if count is None and self.config.alpha_rule != "constant":
-            raise ValueError(
-                f"alpha_rule must be 'constant' for a fine pass of one length, got {self.config.alpha_rule!r}; "
-                "forward_scope and forward_both group the images by their number of cells"
-            )
-        fine, rest, cls, selected, others = self._fine_parts(x, coarse, alpha, count, stem_maps)
-        if not torch.compiler.is_compiling():  # a counter that changes would recompile every call
-            self.fine_calls += x.shape[0]
-        tokens, taken = self._encode_fine(fine, rest, cls, take)
+        sequence, selected, others = self.fine_sequence(x, coarse, alpha, stem_maps)
+        tokens, _, taken = self.encode(sequence, take=take)
         cls_out = tokens[:, cls_index(tokens.shape[1] - 1, self.config.fine_cls)]
         return FineState(self.answer(tokens), cls_out, tokens, selected, others, taken)
-
-    def max_cells(self, num_cells: int, alpha: float | None = None) -> int:
-        """The most cells of ``num_cells`` that the fine stage re-reads in any image; 0: it is not used."""
-        return self._levels(num_cells, self.alpha if alpha is None else alpha)[-1]
-
-    def _levels(self, num_cells: int, alpha: float) -> tuple[int, ...]:
-        """The numbers of re-read cells that images may have, ascending."""
-        config = self.config
-        chosen = num_selected(alpha, num_cells)
-        if config.alpha_rule == "constant" or alpha in (0, 1):
-            return (chosen,)
-        return count_levels(num_cells, config.alpha_min, config.alpha_max, config.alpha_buckets)
-
-    def group_rows(self, importance: Tensor, alpha: float | None = None) -> list[tuple[int, Tensor]]:
-        """Groups images by the number of cells that the fine stage re-reads in them.
-
-        Synchronises with the host once if images may differ, else not at all.
-
-        Args:
-            importance: Of each cell [B, M].
-            alpha: Share of cells, or of importance, to re-read; ``None`` for ``self.alpha``.
-
-        Returns:
-            Pairs of a number, ascending, and the images [n] int64 that it belongs to, n at least 1 unless B is 0.
-        """
-        batch, cells = importance.shape
-        alpha = self.alpha if alpha is None else alpha
-        levels = self._levels(cells, alpha)
-        if len(levels) == 1 or batch == 0:
-            return [(levels[-1], torch.arange(batch, device=importance.device))]
-        counts = mass_counts(importance, float(alpha), levels)
-        sizes = torch.bincount(counts).tolist()
-        groups = enumerate(counts.argsort(stable=True).split(sizes))
-        return [(count, rows) for count, rows in groups if len(rows)]
-
-    def forward_refined(self, x: Tensor, coarse: CoarseState, alpha: float | None = None) -> RefinedState:
-        """The fine stage for every image, whatever its number of cells: one dense pass per number.
-
-        Args:
-            x: Images [B, C, H, W] at full size.
-            coarse: The same images' coarse state.
-            alpha: Share of cells, or of importance, to re-read; ``None`` for ``self.alpha``. 0 is the coarse answer.
-        """
-        batch, cells = coarse.importance.shape
-        most = self.max_cells(cells, alpha)
-        if most == 0:  # alpha = 0 is the coarse model alone
-            nothing = torch.zeros(batch, 0, dtype=torch.long, device=x.device)
-            return RefinedState(coarse.logits, nothing, nothing.sum(1))
-        groups = self.group_rows(coarse.importance, alpha)
-        if len(groups) == 1:
-            return self._refined(x, coarse, groups[0][0], most)
-        parts = [self._refined(x.index_select(0, rows), coarse.index_select(rows), n, most) for n, rows in groups]
-        back = torch.cat([rows for _, rows in groups]).argsort()
-        return RefinedState(*(torch.cat(same).index_select(0, back) for same in zip(*parts, strict=True)))
-
-    def _refined(self, x: Tensor, coarse: CoarseState, count: int, most: int) -> RefinedState:
-        """A fine pass of one length over images [B, C, H, W]; the selected cells are padded to ``most``."""
-        fine = self.forward_fine(x, coarse, count=count)
-        selected = F.pad(fine.selected, (0, most - count), value=-1) if count < most else fine.selected
-        lengths = torch.full((x.shape[0],), fine.length + self.config.registers, dtype=torch.long, device=x.device)
-        return RefinedState(fine.logits, selected, lengths)
 
     def forward_both(self, x: Tensor, alpha: float | None = None) -> StageLogits:
         """Both stages for every image, as in training (section 3.5)."""
         coarse = self.forward_coarse(x)
-        return StageLogits(coarse.logits, self.forward_refined(x, coarse, alpha).logits)
+        if num_selected(self.alpha if alpha is None else alpha, coarse.importance.shape[1]) == 0:
+            return StageLogits(coarse.logits, coarse.logits)  # alpha = 0 is the coarse model alone
+        return StageLogits(coarse.logits, self.forward_fine(x, coarse, alpha).logits)
 
     def confidence(self, logits: Tensor) -> Tensor:
         """Confidence [B] of coarse logits [B, C] that the exit threshold is compared with."""
-        return confidence(logits, self.config.confidence, self.temperature)
+        return confidence(logits)
+
+    def decide(
+        self, coarse: CoarseState, threshold: float | None = None, alpha: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Which images leave after the coarse stage (section 3.2).
+
+        Args:
+            coarse: State of the images.
+            threshold: Confidence eta; ``None`` for ``self.threshold``.
+            alpha: Share of cells to re-read; ``None`` for ``self.alpha``. 0 accepts every coarse answer.
+
+        Returns:
+            Confidence [B] and whether it is enough [B], bool.
+        """
+        threshold = check_threshold(self.threshold if threshold is None else threshold)
+        if not self._has_classifier() and 0 < threshold < 1:
+            raise ValueError(f"threshold must be 0 or 1 in a model without a classifier, got {threshold:g}")
+        cells = num_selected(self.alpha if alpha is None else alpha, coarse.importance.shape[1])
+        conf = self.confidence(coarse.logits)
+        return conf, exit_mask(conf, threshold if cells else 0.0)
 
     def forward_scope(self, x: Tensor, threshold: float | None = None, alpha: float | None = None) -> ScopeOutput:
         """Dynamic inference: the fine stage runs on the images whose coarse confidence is below the threshold only.
 
-        Synchronises with the host once per batch, and not at all when the threshold alone decides; once more where
-        images differ in their number of cells (``alpha_rule="mass"``).
+        Synchronises with the host once per batch, and not at all when the threshold alone decides. With a threshold of
+        1 both stages run for every image: ``logits`` are the fine ones beside ``coarse_logits``.
 
         Args:
             x: Images [B, C, H, W].
@@ -314,31 +206,19 @@ class MambaScope(VisionMamba):
             alpha: Share of cells to re-read; ``None`` for ``self.alpha``. 0 accepts every coarse answer.
         """
         threshold = check_threshold(self.threshold if threshold is None else threshold)
-        if not self._has_classifier() and 0 < threshold < 1:
-            raise ValueError(f"threshold must be 0 or 1 in a model without a classifier, got {threshold:g}")
         alpha = self.alpha if alpha is None else alpha
         coarse = self.forward_coarse(x)
-        batch, cells = coarse.importance.shape
-        conf = self.confidence(coarse.logits)
-        chosen = self.max_cells(cells, alpha)
-        exited = exit_mask(conf, threshold if chosen else 0.0)
-        selected = torch.full((batch, chosen), -1, dtype=torch.long, device=x.device)
-        tokens = torch.full((batch,), cells + 1 + self.config.registers, dtype=torch.long, device=x.device)
-        output = ScopeOutput(
-            coarse.logits, coarse.logits, conf, exited, coarse.importance, selected, tokens, coarse.grid
-        )
-        if threshold <= 0 or chosen == 0 or batch == 0:
+        conf, exited = self.decide(coarse, threshold, alpha)
+        cells = num_selected(alpha, coarse.importance.shape[1])
+        output = ScopeOutput.start(coarse, conf, exited, cells)
+        if threshold <= 0 or cells == 0 or len(x) == 0:
             return output
         if threshold >= 1:
-            fine = self.forward_refined(x, coarse, alpha)
-            output.logits, output.selected, output.tokens = fine.logits, fine.selected, tokens + fine.lengths
+            output.merge(self.forward_fine(x, coarse, alpha))
             return output
         rows = exited.logical_not().nonzero().squeeze(1)  # the one synchronisation
-        if rows.numel():
-            fine = self.forward_refined(x.index_select(0, rows), coarse.index_select(rows), alpha)
-            output.logits = coarse.logits.index_copy(0, rows, fine.logits.to(coarse.logits.dtype))
-            output.selected = selected.index_copy(0, rows, fine.selected)
-            output.tokens = tokens.index_add(0, rows, fine.lengths)
+        if len(rows):
+            output.merge(self.forward_fine(x.index_select(0, rows), coarse.index_select(rows), alpha), rows)
         return output
 
     # ---- timm's model contract -----------------------------------------------------------------------------------
@@ -372,12 +252,7 @@ class MambaScope(VisionMamba):
 
         Returns:
             Map [B, d, 2 * rows, 2 * cols].
-
-        Raises:
-            ValueError: If cells that were not re-read have no token (``rest_tokens="none"``).
         """
-        if self.config.rest_tokens == "none" and fine.others.shape[1]:
-            raise ValueError("rest_tokens must not be 'none' for a map: cells that are not re-read have no token")
         body = remove_cls(tokens, self.config.fine_cls)
         count = 4 * fine.selected.shape[1]
         if self.config.fine_order == "important_first":
@@ -427,6 +302,6 @@ class MambaScope(VisionMamba):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups for layer-wise learning rates; the reuse branch goes with the head."""
         return {
-            "stem": r"^cls_token|pos_embed|patch_embed|register_tokens",
+            "stem": r"^cls_token|pos_embed|patch_embed",
             "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f|^reuse", (99999,))],
         }

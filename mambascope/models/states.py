@@ -5,9 +5,11 @@ Shape letters: B batch, M coarse cells, k selected cells, L tokens, d model widt
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -26,8 +28,7 @@ class CoarseState:
         logits: [B, C].
         cls: Normalised CLS output [B, d].
         features: Normalised patch outputs [B, M, d].
-        tokens: Patch embeddings plus coarse positions [B, M, d], as they entered the encoder; with
-            ``rest_tokens="state"`` the residual stream where they join the fine pass.
+        tokens: Patch embeddings plus coarse positions [B, M, d], as they entered the encoder.
         importance: Averaged importance of each cell [B, M], without gradient.
         grid: Rows and columns of the coarse grid.
         taken: Requested block outputs [B, M + 1, d].
@@ -70,29 +71,25 @@ class FineState:
     others: Tensor
     taken: list[Tensor]
 
+    def split(self, sizes: list[int]) -> list[FineState]:
+        """The states of consecutive images, as many as each of ``sizes`` says."""
+        ends = list(itertools.accumulate(sizes, initial=0))
+        return [self._part(slice(*bounds)) for bounds in itertools.pairwise(ends)]
+
+    def _part(self, rows: slice) -> FineState:
+        return FineState(
+            logits=self.logits[rows],
+            cls=self.cls[rows],
+            tokens=self.tokens[rows],
+            selected=self.selected[rows],
+            others=self.others[rows],
+            taken=[t[rows] for t in self.taken],
+        )
+
     @property
     def length(self) -> int:
-        """Tokens in the fine sequence, CLS included, registers not."""
+        """Tokens in the fine sequence, CLS included."""
         return self.tokens.shape[1]
-
-
-class RefinedState(NamedTuple):
-    """What the fine stage made of images that may differ in their number of re-read cells.
-
-    Attributes:
-        logits: [B, C].
-        selected: Re-read cells [B, k], ascending, padded with -1 to the largest number that is possible.
-        lengths: Tokens in the fine sequence of each image [B] int64, CLS and registers included.
-    """
-
-    logits: Tensor
-    selected: Tensor
-    lengths: Tensor
-
-    @property
-    def cells(self) -> Tensor:
-        """Re-read cells of each image [B] int64."""
-        return (self.selected >= 0).sum(1)
 
 
 @dataclass
@@ -102,12 +99,11 @@ class ScopeOutput:
     Attributes:
         logits: Final logits [B, C]: coarse where the image exited, fine elsewhere.
         coarse_logits: [B, C].
-        confidence: What the threshold is compared with [B]: the largest coarse probability, or what
-            ``config.confidence`` names.
+        confidence: What the threshold is compared with [B].
         exited: Whether the coarse answer was accepted [B], bool.
         importance: Importance of each coarse cell [B, M].
-        selected: Re-read cells [B, k], ascending; -1 where an image has fewer than k, or exited.
-        tokens: Tokens used by each image over both stages, CLS and registers included [B], int64.
+        selected: Re-read cells [B, k], ascending; -1 where an image exited.
+        tokens: Tokens used by each image over both stages, CLS included [B], int64.
         grid: Rows and columns of the coarse grid.
     """
 
@@ -119,3 +115,28 @@ class ScopeOutput:
     selected: Tensor
     tokens: Tensor
     grid: tuple[int, int]
+
+    @classmethod
+    def start(cls, coarse: CoarseState, confidence: Tensor, exited: Tensor, cells: int) -> ScopeOutput:
+        """The coarse stage's answer for every image, before any of them is refined by ``cells`` re-read cells."""
+        batch, total = coarse.importance.shape
+        device = coarse.importance.device
+        return cls(
+            logits=coarse.logits,
+            coarse_logits=coarse.logits,
+            confidence=confidence,
+            exited=exited,
+            importance=coarse.importance,
+            selected=torch.full((batch, cells), -1, dtype=torch.long, device=device),
+            tokens=torch.full((batch,), total + 1, dtype=torch.long, device=device),
+            grid=coarse.grid,
+        )
+
+    def merge(self, fine: FineState, rows: Tensor | None = None) -> None:
+        """Puts in what the fine stage says of images ``rows`` [n] int64 (``None``: of all of them, in order)."""
+        if rows is None:
+            self.logits, self.selected, self.tokens = fine.logits, fine.selected, self.tokens + fine.length
+            return
+        self.logits = self.logits.index_copy(0, rows, fine.logits.to(self.logits.dtype))
+        self.selected = self.selected.index_copy(0, rows, fine.selected)
+        self.tokens = self.tokens.index_add(0, rows, torch.full_like(rows, fine.length))

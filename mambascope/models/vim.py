@@ -17,16 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from mambascope.layers import (
     BidirectionalMamba,
-    CellPool,
     PatchEmbed,
     RMSNorm,
     ScoreOptions,
     VimBlock,
     cls_index,
     insert_cls,
-    insert_registers,
     remove_cls,
-    remove_registers,
     resample_pos_embed,
 )
 from mambascope.layers.plain import is_plain
@@ -66,9 +63,6 @@ class VisionMamba(nn.Module, HubMixin):
         self.grid = self._trained_grid(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1] + 1, dim))
-        self.register_tokens: nn.Parameter | None = None
-        if config.registers:
-            self.register_tokens = nn.Parameter(torch.zeros(1, config.registers, dim))
         rates = [config.drop_path_rate * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.layers = nn.ModuleList(
             VimBlock(
@@ -116,8 +110,6 @@ class VisionMamba(nn.Module, HubMixin):
         nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
-        if self.register_tokens is not None:
-            trunc_normal_(self.register_tokens, std=0.02)
 
     # ---- encoder -------------------------------------------------------------------------------------------------
 
@@ -146,11 +138,8 @@ class VisionMamba(nn.Module, HubMixin):
         score_layers: tuple[int, ...] = (),
         take: tuple[int, ...] | list[int] = (),
         stop_after: int | None = None,
-        start: int = 0,
-        pool: CellPool | None = None,
-        pool_layers: tuple[int, ...] = (),
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Runs the blocks and the final norm; registers are put in before and taken out of everything returned.
+        """Runs the blocks and the final norm.
 
         Args:
             tokens: [B, L, d].
@@ -158,9 +147,6 @@ class VisionMamba(nn.Module, HubMixin):
             score_layers: Layers that return scores.
             take: Layers whose output (the residual stream after the block) is returned.
             stop_after: Last block to run; the final norm is then skipped.
-            start: First block to run; ``tokens`` are then the residual stream before it.
-            pool: The cells that the layers named by ``pool_layers`` scan instead of their tokens.
-            pool_layers: Layers that do.
 
         Returns:
             Normalised output [B, L, d] (unnormalised if stopped early), scores [B, L] of ``score_layers`` in order,
@@ -168,37 +154,22 @@ class VisionMamba(nn.Module, HubMixin):
         """
         scores: list[Tensor] = []
         taken: list[Tensor] = []
-        hidden = tokens if self.register_tokens is None else insert_registers(tokens, self.register_tokens)
+        hidden: Tensor = tokens
         residual: Any = None
         last = len(self.layers) - 1 if stop_after is None else stop_after
-        for i, block in enumerate(self.layers[start : last + 1], start):
+        for i, block in enumerate(self.layers[: last + 1]):
             layer_score = score if i in score_layers else None
-            layer_pool = pool if i in pool_layers else None
-            order = self._shuffled(i, hidden) if layer_pool is None else None
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                hidden, residual, s = checkpoint(
-                    block, hidden, residual, layer_score, layer_pool, order, use_reentrant=False
-                )
+                hidden, residual, s = checkpoint(block, hidden, residual, layer_score, use_reentrant=False)
             else:
-                hidden, residual, s = block(hidden, residual, layer_score, layer_pool, order)
+                hidden, residual, s = block(hidden, residual, layer_score)
             if s is not None:
-                scores.append(self._without_registers(s))
+                scores.append(s)
             if i in take:
-                taken.append(self._without_registers(residual + hidden))
+                taken.append(residual + hidden)
         if stop_after is not None or isinstance(self.norm_f, nn.Identity):
-            return self._without_registers(residual + hidden), scores, taken
-        out, _ = self.norm_f(hidden, residual)
-        return self._without_registers(out), scores, taken
-
-    def _without_registers(self, tokens: Tensor) -> Tensor:
-        return tokens if self.register_tokens is None else remove_registers(tokens, self.config.registers)
-
-    def _shuffled(self, layer: int, tokens: Tensor) -> Tensor | None:
-        """A random order [L] for the layer, or ``None`` for the own one (layer-wise shuffle, arXiv 2408.17081)."""
-        rate = self.config.shuffle_rate * (layer + 1) / self.config.depth
-        if not self.training or rate == 0 or float(torch.rand(())) >= rate:
-            return None
-        return torch.randperm(tokens.shape[1], device=tokens.device)
+            return residual + hidden, scores, taken
+        return self.norm_f(hidden, residual)[0], scores, taken
 
     def _reduce(self, tokens: Tensor) -> tuple[Tensor, Any]:
         """Normalised output [B, L, d] of the tokens that are left, and the state they are in."""
@@ -400,14 +371,14 @@ class VisionMamba(nn.Module, HubMixin):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay beyond biases and gains: CLS, positions, A_log and D."""
-        tails = ("cls_token", "pos_embed", "pos_embed_coarse", "register_tokens", "A_log", "A_b_log", "D", "D_b")
+        tails = ("cls_token", "pos_embed", "pos_embed_coarse", "A_log", "A_b_log", "D", "D_b")
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in tails}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups for layer-wise learning rates."""
         return {
-            "stem": r"^cls_token|pos_embed|patch_embed|register_tokens",
+            "stem": r"^cls_token|pos_embed|patch_embed",
             "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
         }
 

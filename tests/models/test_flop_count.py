@@ -4,7 +4,8 @@ import pytest
 import timm
 import torch
 
-from mambascope.models import cost
+from mambascope.commands import cost
+from mambascope.models.cost import count_parameters
 from mambascope.models.flop_count import count_macs, expected_count
 
 CASES = [
@@ -15,17 +16,9 @@ CASES = [
     ("mambascope_nano_patch8_64", {"reuse": "off", "img_size": (48, 80)}),
     ("mambascope_nano_patch8_64", {"reuse_cls": True, "fine_cls": "last", "cell_order": "raster"}),
     ("mambascope_nano_patch8_64", {"score_metric": "l2", "d_state": 8, "expand": 1}),
-    ("vim_nano_patch8_64", {"registers": 5}),
-    ("mambascope_nano_patch8_64", {"registers": 3, "alpha": 0.5}),
-    ("mambascope_nano_patch8_64", {"rest_tokens": "none", "alpha": 0.5}),
-    ("mambascope_nano_patch8_64", {"rest_tokens": "state", "rest_join": 2, "alpha": 0.4}),
-    ("mambascope_nano_patch8_64", {"fine_depth": 4, "alpha": 0.6}),
-    ("mambascope_nano_patch8_64", {"fine_depth": 5, "rest_tokens": "state", "rest_join": 3, "registers": 2}),
-    ("mambascope_nano_patch8_64", {"fine_pool": "alternate", "alpha": 0.6, "fine_cls": "middle"}),
-    ("mambascope_nano_patch8_64", {"fine_pool": "all", "fine_depth": 3, "rest_tokens": "none"}),
-    ("vim_nano_patch8_64", {"registers": 5, "global_pool": "lse"}),
-    ("mambascope_nano_patch8_64", {"registers": 3, "alpha": 0.5, "global_pool": "lse"}),
-    ("vim_nano_patch8_64", {"registers": 5, "global_pool": ""}),
+    ("vim_nano_patch8_64", {"global_pool": "lse"}),
+    ("mambascope_nano_patch8_64", {"alpha": 0.5, "global_pool": "lse"}),
+    ("vim_nano_patch8_64", {"global_pool": ""}),
     ("vim_nano_patch8_64", {"stem_width": 12, "img_size": (48, 80)}),
     ("mambascope_nano_patch8_64", {"stem_width": 12, "alpha": 0.4}),
     ("vim_tiny_patch16_224", {"depth": 3}),
@@ -50,7 +43,7 @@ def test_other_sizes_and_alphas_than_configured():
 def test_counted_parameters_equal_the_closed_form():
     for name, options in CASES:
         model = timm.create_model(name, **options)
-        assert sum(p.numel() for p in model.parameters()) == cost.count_parameters(model.config), (name, options)
+        assert sum(p.numel() for p in model.parameters()) == count_parameters(model.config), (name, options)
 
 
 def test_dynamic_inference_costs_what_the_sweep_says(tiny_scope, images, eta):

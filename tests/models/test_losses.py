@@ -5,13 +5,7 @@ import torch.nn.functional as F
 
 import mambascope  # noqa: F401
 from mambascope.models import StageLogits
-from mambascope.models.losses import (
-    ClassificationLoss,
-    ScopeLoss,
-    coarse_distillation,
-    cross_entropy,
-    focal_cross_entropy,
-)
+from mambascope.models.losses import ClassificationLoss, ScopeLoss, coarse_distillation, cross_entropy
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "d_state": 4, "num_classes": 5}
 
@@ -82,29 +76,6 @@ def test_low_precision_logits_are_computed_in_fp32(logits):
         torch.testing.assert_close(value, ScopeLoss()(full, y)[key])
 
 
-def test_focal_loss_by_hand_and_its_ends():
-    logits, y = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.arange(6) % 5
-    p = logits.softmax(-1)[torch.arange(6), y]
-    torch.testing.assert_close(focal_cross_entropy(logits, y, 2.0), ((1 - p) ** 2 * -p.log()).mean())
-    torch.testing.assert_close(focal_cross_entropy(logits, y, 0.0, 0.1), cross_entropy(logits, y, 0.1))
-    torch.testing.assert_close(focal_cross_entropy(logits, y, 1e-9, 0.1), cross_entropy(logits, y, 0.1))
-    one_hot = F.one_hot(y, 5).double()
-    torch.testing.assert_close(focal_cross_entropy(logits, one_hot, 1.5), focal_cross_entropy(logits, y, 1.5))
-    assert torch.autograd.gradcheck(lambda z: focal_cross_entropy(z, y, 1.5, 0.1), (logits,))
-    sure = torch.tensor([[200.0, 0.0], [0.0, 0.0]], requires_grad=True)  # p rounds to 1
-    focal_cross_entropy(sure, torch.tensor([0, 1]), 0.5).backward()
-    assert bool(sure.grad.isfinite().all())
-
-
-def test_coarse_stage_may_have_its_own_loss(logits):
-    y = torch.arange(6) % 5
-    parts = ScopeLoss(coarse_ce_weight=0.5, label_smoothing=0.1, coarse_label_smoothing=0.0, focal_gamma=2.0)(logits, y)
-    torch.testing.assert_close(parts["coarse_ce"], focal_cross_entropy(logits.coarse, y, 2.0).detach())
-    torch.testing.assert_close(parts["fine_ce"], cross_entropy(logits.fine, y, 0.1).detach())
-    expected = parts["fine_ce"] + parts["coarse_kl"] + 0.5 * parts["coarse_ce"]
-    torch.testing.assert_close(parts["loss"].detach(), expected)
-
-
 @pytest.mark.parametrize("options", [{}, {"alpha": 1.0}, {"alpha": 0.1, "reuse": "off"}, {"reuse": "linear"}])
 def test_every_parameter_gets_a_gradient(options):
     model = timm.create_model("mambascope_nano_patch8_64", **TINY, **options).train()
@@ -128,10 +99,6 @@ def test_one_stage_loss():
         ({"coarse_ce_weight": float("nan")}, "coarse_ce_weight must be a number >= 0"),
         ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\)"),
         ({"kl_weight": 0.0}, "must not both be 0"),
-        ({"focal_gamma": -1.0, "coarse_ce_weight": 1.0}, "focal_gamma must be a number >= 0"),
-        ({"focal_gamma": 2.0}, "focal_gamma changes the coarse cross entropy: coarse_ce_weight must be above 0"),
-        ({"coarse_label_smoothing": 0.1}, "coarse_label_smoothing changes the coarse cross entropy"),
-        ({"coarse_label_smoothing": 1.0, "coarse_ce_weight": 1.0}, r"coarse_label_smoothing must lie in \[0, 1\)"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -38,7 +38,7 @@ def test_numbers_of_every_library(half):
 
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
 def test_what_is_no_number_is_refused(value):
-    for name in ("threshold", "alpha", "beta", "drop_rate", "norm_eps", "reuse_ratio", "temperature"):
+    for name in ("threshold", "alpha", "beta", "drop_rate", "norm_eps", "reuse_ratio"):
         with pytest.raises(ValueError, match=f"{name} must"):
             MambaScope(**SMALL, **{name: value})
     model = MambaScope(**SMALL).eval()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mambascope import MambaScope, VisionMamba
 from mambascope.models.cells import children, num_selected, select_cells
-from tests.conftest import relative_error
+from tests.conftest import FineCalls, relative_error
 
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_classes": 5}
 
@@ -40,13 +40,14 @@ def test_exit_everything_is_a_plain_vim_on_the_half_image(size):
     vim = twin(model, img_size=24)
     with torch.no_grad():
         vim.pos_embed.copy_(model.pos_embed_coarse)
+        fine = FineCalls(model)
         half = F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)
         expected = vim(half)
         out = model.forward_scope(x, threshold=0.0)
     assert torch.allclose(out.logits, expected, rtol=1e-4, atol=1e-4)
     assert out.exited.all()
     assert (out.selected == -1).all()
-    assert model.fine_calls == 0
+    assert fine.images == 0
 
 
 @pytest.mark.parametrize("size", [(48, 48), (32, 64)])
@@ -64,11 +65,11 @@ def test_refine_everything_is_a_plain_vim_on_the_full_image(size):
 def test_mixed_batch_gives_each_image_what_it_gets_alone():
     model, x = scope(), torch.randn(8, 3, 48, 48)
     eta = middle_threshold(model, x)
-    model.fine_calls = 0
+    fine = FineCalls(model)
     out = model.forward_scope(x, eta)
     refined = int((~out.exited).sum())
     assert 0 < refined < 8
-    assert model.fine_calls == refined  # the fine stage saw nothing else
+    assert fine.images == refined  # the fine stage saw nothing else
     for i in range(8):
         alone = model.forward_scope(x[i : i + 1], eta)
         assert alone.exited[0] == out.exited[i]
@@ -103,9 +104,10 @@ def test_exit_share_rises_when_the_threshold_falls():
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_all_and_none_exit(batch, eta):
     model = scope()
+    fine = FineCalls(model)
     out = model.forward_scope(torch.randn(batch, 3, 48, 48), eta)
     assert out.logits.shape == (batch, 5)
-    assert model.fine_calls == int((~out.exited).sum())
+    assert fine.images == int((~out.exited).sum())
 
 
 @torch.no_grad()
@@ -121,9 +123,10 @@ def test_token_count(alpha):
 @torch.no_grad()
 def test_alpha_zero_is_the_coarse_model():
     model, x = scope(alpha=0.0), torch.randn(2, 3, 48, 48)
+    fine = FineCalls(model)
     out = model.forward_scope(x, 1.0)
     assert torch.equal(out.logits, out.coarse_logits)
-    assert model.fine_calls == 0
+    assert fine.images == 0
 
 
 @torch.no_grad()
@@ -141,11 +144,8 @@ def test_any_size(size):
     "options",
     [
         *({"score_metric": m} for m in ("l2", "mean", "clip", "softplus", "topk")),
-        {"score_source": "post_gate"},
-        {"score_direction": "forward"},
-        {"score_direction": "backward"},
         {"score_layers": 1},
-        {"score_layers": 4, "score_stride": 1},
+        {"score_layers": 4},
         {"beta": 0.0},
         {"fine_cls": "middle"},
         {"fine_cls": "last"},
@@ -154,10 +154,7 @@ def test_any_size(size):
         {"reuse": "linear"},
         {"reuse": "off"},
         {"reuse_cls": True},
-        {"rest_tokens": "features"},
         {"coarse_pos": "resampled"},
-        {"coarse_interpolation": "bicubic"},
-        {"coarse_interpolation": "nearest"},
         {"cls_position": "first"},
         {"global_pool": "avg"},
         {"global_pool": "lse"},
@@ -230,8 +227,7 @@ def test_children_are_the_four_fine_patches():
 def test_fine_map_puts_every_token_where_it_belongs(options):
     model, x = scope(alpha=0.5, **options), torch.randn(2, 3, 32, 48)
     coarse = model.forward_coarse(x)
-    own, rest, cls, selected, others = model._fine_parts(x, coarse, None)
-    sequence, _ = model._arrange(own, rest, cls)
+    sequence, selected, others = model.fine_sequence(x, coarse)
     fine = model.forward_fine(x, coarse)
     spatial = model.fine_map(sequence, fine, coarse.grid).flatten(2).transpose(1, 2)
     embedded = model._fine_tokens(x, coarse, selected)

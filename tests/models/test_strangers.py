@@ -20,7 +20,6 @@ from mambascope.commands import evaluate as eval_cli
 from mambascope.data.errors import DataError
 from mambascope.data.open import run_module
 from mambascope.evaluation.choice import stored_rule
-from mambascope.models.cells import count_levels
 from mambascope.models.checkpoint import CheckpointError, describe, save_safetensors
 from mambascope.models.ready import ready_model
 from mambascope.peers.timm_classifier import TimmConfig, create_timm_classifier
@@ -83,7 +82,6 @@ def stored(path, state, description):
         ("vim", "config.embed_dim", [BILLION, 10**18, -16, float("nan"), [16], 32]),
         ("vim", "config.img_size", [10**6, [10**6, 10**6], [32], "32", 0, [[32]], 64]),
         ("vim", "config.d_state", [BILLION, 8]),
-        ("vim", "config.registers", [BILLION, 2]),
         ("vim", "config.stem_width", [BILLION, 8]),
         ("vim", "config.num_classes", [BILLION, -1, "3", 4]),
         ("vim", "config.norm_eps", ["1e-5", float("inf"), float("nan"), 0]),
@@ -314,11 +312,6 @@ def test_labels_of_a_classifier_that_was_replaced_are_not_saved(tmp_path):
     model.reset_classifier(5)  # a model may have more classes than its data have names
     save_safetensors(model, tmp_path / "a.safetensors", {"labels": list("abcd")})
     assert mambascope.load(tmp_path / "a.safetensors").labels == list("abcd")
-
-
-def test_no_number_of_levels_takes_long():
-    assert count_levels(16, 0.25, 1.0, BILLION) == tuple(range(4, 17))
-    assert count_levels(16, 0.25, 1.0, 4) == (4, 8, 12, 16)
 
 
 GLIMPSES = "mambascope.eye.datamodules.GlimpseImageDataModule"

@@ -182,9 +182,9 @@ def test_what_hangs_on_a_layer_is_used(way, name):
         assert len(calls) >= len(paths)
 
 
-def test_a_score_and_pooled_scans_with_wrapped_steps():
-    """The other ways through a mixer: fused score, other scores, pooled cells."""
-    for options in ({}, {"score_metric": "clip"}, {"fine_pool": "all"}):
+def test_scores_with_wrapped_steps():
+    """The other ways through a mixer: fused score, other scores."""
+    for options in ({}, {"score_metric": "clip"}):
         model = model_of("scope", alpha=0.5, **options)
         expected = model.forward_scope(images(), 1.0)
         wrap(model, ("dt_proj", "conv1d_b"), Lora)

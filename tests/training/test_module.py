@@ -17,6 +17,7 @@ from mambascope.training.checkpointing import RunCheckpoint
 from mambascope.training.ema import EmaWeights
 from mambascope.training.module import ClassifierModule
 from mambascope.training.rng import step_seed
+from tests.conftest import FineCalls
 
 SMALL = {"img_size": 32, "embed_dim": 16, "depth": 2, "d_state": 4, "num_classes": 10, "alpha": 0.5}
 VIM = {key: value for key, value in SMALL.items() if key != "alpha"}
@@ -60,10 +61,13 @@ class Spy(Callback):
         self.loss.append(outputs["loss"].item())
 
     def on_validation_start(self, trainer, pl_module):
-        pl_module.model.fine_calls = 0
+        if hasattr(pl_module.model, "forward_fine"):
+            self._counter = FineCalls(pl_module.model)
 
     def on_validation_end(self, trainer, pl_module):
-        self.fine_calls.append(pl_module.model.fine_calls)
+        if hasattr(pl_module.model, "forward_fine"):
+            self.fine_calls.append(self._counter.images)
+            del pl_module.model.forward_fine
 
 
 def test_schedule_and_phases(tmp_path):
