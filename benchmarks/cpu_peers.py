@@ -95,15 +95,15 @@ def mambapy_scan() -> Scan:
 @contextlib.contextmanager
 def hidden(package: str) -> Iterator[None]:
     """Makes a package impossible to import for a while."""
-    found = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == package}
-    for name in found:
+    modules = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == package}
+    for name in modules:
         del sys.modules[name]
     sys.modules[package] = None  # type: ignore[assignment]
     try:
         yield
     finally:
         del sys.modules[package]
-        sys.modules.update(found)
+        sys.modules.update(modules)
 
 
 def transformers_mixer(width: int, states: int) -> torch.nn.Module:
@@ -117,13 +117,13 @@ def transformers_mixer(width: int, states: int) -> torch.nn.Module:
 
 def scans() -> dict[str, Scan | str]:
     """Peers by name; the reason in words where one cannot be used."""
-    found: dict[str, Scan | str] = {
+    peers: dict[str, Scan | str] = {
         "official formula": official_formula,
         "official formula, torch.compile": torch.compile(official_formula, dynamic=False),
     }
     for name, make in (("mamba_ssm selective_scan_ref", mamba_ssm_reference), ("mambapy pscan", mambapy_scan)):
         try:
-            found[name] = make()
+            peers[name] = make()
         except Exception as error:  # whatever a foreign package raises where it cannot run
-            found[name] = f"{type(error).__name__}: {error}"
-    return found
+            peers[name] = f"{type(error).__name__}: {error}"
+    return peers

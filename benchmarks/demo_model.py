@@ -38,8 +38,8 @@ MODEL = "scopedigits"
 
 def data(length: int) -> list[tuple[Tensor, Tensor]]:
     """The demo's test images in batches of 64, and their labels."""
-    found = validation_loader(mambascope.load(MODEL), find_weights(MODEL), None, batch_size=64)
-    return [(images, labels) for images, labels in itertools.islice(found.loader, -(-length // 64))]
+    source = validation_loader(mambascope.load(MODEL), find_weights(MODEL), None, batch_size=64)
+    return [(images, labels) for images, labels in itertools.islice(source.loader, -(-length // 64))]
 
 
 def precision_rows(batches: list[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
@@ -101,10 +101,10 @@ def onnx_rows(batches: list[tuple[Tensor, Tensor]], rounds: int) -> list[dict[st
             arrays = some.numpy()
             for way, eta in (("coarse look only", 0.0), ("everything refined", 1.0)):
                 early.threshold = eta
-                expected, found = model.forward_scope(some, eta).logits, early(arrays)[0]
-                assert np.abs(found - expected.numpy()).max() < 1e-3
-                ours, theirs = partial(model.forward_scope, some, eta), partial(early, arrays)
-                times = cpu_medians({"package": ours, "onnxruntime": theirs}, rounds if size > 1 else 10 * rounds)
+                expected, logits = model.forward_scope(some, eta).logits, early(arrays)[0]
+                assert np.abs(logits - expected.numpy()).max() < 1e-3
+                package, exported = partial(model.forward_scope, some, eta), partial(early, arrays)
+                times = cpu_medians({"package": package, "onnxruntime": exported}, rounds if size > 1 else 10 * rounds)
                 for name, ms in times.items():
                     ratio = ms / times["package"]
                     rows.append({"way": way, "batch": size, "runtime": name, "cpu_ms": ms / size})

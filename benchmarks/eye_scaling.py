@@ -115,10 +115,12 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 8192, 16384, 32768])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # mode and length, in the process that is measured
+    parser.add_argument(
+        "--measure-only", nargs=2, help=argparse.SUPPRESS
+    )  # mode and length, in the process that is measured
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(measure(args.model, args.one[0], int(args.one[1]), args.device)))
+    if args.measure_only:
+        print(json.dumps(measure(args.model, args.measure_only[0], int(args.measure_only[1]), args.device)))
         return
     rows: list[dict[str, object]] = []
     for mode in MODES:
@@ -126,12 +128,14 @@ def main() -> None:
             if mode == "step" and length > STEP_LIMIT:
                 continue
             command = [sys.executable, __file__, "--model", args.model, "--device", args.device]
-            done = subprocess.run([*command, "--one", mode, str(length)], check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, "--measure-only", mode, str(length)], check=True, capture_output=True, text=True
+            )
             row = json.loads(done.stdout.splitlines()[-1])
-            for other in rows:
-                same = all(abs(a - b) < 2e-3 for a, b in zip(row["check"], other["check"], strict=True))  # type: ignore[call-overload]
-                if other["glimpses"] == length and not same:
-                    raise SystemExit(f"{mode} and {other['mode']} differ after {length} glimpses")
+            for earlier in rows:
+                same = all(abs(a - b) < 2e-3 for a, b in zip(row["check"], earlier["check"], strict=True))  # type: ignore[call-overload]
+                if earlier["glimpses"] == length and not same:
+                    raise SystemExit(f"{mode} and {earlier['mode']} differ after {length} glimpses")
             rows.append(row)
             shown = {k: v for k, v in row.items() if k not in ("check", "model")}
             print(*(f"{k} {v}" for k, v in shown.items()), sep="  ", flush=True)
@@ -146,8 +150,8 @@ def main() -> None:
 
     series = {}
     for mode, label in MODES.items():
-        own = [r for r in rows if r["mode"] == mode]
-        series[label] = tuple([float(str(r[k])) for r in own] for k in ("glimpses", "ms", "extra_peak_mb"))
+        mode_rows = [r for r in rows if r["mode"] == mode]
+        series[label] = tuple([float(str(r[k])) for r in mode_rows] for k in ("glimpses", "ms", "extra_peak_mb"))
     plot_scaling(series, args.out / "scaling.png", title=f"{args.model} on {rows[0]['device']}")  # type: ignore[arg-type]
     print(f"wrote {args.out / 'scaling.csv'}")
 

@@ -46,8 +46,8 @@ class OwnLayout:
             n = tensors[f"A_{name}"].shape[1]
             proj = tensors[f"proj_{name}"]
             low, b, c = proj.split([proj.shape[-1] - 2 * n, n, n], -1)
-            given = [tensors[f"{k}_{name}"] for k in ("x", "A", "D", "dt_bias")]
-            side = ScanSide(given[0], low, given[1], b, c, given[2], None, given[3], reverse)
+            parameters = [tensors[f"{k}_{name}"] for k in ("x", "A", "D", "dt_bias")]
+            side = ScanSide(parameters[0], low, parameters[1], b, c, parameters[2], None, parameters[3], reverse)
             operands = [t.detach().clone() for t in mamba_ssm.operands(side, tensors["z"], pad=pad) if t is not None]
             self.sides.append((operands, tensors[f"dt_weight_{name}"].detach().to(proj.dtype)))
 

@@ -13,31 +13,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_measure import FIELDS, Table, graphed, machine
 from gpu_peers import OwnLayout, functions, use_their_mixer
 from torch import Tensor
 
 from mambascope.ops import ScanDirection, bidirectional_conv, bidirectional_scan, mamba_ssm, triton
 from mambascope.ops.backends import Request, why_not
-from mambascope.ops.graphs import graphed
 from mambascope.utils import atomic_path
 
 PARTS = ("ops", "conv", "models", "tune")
-FIELDS = (
-    "part", "name", "backend", "mode", "batch", "tokens", "channels", "states", "dtype", "ms", "ms_low", "ms_high",
-    "graph_ms", "memory_MiB", "note",
-)  # fmt: skip
 OURS = ("triton", "torch", "mamba_ssm")
 # batch, tokens, channels: Vim-T and Vim-S at the lengths of both stages, then long sequences
 SIZES = [(128, n, 384) for n in (50, 155, 197)] + [(64, n, 768) for n in (50, 155, 197)]
@@ -45,10 +38,10 @@ SIZES += [(1, 197, 384), (32, 1024, 384), (8, 4097, 384), (1, 4097, 384)]
 
 
 @contextlib.contextmanager
-def padding(wanted: bool) -> Iterator[None]:
+def padding(on: bool) -> Iterator[None]:
     """Switches the padding of the mamba_ssm backend."""
     before = os.environ.get(mamba_ssm.PAD_ENV)
-    os.environ[mamba_ssm.PAD_ENV] = str(int(wanted))
+    os.environ[mamba_ssm.PAD_ENV] = str(int(on))
     try:
         yield
     finally:
@@ -83,17 +76,17 @@ def our_scan(tensors: dict[str, Tensor], backend: str) -> Tensor:
 
 def errors(function: Callable[..., Tensor], tensors: dict[str, Tensor], backend: str) -> dict[str, float]:
     """Relative errors of output and gradients against the float64 reference."""
-    found: list[list[Tensor]] = []
+    results: list[list[Tensor]] = []
     grad = torch.randn(next(iter(tensors.values())).shape, device="cuda", dtype=torch.float64)
     for name, values in (("reference", {k: v.double() for k, v in tensors.items()}), (backend, tensors)):
         leaves = {k: v.detach().requires_grad_() for k, v in values.items()}
         out = function(leaves, name)
-        found.append([out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))])
-    result = {}
-    for name, want, have in zip(("output", *tensors), *found, strict=True):
+        results.append([out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))])
+    relative = {}
+    for name, want, have in zip(("output", *tensors), *results, strict=True):
         error = ((have.double() - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
-        result[name] = error if have.isfinite().all() else float("inf")
-    return result
+        relative[name] = error if have.isfinite().all() else float("inf")
+    return relative
 
 
 def wrong(backends: list[str]) -> list[str]:
@@ -117,68 +110,18 @@ def wrong(backends: list[str]) -> list[str]:
     return messages if error <= 1e-3 else [*messages, f"peer in its own layout: relative error {error:.2e}"]
 
 
-def timed(call: Callable[[], object], budget_ms: int) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile in ms."""
-    from triton.testing import do_bench
-
-    median, low, high = do_bench(call, warmup=budget_ms // 4, rep=budget_ms, quantiles=[0.5, 0.2, 0.8])
-    return median, low, high
-
-
-def graph_time(call: Callable[[], object]) -> float | str:
-    """ms of a replayed CUDA graph, or nothing if the call cannot be captured."""
-    from triton.testing import do_bench_cudagraph
-
-    try:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            return round(do_bench_cudagraph(call, rep=50), 4)
-    except Exception as error:
-        torch.cuda.synchronize()
-        print(f"  no graph: {type(error).__name__}")
-        return ""
-
-
-class Table:
-    """Collects rows, prints each as it comes."""
-
-    def __init__(self, budget_ms: int) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.budget_ms = budget_ms
-
-    def add(self, call: Callable[[], object], *, graph: bool = False, **labels: Any) -> float:
-        """Times a call; an out-of-memory error becomes a note."""
-        row = dict.fromkeys(FIELDS, "") | labels
-        ms = float("nan")
-        try:
-            torch.cuda.reset_peak_memory_stats()
-            call()
-            row["memory_MiB"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-            ms, low, high = timed(call, self.budget_ms)
-            row |= {"ms": round(ms, 4), "ms_low": round(low, 4), "ms_high": round(high, 4)}
-            if graph:
-                row["graph_ms"] = graph_time(call)
-        except torch.cuda.OutOfMemoryError:
-            row["note"] = "out of memory"
-            torch.cuda.empty_cache()
-        self.rows.append(row)
-        shape = "x".join(str(row[k]) for k in ("batch", "tokens", "channels") if row[k] != "")
-        what = f"{row['part']:6} {row['name']:22} {row['backend']:28} {row['mode']:9} {shape:14}"
-        print(f"{what} {row['ms']!s:>9} ms  graph {row['graph_ms']!s:>8}  {row['memory_MiB']!s:>9} MiB {row['note']}")
-        return ms
-
-
 def variants() -> list[tuple[str, str, bool]]:
     """Label, backend and padding of what can run here."""
-    found = []
+    runnable = []
     for backend in OURS:
         reason = why_not(backend, Request("scan", "cuda", torch.bfloat16, 16))
         if reason is not None:
             print(f"{backend}: left out, {reason}")
         elif backend == "mamba_ssm":
-            found += [("mamba_ssm", backend, False), ("mamba_ssm padded", backend, True)]
+            runnable += [("mamba_ssm", backend, False), ("mamba_ssm padded", backend, True)]
         else:
-            found.append((backend, backend, False))
-    return found
+            runnable.append((backend, backend, False))
+    return runnable
 
 
 def peers(tensors: dict[str, Tensor]) -> Iterator[tuple[str, OwnLayout]]:
@@ -212,12 +155,12 @@ def bench_ops(table: Table, quick: bool) -> None:
         for name, peer in peers(tensors):
             with torch.no_grad():
                 table.add(peer, graph=True, **label, backend=name, mode="forward")
-            wanted = peer.leaves()
+            leaves = peer.leaves()
             shape = peer.sides[0][0][0].shape
             peer_grad = torch.randn(shape, device="cuda").bfloat16()
 
-            def train_peer(peer: OwnLayout = peer, wanted: list = wanted, grad: Tensor = peer_grad) -> object:
-                return torch.autograd.grad(peer(), wanted, grad)
+            def train_peer(peer: OwnLayout = peer, leaves: list = leaves, grad: Tensor = peer_grad) -> object:
+                return torch.autograd.grad(peer(), leaves, grad)
 
             table.add(train_peer, **label, backend=name, mode="training")
     small = scan_tensors(8, 50, 384)
@@ -338,27 +281,6 @@ def bench_tune(table: Table, quick: bool) -> None:
     finally:
         scan._plan = plan
         scan._FORWARD_TOKENS, scan._BACKWARD_TOKENS, scan._REGISTERS = before
-
-
-def machine() -> dict[str, Any]:
-    """Device and versions."""
-    device = torch.cuda.get_device_properties(0)
-    versions = {}
-    for package in ("mambascope", "torch", "triton", "timm", "mamba-ssm", "causal-conv1d"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {
-        "device": device.name,
-        "multiprocessors": device.multi_processor_count,
-        "memory_GiB": round(device.total_memory / 2**30, 1),
-        "capability": f"{device.major}.{device.minor}",
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": versions,
-        "peers": {p: mamba_ssm.why_unavailable(p) or "available" for p in ("mamba_ssm", "causal_conv1d")},
-    }
 
 
 def main() -> int:

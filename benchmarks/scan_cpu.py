@@ -45,7 +45,7 @@ def tensors(batch: int, length: int, width: int, states: int) -> dict[str, Tenso
     }
 
 
-def ours(backend: str) -> Callable[..., Tensor]:
+def package_scan(backend: str) -> Callable[..., Tensor]:
     """Our scan with the arguments of the peers."""
 
     def scan(x, dt, A, B, C, D, z, bias):  # type: ignore[no-untyped-def]
@@ -59,19 +59,19 @@ def longest(name: str) -> float:
     return min((tokens for part, tokens in LONGEST.items() if part in name), default=float("inf"))
 
 
-def both(given: dict[str, Tensor], rank: int = 12, return_inputs: bool = False) -> Any:
+def both_directions(inputs: dict[str, Tensor], rank: int = 12, return_inputs: bool = False) -> Any:
     """Both directions in one call, with the projection of the step sizes, as the mixer uses it."""
-    width, states = given["A"].shape
-    low, weight = torch.randn(*given["x"].shape[:2], rank + 2 * states), torch.randn(width, rank) * 0.1
-    side = ScanDirection(given["x"], low, weight, given["bias"], given["A"], given["D"])
-    call = partial(bidirectional_scan, side, side, given["z"])
+    width, states = inputs["A"].shape
+    low, weight = torch.randn(*inputs["x"].shape[:2], rank + 2 * states), torch.randn(width, rank) * 0.1
+    side = ScanDirection(inputs["x"], low, weight, inputs["bias"], inputs["A"], inputs["D"])
+    call = partial(bidirectional_scan, side, side, inputs["z"])
     return (call, low, weight) if return_inputs else call
 
 
-def gradients(call: Callable[..., Tensor], given: dict[str, Tensor]) -> Callable[[], Tensor]:
+def gradients(call: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
     """Forward and backward pass of a scan; returns its output."""
-    leaves = {name: t.clone().requires_grad_() for name, t in given.items()}
-    grad = torch.ones_like(given["x"])
+    leaves = {name: t.clone().requires_grad_() for name, t in inputs.items()}
+    grad = torch.ones_like(inputs["x"])
 
     def run() -> Tensor:
         out = call(**leaves)
@@ -83,19 +83,19 @@ def gradients(call: Callable[..., Tensor], given: dict[str, Tensor]) -> Callable
 
 def wrong(candidates: dict[str, Callable[..., Tensor]], width: int, states: int) -> dict[str, float]:
     """Relative errors above the limit, of outputs and of all gradients, at an odd length."""
-    given = tensors(2, 63, width, states)
-    grad = torch.randn(given["x"].shape, generator=torch.Generator().manual_seed(1))
+    inputs = tensors(2, 63, width, states)
+    grad = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(1))
 
     def results(call: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
-        leaves = {name: t.to(dtype).requires_grad_() for name, t in given.items()}
+        leaves = {name: t.to(dtype).requires_grad_() for name, t in inputs.items()}
         out = call(**leaves)
         return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad.to(dtype))]
 
-    wanted = results(official_formula, torch.float64)
+    reference = results(official_formula, torch.float64)
     errors = {}
     for name, call in candidates.items():
-        found = results(call, torch.float32)
-        error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
+        values = results(call, torch.float32)
+        error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(values, reference, strict=True))
         if not error < LIMIT:
             errors[name] = error
     return errors
@@ -103,9 +103,9 @@ def wrong(candidates: dict[str, Callable[..., Tensor]], width: int, states: int)
 
 def wrong_both(width: int, states: int) -> dict[str, float]:
     """The same for the output of the two directions in one call."""
-    given = tensors(2, 63, width, states)
-    call, low, weight = both(given, return_inputs=True)
-    x, z, bias, A, D = (given[name].double() for name in ("x", "z", "bias", "A", "D"))
+    inputs = tensors(2, 63, width, states)
+    call, low, weight = both_directions(inputs, return_inputs=True)
+    x, z, bias, A, D = (inputs[name].double() for name in ("x", "z", "bias", "A", "D"))
     dt, b, c = low.double().split([weight.shape[1], states, states], -1)
     dt = dt @ weight.double().T
     first = official_formula(x, dt, A, b, c, D, z, bias)
@@ -122,14 +122,14 @@ def mixer_rows(rounds: int) -> list[dict[str, Any]]:
         with hidden("mamba_ssm"), torch.no_grad():
             peer = transformers_mixer(192, 16).eval()
             subjects = {"mixer, cpu": lambda: mixer(tokens), "mixer of transformers": lambda: peer(tokens)}
-            found = medians(subjects, rounds)
+            times = medians(subjects, rounds)
     except Exception as error:  # whatever a foreign package raises where it cannot run
         print(f"transformers: left out, {type(error).__name__}: {error}", file=sys.stderr)
         return []
     directions = {"mixer, cpu": 2, "mixer of transformers": 1}
     rows = [
         {"scan": name, "mode": "forward", "batch": 8, "tokens": 197, "directions": directions[name], **row}
-        for name, row in found.items()
+        for name, row in times.items()
     ]
     show(rows)
     return rows
@@ -137,39 +137,39 @@ def mixer_rows(rounds: int) -> list[dict[str, Any]]:
 
 def measure(width: int, states: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
     """All rows, after the comparison."""
-    own = {backend: ours(backend) for backend in ("cpu", "torch", "reference")}
+    backends = {backend: package_scan(backend) for backend in ("cpu", "torch", "reference")}
     peers: dict[str, Callable[..., Tensor]] = {}
     for name, scan in scans().items():
         if isinstance(scan, str):
             print(f"{name}: left out, {scan.splitlines()[0]}", file=sys.stderr)
         else:
             peers[name] = scan
-    if bad := wrong(own, width, states) | wrong_both(width, states):
+    if bad := wrong(backends, width, states) | wrong_both(width, states):
         raise SystemExit(f"error: off the float64 result: {bad}; nothing was timed")
     for name, error in wrong(peers, width, states).items():
         print(f"{name}: left out, relative error {error:.1e}", file=sys.stderr)
         del peers[name]
     rows = mixer_rows(rounds)
     for batch, length in SIZES:
-        given = tensors(batch, length, width, states)
-        chosen = {n: c for n, c in {**own, **peers}.items() if length <= longest(n)}
+        inputs = tensors(batch, length, width, states)
+        candidates = {n: c for n, c in {**backends, **peers}.items() if length <= longest(n)}
         for mode in ("forward", "forward+backward"):
             subjects: dict[str, Callable[[], object]] = {}
-            for name, call in chosen.items():
-                subjects[name] = partial(call, **given) if mode == "forward" else gradients(call, given)
+            for name, call in candidates.items():
+                subjects[name] = partial(call, **inputs) if mode == "forward" else gradients(call, inputs)
             if mode == "forward":
-                subjects["cpu, both directions"] = both(given)
+                subjects["cpu, both directions"] = both_directions(inputs)
             with torch.set_grad_enabled(mode != "forward"):
-                found = medians(subjects, rounds, seconds=seconds)
-            for name, row in found.items():
+                times = medians(subjects, rounds, seconds=seconds)
+            for name, row in times.items():
                 two = 2 if "both" in name else 1
-                base = found["cpu"]["ms"]
+                base = times["cpu"]["ms"]
                 rows.append(
                     {"scan": name, "mode": mode, "batch": batch, "tokens": length, "directions": two}
                     | row
                     | {"us_per_token": 1e3 * row["ms"] / (batch * length * two), "relative_to_cpu": row["ms"] / base}
                 )
-            show(rows[-len(found) :])
+            show(rows[-len(times) :])
     return rows
 
 
@@ -184,8 +184,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
     for axis, mode in zip(axes, ("forward", "forward+backward"), strict=True):
         kept = [r for r in rows if r["mode"] == mode and "us_per_token" in r and r["directions"] == 1]
         for name in dict.fromkeys(r["scan"] for r in kept):
-            mine = [r for r in kept if r["scan"] == name]
-            axis.plot([r["tokens"] for r in mine], [r["us_per_token"] for r in mine], marker="o", label=name)
+            curve = [r for r in kept if r["scan"] == name]
+            axis.plot([r["tokens"] for r in curve], [r["us_per_token"] for r in curve], marker="o", label=name)
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=mode)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("µs per token (384 channels, 16 states)")

@@ -69,13 +69,13 @@ def check(vim: VisionMamba, x: Tensor) -> None:
     plain = make("vim", "T")
     plain.load_state_dict(vim.state_dict())
     use_official_formulas(plain)
-    found = []
+    results = []
     for model in (plain.eval(), vim.eval()):
         logits = model(x)
         parameters = list(model.parameters())
         grads = torch.autograd.grad(F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.long)), parameters)
-        found.append([logits.detach(), *grads])
-    error = max(float((a - b).norm() / a.norm().clamp_min(1e-12)) for a, b in zip(*found, strict=True))
+        results.append([logits.detach(), *grads])
+    error = max(float((a - b).norm() / a.norm().clamp_min(1e-12)) for a, b in zip(*results, strict=True))
     if not error < 1e-3:
         raise SystemExit(f"error: kernels and the official formulas differ by {error:.1e}; nothing was timed")
 
@@ -101,13 +101,13 @@ def threshold_for(model: MambaScope, x: Tensor, share: float) -> float:
     return float(confidence[count - 1 : count + 1].mean())
 
 
-def rows_of(found: dict[str, dict[str, float]], base: str, batch: int, pixels: int, mode: str) -> list[dict[str, Any]]:
+def rows_of(times: dict[str, dict[str, float]], base: str, batch: int, pixels: int, mode: str) -> list[dict[str, Any]]:
     """Table rows in milliseconds per image, with the ratio to one of them."""
     return [
         {"model": name, "mode": mode, "batch": batch, "pixels": pixels}
         | {"ms_per_image": row["ms"] / batch, "min": row["min"] / batch, "max": row["max"] / batch}
-        | {"relative_to": base, "ratio": row["ms"] / found[base]["ms"]}
-        for name, row in found.items()
+        | {"relative_to": base, "ratio": row["ms"] / times[base]["ms"]}
+        for name, row in times.items()
     ]
 
 
