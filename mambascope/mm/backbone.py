@@ -36,15 +36,9 @@ from mambascope.models.configs import VIM_CONFIGS, VimConfig, with_overrides
 from mambascope.models.cost import stage_macs
 from mambascope.models.description import shortened
 from mambascope.models.meaning import MEANING, differences
+from mambascope.models.registry import feature_blocks
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
-
-
-def default_indices(depth: int) -> tuple[int, ...]:
-    """The last block of every quarter: 5, 11, 17, 23 for 24 blocks."""
-    if depth < len(STEPS):
-        raise ValueError(f"depth must be at least {len(STEPS)} for {len(STEPS)} feature maps, got {depth}")
-    return tuple(-(-depth * (i + 1) // len(STEPS)) - 1 for i in range(len(STEPS)))
 
 
 class EncoderBackbone(BaseModule):
@@ -81,7 +75,9 @@ class EncoderBackbone(BaseModule):
             raise ValueError(f"stride must equal patch_size, {config.patch_size}, in a backbone, got {config.stride}")
         self.arch = arch
         self.encoder = self.encoder_class(config)
-        indices = default_indices(config.depth) if out_indices is None else tuple(out_indices)
+        if config.depth < len(STEPS):
+            raise ValueError(f"depth must be at least {len(STEPS)} for {len(STEPS)} feature maps, got {config.depth}")
+        indices = feature_blocks(config.depth) if out_indices is None else tuple(out_indices)
         rising = all(a < b for a, b in itertools.pairwise(indices))
         if len(indices) != len(STEPS) or not rising or indices[0] < 0 or indices[-1] >= config.depth:
             raise ValueError(

@@ -87,6 +87,11 @@ default_cfgs = generate_default_cfgs(
 _TIMM_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "out_indices", "feature_cls")
 
 
+def feature_blocks(depth: int) -> tuple[int, ...]:
+    """Blocks whose outputs are feature maps by default: the last of every quarter, 5, 11, 17, 23 of 24."""
+    return tuple(-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)) if depth >= 4 else (depth - 1,)
+
+
 def _weights_file(variant: str, kwargs: dict[str, Any]) -> str:
     """The file that ``pretrained=True`` means: of the overlay, of the given cfg, or the shipped one."""
     for name in ("pretrained_cfg_overlay", "pretrained_cfg"):
@@ -159,8 +164,6 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
         loading["pretrained_filter_fn"] = lambda _, model: _fitted(state, model, description, base)
     config = with_overrides(base, {k: v for k, v in kwargs.items() if k not in _TIMM_ONLY})
     rest = {k: v for k, v in kwargs.items() if k in _TIMM_ONLY}
-    # four maps, evenly spaced, as the dense heads of ViT-like backbones expect
-    indices = tuple(config.depth * (i + 1) // 4 - 1 for i in range(4)) if config.depth >= 4 else (config.depth - 1,)
     model: VisionMamba = build_model_with_cfg(
         architecture.build,
         variant,
@@ -169,7 +172,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
         # timm would fill these from the default_cfg and so override the config
         num_classes=config.num_classes,
         in_chans=config.in_chans,
-        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
+        feature_cfg={"out_indices": feature_blocks(config.depth), "feature_cls": "getter"},
         **{**rest, **loading},
     )
     if pretrained and isinstance(model, VisionMamba):

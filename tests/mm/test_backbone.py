@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from mambascope.mm import ScopeBackbone, VimBackbone
-from mambascope.mm.backbone import default_indices
 from mambascope.models.cost import skipped_macs
+from mambascope.models.registry import feature_blocks
 from mambascope.models.vim import VisionMamba
 from mambascope.ops.flops import count_macs
 from tests.mm.common import refined_images, scope, vim
@@ -27,8 +27,7 @@ def test_maps_cover_any_image(make, size):
 
 def test_patch16_strides_and_default_blocks():
     assert VimBackbone("vim_tiny_patch16_224", arch_options={"depth": 4, "embed_dim": 32}).strides == (4, 8, 16, 32)
-    assert default_indices(24) == (5, 11, 17, 23)
-    assert default_indices(6) == (1, 2, 4, 5)
+    assert VimBackbone("vim_nano_patch8_64").out_indices == feature_blocks(6) == (1, 2, 4, 5)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,12 @@ def test_intermediates_and_features_only(name, size):
     assert net.feature_info.reduction() == [patch, patch]
 
 
+@pytest.mark.parametrize(("depth", "blocks"), [(24, [5, 11, 17, 23]), (6, [1, 2, 4, 5]), (4, [0, 1, 2, 3]), (2, [1])])
+def test_feature_maps_are_of_the_last_block_of_every_quarter(depth, blocks):
+    model = timm.create_model("vim_nano_patch8_64", features_only=True, depth=depth)
+    assert [info["module"] for info in model.feature_info.get_dicts()] == [f"layers.{block}" for block in blocks]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_optimizer_groups(name):
     model = create(name)
