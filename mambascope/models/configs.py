@@ -11,6 +11,7 @@ from mambascope.layers.pos_embed import CLS_POSITIONS
 from mambascope.layers.reuse import REUSE_KINDS
 from mambascope.layers.stem import stem_convs
 from mambascope.models.gate import check_threshold
+from mambascope.models.retired import without_retired
 from mambascope.ops import check_backend
 from mambascope.peers import EncoderSizes, ReductionConfig, reduction_config
 from mambascope.utils import as_number, check_choice, check_positive, share
@@ -254,13 +255,15 @@ def with_overrides(config: ConfigT, overrides: dict[str, Any]) -> ConfigT:
     """Returns ``config`` with some fields replaced.
 
     Raises:
-        ValueError: If a key is not a field of the config; the message lists the accepted ones.
+        ValueError: If a key is not a field of the config, the message lists the accepted ones; or if it is one that was
+            removed (:mod:`mambascope.models.retired`) and has another value than its old default.
     """
-    known = {f.name for f in fields(config)}
-    unknown = sorted(set(overrides) - known)
+    accepted = {f.name for f in fields(config)}
+    overrides = without_retired(overrides)
+    unknown = sorted(set(overrides) - accepted)
     if unknown:
         raise ValueError(
             f"unknown model argument{'s' * (len(unknown) > 1)} {', '.join(unknown)}; "
-            f"{type(config).__name__} accepts {', '.join(sorted(known))}"
+            f"{type(config).__name__} accepts {', '.join(sorted(accepted))}"
         )
     return replace(config, **overrides)

@@ -151,7 +151,7 @@ def checked_description(path: Path, description: Any) -> dict[str, Any]:
     try:
         config = without_retired(known.get("config") or {})
     except ValueError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
+        raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from None
     known = {name: value for name, value in known.items() if value is not None}
     return {**known, "config": config} if "config" in known else known
 

@@ -1,9 +1,16 @@
-"""Fields that configs had once: weights that carry them load if the field was never used."""
+"""Options that were removed: what names them still is read where they had no effect, and refused elsewhere.
+
+Weights carry the whole config of their model, runs the whole configuration of their training; both may be older than
+the removal. Results of the options are in ``benchmarks/results/ablations/removed.md``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+LAST_COMMIT = "ed6fe22"
+"""The last commit that has the options."""
 
 RETIRED: dict[str, Any] = {
     "registers": 0,
@@ -23,25 +30,37 @@ RETIRED: dict[str, Any] = {
     "fine_pool": "off",
     "coarse_interpolation": "bilinear",
 }
-"""Each retired field and the value that computes what models without it compute."""
+"""Fields of a model's config, each with the value that computes what models without it compute."""
 
-_UNUSED = {"alpha_min": "alpha_rule", "alpha_max": "alpha_rule", "alpha_buckets": "alpha_rule"}
+RETIRED_LOSS: dict[str, Any] = {"focal_gamma": 0.0, "coarse_label_smoothing": None}
+"""The same of the loss's arguments."""
+
+_SWITCHES = {"alpha_min": "alpha_rule", "alpha_max": "alpha_rule", "alpha_buckets": "alpha_rule"}
 """Fields that did nothing where another one had its default."""
 
 
-def without_retired(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's config without the retired fields.
+def without_retired(options: Mapping[str, Any], retired: Mapping[str, Any] = RETIRED) -> dict[str, Any]:
+    """Options without those that were removed.
+
+    Args:
+        options: Fields of a model's config, or arguments of a loss.
+        retired: The removed ones, each with the value that had no effect.
 
     Raises:
-        ValueError: If one of them had another value than its default; the message names it.
+        ValueError: If one of them has another value; the message names it.
     """
-    for name, default in RETIRED.items():
-        switch = _UNUSED.get(name)
-        if name not in config or (switch is not None and config.get(switch, RETIRED[switch]) == RETIRED[switch]):
-            continue
-        if config[name] != default:
+    for name, default in retired.items():
+        switch = _SWITCHES.get(name)
+        idle = switch is not None and options.get(switch, retired[switch]) == retired[switch]
+        if name in options and not idle and not _same(options[name], default):
+            value = repr(options[name])
+            value = value if len(value) <= 40 else f"{value[:40]}..."
             raise ValueError(
-                f"{name} was removed; weights of a model with {name}={config[name]!r:.40} need the version that "
-                "made them"
+                f"{name}={value} is of an option that was removed; commit {LAST_COMMIT} is the last one that has it"
             )
-    return {name: value for name, value in config.items() if name not in RETIRED}
+    return {name: value for name, value in options.items() if name not in retired}
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Whether a value is the default; numbers may be of another type, but no bool."""
+    return isinstance(value, bool) == isinstance(default, bool) and bool(value == default)

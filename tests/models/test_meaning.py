@@ -1,20 +1,16 @@
 """Fields of a config that say what weights mean are compared wherever weights are loaded."""
 
-import json
 from dataclasses import fields
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 
 from mambascope import MambaEye, MambaScope, ScopeConfig, VimConfig, VisionMamba, load_checkpoint
 from mambascope.eye.config import MambaEyeConfig
-from mambascope.models import load_model
-from mambascope.models.checkpoint import CheckpointError, describe, save_safetensors
+from mambascope.models.checkpoint import CheckpointError, save_safetensors
 from mambascope.models.meaning import CHOICES, MEANING, SILENT, SIZES
 from mambascope.models.ready import ready_model
-from mambascope.models.retired import RETIRED
 from mambascope.peers.teacher import Teacher
 from mambascope.peers.timm_classifier import TimmConfig, create_timm_classifier
 from mambascope.training.args import ModelArgs
@@ -72,27 +68,6 @@ def test_each_is_named_and_reported(kind, field, value, tmp_path, capsys):
     assert f"differs    1: {field} is {value!r} in the file" in capsys.readouterr().out
     same = load_checkpoint(kind(**SMALL, **{field: value}), path)
     assert (same.differs, same.new, same.unused) == ([], [], [])
-
-
-@pytest.mark.parametrize(("name", "default"), RETIRED.items())
-def test_weights_with_a_retired_field_load_if_it_had_its_default(name, default, tmp_path):
-    model, path = MambaScope(**SMALL), tmp_path / "a.safetensors"
-
-    def write(**fields):
-        description = describe(model)
-        description["config"] |= fields
-        save_file(model.state_dict(), path, metadata={"mambascope": json.dumps(description)})
-
-    write(**{name: default})
-    assert load_model(path).config == model.config
-    write(**{"alpha_rule": "mass", name: "other"} if name.startswith("alpha_") else {name: "other"})
-    for load in (load_model, lambda file: load_checkpoint(model, file)):
-        with pytest.raises(CheckpointError, match=r"cannot be read: \w+ was removed; weights of a model") as caught:
-            load(path)
-        assert "\n" not in str(caught.value)
-    if name in ("alpha_min", "alpha_max", "alpha_buckets"):  # they did nothing
-        write(**{name: "other"})
-        assert load_model(path).config == model.config
 
 
 @pytest.mark.parametrize(
