@@ -54,14 +54,14 @@ def drop_interval(lost: int, won: int, images: int) -> tuple[float, float]:
     return lost_low - won_high, lost_high - won_low
 
 
-def describe_choice(target: Target, record: StageRecord, eta: float, own: float) -> dict[str, Any]:
+def describe_choice(target: Target, record: StageRecord, eta: float, model_eta: float) -> dict[str, Any]:
     """What the report and the weights say about a threshold that was chosen on `record`.
 
     Args:
         target: What it was chosen for.
         record: Both stages' answers.
         eta: The threshold in use.
-        own: The model's own, which stays where the images are too few.
+        model_eta: The model's own, which stays where the images are too few.
     """
     n, needed = len(record), images_needed(target)
     refined = (record.confidence < eta) | (eta >= 1) if eta > 0 else np.zeros(n, dtype=bool)
@@ -69,7 +69,7 @@ def describe_choice(target: Target, record: StageRecord, eta: float, own: float)
     won = int((~refined & record.coarse_correct & ~record.fine_correct).sum())
     rule = target.describe()
     if n < needed:
-        rule = f"the model's own {own:g} stays: {n:,} images are too few to choose ({rule}); {needed:,} can"
+        rule = f"the model's own {model_eta:g} stays: {n:,} images are too few to choose ({rule}); {needed:,} can"
     return {
         "threshold": eta,
         "rule": rule,

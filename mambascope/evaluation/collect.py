@@ -37,8 +37,8 @@ class Collected:
 def stage_answers(model: nn.Module, images: Tensor, alpha: float | None = None) -> tuple[Tensor, Tensor]:
     """Coarse and fine logits [B, C] of every image; a one-stage model answers twice the same."""
     if is_two_stage(model):
-        both = model.forward_both(images, alpha)
-        return both.coarse, both.fine
+        logits = model.forward_both(images, alpha)
+        return logits.coarse, logits.fine
     logits = model(images)
     return logits, logits
 
@@ -46,8 +46,8 @@ def stage_answers(model: nn.Module, images: Tensor, alpha: float | None = None) 
 def _stage(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Confidence, predicted class and top-5 hit of one stage."""
     logits = logits.float()
-    own = logits.gather(1, labels.unsqueeze(1))
-    top5 = (logits > own).sum(1) < 5
+    label_logits = logits.gather(1, labels.unsqueeze(1))
+    top5 = (logits > label_logits).sum(1) < 5
     return confidence(logits).double().cpu().numpy(), logits.argmax(1).cpu().numpy(), top5.cpu().numpy()
 
 
@@ -82,24 +82,26 @@ def collect(
     rng = np.random.default_rng(seed)
     parts: list[StageRecord] = []
     sample: list[tuple[int, Tensor, int]] = []
-    seen = 0
+    offset = 0
     with evaluating(model), tqdm(loader, desc=description, unit="batch", disable=not progress, leave=False) as bar:
         for batch in bar:
             images, labels = unpack(batch)
             coarse, fine = stage_answers(model, images.to(device), alpha)
             classes = coarse.shape[1]
-            odd = labels[(labels < 0) | (labels >= classes)]
-            if len(odd):
+            unknown = labels[(labels < 0) | (labels >= classes)]
+            if len(unknown):
                 raise ValueError(
-                    f"label {int(odd[0])} in the data is no class of the model, which has {classes} classes"
+                    f"label {int(unknown[0])} in the data is no class of the model, which has {classes} classes"
                 )
             if not (bool(coarse.isfinite().all()) and bool(fine.isfinite().all())):
-                raise ValueError(f"the model returned NaN or inf for an image among {seen}..{seen + len(labels) - 1}")
+                raise ValueError(
+                    f"the model returned NaN or inf for an image among {offset}..{offset + len(labels) - 1}"
+                )
             y = labels.to(device).long()
             (c_conf, c_pred, c_top5), (f_conf, f_pred, f_top5) = _stage(coarse, y), _stage(fine, y)
             parts.append(StageRecord(y.cpu().numpy(), c_conf, c_pred, c_top5, f_conf, f_pred, f_top5))
-            _reservoir(sample, images, labels, seen, keep, rng)
-            seen += len(labels)
+            _reservoir(sample, images, labels, offset, keep, rng)
+            offset += len(labels)
     record = StageRecord.concatenate([p for p in parts if len(p)])
     sample.sort(key=lambda item: item[0])
     return Collected(
@@ -114,15 +116,15 @@ def _reservoir(
     sample: list[tuple[int, Tensor, int]],
     images: Tensor,
     labels: Tensor,
-    seen: int,
+    offset: int,
     keep: int,
     rng: np.random.Generator,
 ) -> None:
     """Algorithm R: after any number of images each of them is in the sample with the same probability."""
     for i in range(len(labels) if keep else 0):
-        place = len(sample) if len(sample) < keep else int(rng.integers(0, seen + i + 1))
+        place = len(sample) if len(sample) < keep else int(rng.integers(0, offset + i + 1))
         if place < keep:
-            item = (seen + i, images[i].detach().cpu().clone(), int(labels[i]))
+            item = (offset + i, images[i].detach().cpu().clone(), int(labels[i]))
             if place == len(sample):
                 sample.append(item)
             else:

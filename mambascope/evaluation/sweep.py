@@ -81,9 +81,9 @@ def _stage(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """Confidence, predicted class and top-5 hit of one stage."""
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     pred = logits.argmax(axis=1)
-    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    label_scores = np.take_along_axis(logits, labels[:, None], axis=1)
     # fewer than five classes score strictly higher: ties count as hits, as in topk with a lucky order
-    top5 = (logits > own).sum(axis=1) < 5
+    top5 = (logits > label_scores).sum(axis=1) < 5
     return 1.0 / shifted.sum(axis=1), pred.astype(np.int64), top5
 
 
@@ -126,9 +126,8 @@ class SweepCurve:
         """At most `points` thresholds, evenly spread over the share refined; both ends are kept."""
         if len(self) <= points:
             return self
-        wanted = np.linspace(self.share_refined[0], self.share_refined[-1], points)
-        keep = np.unique(np.searchsorted(self.share_refined, wanted).clip(0, len(self) - 1))
-        return self._take(keep)
+        shares = np.linspace(self.share_refined[0], self.share_refined[-1], points)
+        return self._take(np.unique(np.searchsorted(self.share_refined, shares).clip(0, len(self) - 1)))
 
     def _take(self, index: np.ndarray) -> SweepCurve:
         arrays = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name not in ("gflops", "ms")}
@@ -216,8 +215,8 @@ def pick_acc_drop(curve: SweepCurve, max_drop: float) -> int:
         raise ValueError(f"the accepted accuracy drop must be in [0, 1] (0.005 is half a point), got {max_drop!r}")
     if curve.share_refined[-1] < 1:
         raise ValueError("the curve must contain the threshold 1 (refine every image) to measure a drop against it")
-    good = np.flatnonzero(curve.top1 >= curve.top1[-1] - max_drop - 1e-12)
-    return int(good[np.argmin(curve.share_refined[good])])
+    eligible = np.flatnonzero(curve.top1 >= curve.top1[-1] - max_drop - 1e-12)
+    return int(eligible[np.argmin(curve.share_refined[eligible])])
 
 
 def pick_budget(curve: SweepCurve, cost: np.ndarray, target: float, unit: str) -> int:
@@ -226,13 +225,13 @@ def pick_budget(curve: SweepCurve, cost: np.ndarray, target: float, unit: str) -
     Raises:
         ValueError: The coarse stage alone costs more than `target` (the message gives the possible range).
     """
-    good = np.flatnonzero(cost <= target * (1 + 1e-9))
-    if not good.size:
+    eligible = np.flatnonzero(cost <= target * (1 + 1e-9))
+    if not eligible.size:
         raise ValueError(
             f"a target of {target:g} {unit} cannot be met: this model needs {cost[0]:.3g} {unit} for the coarse stage "
             f"alone and {cost[-1]:.3g} {unit} for refining every image"
         )
-    best = good[curve.top1[good] >= curve.top1[good].max() - 1e-12]
+    best = eligible[curve.top1[eligible] >= curve.top1[eligible].max() - 1e-12]
     return int(best[np.argmin(cost[best])])
 
 
@@ -291,11 +290,11 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 1
 
     For the exit gate this is the mean gap between what the coarse stage claims and how often it is right.
     """
-    conf, hit = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    if conf.shape != hit.shape or conf.ndim != 1 or not conf.size:
-        raise ValueError(f"confidence and correct must be [N] with N > 0, got {conf.shape} and {hit.shape}")
+    conf, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    if conf.shape != correct.shape or conf.ndim != 1 or not conf.size:
+        raise ValueError(f"confidence and correct must be [N] with N > 0, got {conf.shape} and {correct.shape}")
     index = np.clip(np.ceil(conf * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.abs(np.bincount(index, hit, bins) - np.bincount(index, conf, bins))
+    gap = np.abs(np.bincount(index, correct, bins) - np.bincount(index, conf, bins))
     return float(gap.sum() / conf.size)
 
 

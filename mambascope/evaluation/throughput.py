@@ -111,12 +111,12 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, statistics.median(values), high
 
 
-def representative(sample: np.ndarray, everything: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+def representative(sample: np.ndarray, population: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
     """Picks images to time whose confidences are spread like those of all images, so that their shares refined agree.
 
     Args:
         sample: Coarse confidences of the images at hand [K].
-        everything: Coarse confidences of all images [N].
+        population: Coarse confidences of all images [N].
         count: Images wanted, at most K.
         seed: Of the order in which they are returned (mixed, so that every batch is like the others).
 
@@ -125,18 +125,18 @@ def representative(sample: np.ndarray, everything: np.ndarray, count: int, seed:
     """
     count = min(count, len(sample))
     order = np.argsort(sample, kind="stable")
-    ranks = np.sort(everything)
+    ranks = np.sort(population)
     # middle rank where confidences are equal
     low, high = (np.searchsorted(ranks, sample[order], side=side) for side in ("left", "right"))
     quantile = (low + high) / (2 * len(ranks))
-    picked: list[int] = []
+    indices: list[int] = []
     start = 0
     for j in range(count):
         stop = len(order) - (count - j) + 1  # leave enough for the others
         start += int(np.argmin(np.abs(quantile[start:stop] - (j + 0.5) / count)))
-        picked.append(int(order[start]))
+        indices.append(int(order[start]))
         start += 1
-    return np.random.default_rng(seed).permutation(np.array(picked, dtype=int))
+    return np.random.default_rng(seed).permutation(np.array(indices, dtype=int))
 
 
 def _batches(images: Tensor, batch_size: int) -> list[Tensor]:
@@ -230,10 +230,10 @@ def measure_all(
     for size in dict.fromkeys(min(int(s), count) for s in batch_sizes):
         # single images take several times longer each: a quarter of the sample is enough
         images = count // size * size if size > 8 else max(size, count // 4)
-        picked = representative(confidence, sample.record.confidence, images)
+        indices = representative(confidence, sample.record.confidence, images)
         timings += measure_scope(
             model,
-            sample.images[torch.from_numpy(picked)],
+            sample.images[torch.from_numpy(indices)],
             thresholds,
             batch_size=size,
             rounds=rounds,
@@ -244,14 +244,14 @@ def measure_all(
 
 
 def _fit(
-    once: Callable[[Tensor], Any], batches: list[Tensor], modes: float, rounds: int, max_seconds: float
+    forward: Callable[[Tensor], Any], batches: list[Tensor], modes: float, rounds: int, max_seconds: float
 ) -> tuple[list[Tensor], int]:
-    """Batches and rounds that take about `max_seconds` for `modes` times what `once` does, judged by one batch."""
+    """Batches and rounds that take about `max_seconds` for `modes` times what `forward` does, judged by one batch."""
     device = batches[0].device
-    once(batches[0])
+    forward(batches[0])
     synchronize(device)
     start = time.perf_counter()
-    once(batches[0])
+    forward(batches[0])
     synchronize(device)
     step = max(1e-9, (time.perf_counter() - start) * modes)
     rounds = max(min(rounds, 3), min(rounds, int(max_seconds / (step * len(batches))) - 1))
