@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import math
 import numbers
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
-from mambascope._names import open_streams, printable
+from mambascope._names import as_json, open_streams, printable
 
 
 def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
@@ -158,6 +159,40 @@ def run_command(body: Callable[[], int]) -> int:
         raise
     print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return status
+
+
+class RowWriter:
+    """Writes rows of results as they come, as CSV, JSON lines or a table whose first column is a label.
+
+    Args:
+        stream: Where to.
+        kind: ``"csv"``, ``"jsonl"`` or ``"table"``.
+        columns: Names of a row's values.
+        labels: What the labels may be, as far as it is known; they set the width of their column.
+        heading: Line above a table, without the first column.
+    """
+
+    def __init__(
+        self, stream: IO[str], kind: str, columns: Iterable[str], labels: Sequence[str] | None, heading: str
+    ) -> None:
+        self.stream, self.kind = stream, kind
+        # a stream has no longest label yet; those of the model are there
+        self.width = min(40, max([5, *(len(str(label)) for label in labels or [])]))
+        if kind == "csv":
+            csv.writer(stream, lineterminator="\n").writerow(columns)
+        elif kind == "table":
+            print(f"{'label':<{self.width}}  {heading}", file=stream)
+
+    def write(self, values: Mapping[str, Any], label: str, line: str) -> None:
+        """Writes one row: its values by name, or in a table its label and the rest of the line."""
+        rounded = {key: round(v, 6) if isinstance(v, float) else v for key, v in values.items()}
+        if self.kind == "csv":
+            csv.writer(self.stream, lineterminator="\n").writerow(rounded.values())
+        elif self.kind == "jsonl":
+            print(as_json(rounded), file=self.stream)
+        else:
+            shown = label if len(label) <= self.width else label[: self.width - 1] + "…"
+            print(f"{shown:<{self.width}}  {line}", file=self.stream)
 
 
 @contextlib.contextmanager

@@ -7,23 +7,23 @@ every result is written as soon as it is known.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mambascope._names import as_json
 from mambascope.commands.options import CHECKPOINT_HELP, add_value_range, image_size, value_range
 from mambascope.data.batches import Skipped, load_batches, surveyed
 from mambascope.data.files import LeftOut, Source, find_images
 from mambascope.evaluation.choice import stored_rule
+from mambascope.models.architectures import ARCHITECTURES, Architecture, architecture_of_entry, import_object
+from mambascope.models.checkpoint import described_architecture, read_state_dict
 from mambascope.models.engine import ScopePredictor
 from mambascope.models.gate import confidence
 from mambascope.models.preprocessing import make_transform, stored_value_range
@@ -32,7 +32,8 @@ from mambascope.models.scope import MambaScope
 from mambascope.models.states import ScopeOutput
 from mambascope.models.two_stage import is_two_stage
 from mambascope.models.vim import VisionMamba
-from mambascope.utils import CommandError, open_output, run_command
+from mambascope.models.weights import find_weights
+from mambascope.utils import CommandError, RowWriter, open_output, run_command
 
 FORMATS = ("table", "jsonl", "csv")
 
@@ -112,30 +113,9 @@ def _patches(model: VisionMamba, images: Tensor) -> int:
     return rows * cols
 
 
-class Writer:
-    """Writes predictions as they come."""
-
-    def __init__(self, stream: IO[str], kind: str, labels: Sequence[str] | None) -> None:
-        self.stream, self.kind = stream, kind
-        # a stream has no longest label yet; those of the model are known
-        self.width = min(40, max([5, *(len(str(label)) for label in labels or [])]))
-        self.columns = list(Prediction.__dataclass_fields__)
-        if kind == "csv":
-            csv.writer(stream, lineterminator="\n").writerow(self.columns)
-        elif kind == "table":
-            print(f"{'label':<{self.width}}  confidence  stage   tokens  file", file=stream)
-
-    def write(self, row: Prediction) -> None:
-        """Writes one line."""
-        values = {key: round(v, 6) if isinstance(v, float) else v for key, v in asdict(row).items()}
-        if self.kind == "csv":
-            csv.writer(self.stream, lineterminator="\n").writerow(values.values())
-        elif self.kind == "jsonl":
-            print(as_json(values), file=self.stream)
-        else:
-            label = row.label if len(row.label) <= self.width else row.label[: self.width - 1] + "…"
-            line = f"{label:<{self.width}}  {row.confidence:>10.3f}  {row.stage:<6}  {row.tokens:>6}  {row.file}"
-            print(line, file=self.stream)
+def write_prediction(writer: RowWriter, row: Prediction) -> None:
+    """Writes one answer."""
+    writer.write(asdict(row), row.label, f"{row.confidence:>10.3f}  {row.stage:<6}  {row.tokens:>6}  {row.file}")
 
 
 def save_pictures(
@@ -151,8 +131,6 @@ def save_pictures(
 
 
 def _parser() -> argparse.ArgumentParser:
-    from mambascope.eye import predict as eye_predict  # it builds on this module
-
     parser = argparse.ArgumentParser(description="Classify images; show which stage decided and the tokens it took.")
     parser.add_argument("checkpoint", help=CHECKPOINT_HELP)
     parser.add_argument("inputs", nargs="+", help="image files and folders")
@@ -168,20 +146,44 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="threads that decode images")
     parser.add_argument("--skip-bad", action="store_true", help="name and count unreadable files instead of stopping")
-    eye_predict.add_arguments(parser)
+    for architecture in _special():
+        import_object(str(architecture.predict)).add_arguments(parser)
     return parser
 
 
-def _run(args: argparse.Namespace) -> int:
-    from mambascope.eye import predict as eye_predict
+def _special() -> list[Architecture]:
+    """Kinds of models that classify images in a way of their own."""
+    return [architecture for architecture in ARCHITECTURES.values() if architecture.predict is not None]
 
+
+def _special_command(args: argparse.Namespace) -> Any:
+    """The module that classifies with the weights' kind of model; ``None`` for this one.
+
+    Raises:
+        ValueError: If an option of another kind is given.
+    """
+    if args.model is not None:
+        architecture = architecture_of_entry(args.model)
+    else:
+        architecture = described_architecture(read_state_dict(find_weights(args.checkpoint))[1])
+    for special in _special():
+        command = import_object(str(special.predict))
+        if special is architecture:
+            return command
+        if options := command.given_options(args):
+            names = ", ".join(options).replace("_", "-")
+            raise ValueError(f"{names}: only a {special.build.__name__} has these options")
+    return None
+
+
+def _run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"batch-size must be at least 1, got {args.batch_size}")
-    for given in args.inputs:
-        if not Path(given).exists():
-            raise ValueError(f"{given} does not exist")
-    if eye_predict.is_eye(args):
-        return eye_predict.run(args)
+    for path in args.inputs:
+        if not Path(path).exists():
+            raise ValueError(f"{path} does not exist")
+    if (command := _special_command(args)) is not None:
+        return command.run(args)
     model = ready_model(
         args.checkpoint,
         name=args.model,
@@ -203,11 +205,12 @@ def _run(args: argparse.Namespace) -> int:
         tqdm(desc="images", unit="image", file=sys.stderr, disable=not sys.stderr.isatty()) as bar,
         open_output(args.output) as stream,
     ):
-        writer = Writer(stream, args.format, model.labels)
+        heading = "confidence  stage   tokens  file"
+        writer = RowWriter(stream, args.format, Prediction.__dataclass_fields__, model.labels, heading)
         # pending images wait for a full fine batch: as large as the coarse one, so that a few batches suffice
         for rows, images, output, files in predict(model, batches, fine_batch_size=args.batch_size):
             for row in rows:
-                writer.write(row)
+                write_prediction(writer, row)
                 left += row.stage == "coarse"
             if args.save_dir and output is not None and is_two_stage(model):
                 save_pictures(model, images, output, files, Path(args.save_dir))

@@ -8,31 +8,28 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mambascope._names import as_json
 from mambascope.commands.options import value_range
 from mambascope.data.batches import Skipped, surveyed
 from mambascope.data.errors import DataError
 from mambascope.data.files import LeftOut, Source, find_images
 from mambascope.data.image_io import BadImageError, open_image
 from mambascope.eye.choice import CHOICES, make_chooser
-from mambascope.eye.config import MAMBAEYE_CONFIGS
 from mambascope.eye.curves import Chooser, read_glimpses
 from mambascope.eye.dataset import GlimpseOptions, ImageGlimpses
-from mambascope.eye.evaluate import add_glimpse_arguments, canvas, given_options, ready_eye
+from mambascope.eye.evaluate import add_glimpse_arguments, canvas, ready_eye
+from mambascope.eye.evaluate import given_options as glimpse_options
 from mambascope.eye.glimpses import Placement, point_positions
 from mambascope.eye.model import MambaEye
 from mambascope.eye.stopping import answer_when_sure
-from mambascope.models.checkpoint import read_state_dict
 from mambascope.models.preprocessing import stored_value_range
-from mambascope.models.weights import find_weights
-from mambascope.utils import CommandError, evaluating, open_output
+from mambascope.utils import CommandError, RowWriter, evaluating, open_output
 
 _NEVER = 2.0  # a threshold that no confidence reaches
 _STRIDE = 256  # glimpses read at once where nothing is checked in between
@@ -52,20 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--film", choices=("gif", "png"), default="gif", help="kind of film (default gif)")
 
 
-def is_eye(args: argparse.Namespace) -> bool:
-    """Whether the weights are a MambaEye's.
-
-    Raises:
-        ValueError: If they are not, but options of a MambaEye are given.
-    """
-    if args.model is not None:
-        eye = args.model in MAMBAEYE_CONFIGS
-    else:
-        eye = read_state_dict(find_weights(args.checkpoint))[1].get("architecture") == "mambaeye"
-    given = [name for name in _OPTIONS if getattr(args, name) is not None] + ["compat"] * args.compat
-    if given and not eye:
-        raise ValueError(f"{', '.join(given).replace('_', '-')}: only a MambaEye has these options")
-    return eye
+def given_options(args: argparse.Namespace) -> list[str]:
+    """Options that only a MambaEye has, as far as they are given."""
+    return [name for name in _OPTIONS if getattr(args, name) is not None] + ["compat"] * args.compat
 
 
 @dataclass(frozen=True)
@@ -226,34 +212,10 @@ def predict_eye(
         yield answer()
 
 
-class EyeWriter:
-    """Writes predictions as they come.
-
-    Args:
-        stream: Where to.
-        kind: ``table``, ``jsonl`` or ``csv``.
-        labels: Of the model; they set the width of a column.
-    """
-
-    def __init__(self, stream: IO[str], kind: str, labels: Sequence[str] | None) -> None:
-        self.stream, self.kind = stream, kind
-        self.width = min(40, max([5, *(len(str(label)) for label in labels or [])]))
-        if kind == "csv":
-            csv.writer(stream, lineterminator="\n").writerow(EyePrediction.__dataclass_fields__)
-        elif kind == "table":
-            print(f"{'label':<{self.width}}  confidence   sure  glimpses    seen  file", file=stream)
-
-    def write(self, row: EyePrediction) -> None:
-        """Writes one line."""
-        values = {key: round(v, 6) if isinstance(v, float) else v for key, v in asdict(row).items()}
-        if self.kind == "csv":
-            csv.writer(self.stream, lineterminator="\n").writerow(values.values())
-        elif self.kind == "jsonl":
-            print(as_json(values), file=self.stream)
-        else:
-            label = row.label if len(row.label) <= self.width else row.label[: self.width - 1] + "…"
-            numbers = f"{row.confidence:>10.3f}  {row.sure:>5.3f}  {row.glimpses:>8}  {100 * row.coverage:>4.0f} %"
-            print(f"{label:<{self.width}}  {numbers}  {row.file}", file=self.stream)
+def write_prediction(writer: RowWriter, row: EyePrediction) -> None:
+    """Writes one answer."""
+    numbers = f"{row.confidence:>10.3f}  {row.sure:>5.3f}  {row.glimpses:>8}  {100 * row.coverage:>4.0f} %"
+    writer.write(asdict(row), row.label, f"{numbers}  {row.file}")
 
 
 def save_films(
@@ -301,7 +263,7 @@ def run(args: argparse.Namespace) -> int:
     if args.points and (args.choose or args.glimpses or args.pattern):
         raise ValueError("points already say where to look: leave --choose, --glimpses and --pattern out")
     model = ready_eye(args.checkpoint, args.model, args.device, value_range(args.value_range))
-    options = given_options(model, args)
+    options = glimpse_options(model, args)
     if args.canvas is not None:
         options = replace(options, canvas_size=canvas(args.canvas))
         if options.canvas_size is None and args.resize_mode is None:
@@ -320,7 +282,8 @@ def run(args: argparse.Namespace) -> int:
         tqdm(desc="images", unit="image", file=sys.stderr, disable=not sys.stderr.isatty()) as bar,
         open_output(args.output) as stream,
     ):
-        writer = EyeWriter(stream, args.format, model.labels)
+        heading = "confidence   sure  glimpses    seen  file"
+        writer = RowWriter(stream, args.format, EyePrediction.__dataclass_fields__, model.labels, heading)
         for rows, glimpses, files in predict_eye(
             model,
             surveyed(find_images(args.inputs, left_out), model.in_chans, stored_value_range(model)),
@@ -334,7 +297,7 @@ def run(args: argparse.Namespace) -> int:
             check=None if points is None else lambda p: point_positions(points, p, patch_size=options.patch_size),
         ):
             for row in rows:
-                writer.write(row)
+                write_prediction(writer, row)
                 used += row.glimpses
             if args.animate:
                 save_films(model, rows, glimpses, files, Path(args.animate), args.film)
