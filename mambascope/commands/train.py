@@ -27,6 +27,7 @@ from mambascope.eye.module import EyeModule
 from mambascope.models import MambaScope
 from mambascope.models.checkpoint import CheckpointError
 from mambascope.models.description import TRANSFORM
+from mambascope.models.retired import LAST_COMMIT, RETIRED_LOSS, without_retired_loss
 from mambascope.training.args import RunArgs
 from mambascope.training.base import TrainModule
 from mambascope.training.checkpointing import NonFiniteLossError, RunCheckpoint
@@ -65,7 +66,15 @@ _RESUMED = "MAMBASCOPE_RESUMED_CHECKPOINT"
 
 
 class OneLineParser(LightningArgumentParser):
-    """Says in one line what is wrong."""
+    """Says in one line what is wrong, and reads configs of runs that are older than an option's removal."""
+
+    def parse_string(self, content: str, path: str | os.PathLike[str] = "", **kwargs: Any) -> Any:
+        """Parses a config."""
+        try:
+            content = without_retired_loss(content)
+        except ValueError as error:
+            self.error(f"{path or 'config'}: {error}")
+        return super().parse_string(content, path, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the error and ends with status 2."""
@@ -74,6 +83,8 @@ class OneLineParser(LightningArgumentParser):
         missing = re.fullmatch(r"the following arguments are required: ([\w, ]+)", message)
         if missing:
             message = f"required: {', '.join(f'--data.{name}' for name in missing[1].split(', '))}"
+        if removed := [name for name in RETIRED_LOSS if f"loss.{name}" in message]:
+            message = f"{message}: {removed[0]} was removed; commit {LAST_COMMIT} is the last one that has it"
         print(f"error: {message} (see --help)", file=sys.stderr)
         raise SystemExit(2)
 

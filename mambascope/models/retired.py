@@ -6,8 +6,11 @@ the removal. Results of the options are in ``benchmarks/results/ablations/remove
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
+
+import yaml
 
 LAST_COMMIT = "ed6fe22"
 """The last commit that has the options."""
@@ -61,6 +64,22 @@ def without_retired(options: Mapping[str, Any], retired: Mapping[str, Any] = RET
     return {name: value for name, value in options.items() if name not in retired}
 
 
+def without_retired_loss(text: str) -> str:
+    """The YAML of a training without the loss's removed arguments, which the runs before their removal all have.
+
+    Raises:
+        ValueError: If one of them has another value than the one without effect; the message names it.
+    """
+
+    def line(match: re.Match[str]) -> str:
+        without_retired({match[1]: yaml.safe_load(match[2])}, RETIRED_LOSS)
+        return ""
+
+    return re.sub(rf"^ *({'|'.join(RETIRED_LOSS)}):(.*)\n?", line, text, flags=re.MULTILINE)
+
+
 def _same(value: Any, default: Any) -> bool:
-    """Whether a value is the default; numbers may be of another type, but no bool."""
+    """Whether a value is the default; numbers may be of another type, but no bool, save for how YAML reads "off"."""
+    if default == "off" and value is False:
+        return True
     return isinstance(value, bool) == isinstance(default, bool) and bool(value == default)
