@@ -6,7 +6,7 @@ Importing the package registers its models with timm.
 from typing import Any
 
 import mambascope.eye  # each wing registers its models; without its folder and its line here the rest works
-import mambascope.peers.timm_classifier  # noqa: F401
+import mambascope.peers  # noqa: F401
 from mambascope._version import __version__
 from mambascope.models import MambaScope, ScopeConfig, VimConfig, VisionMamba, load_checkpoint, load_model
 from mambascope.models.architectures import ARCHITECTURES as _ARCHITECTURES

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, ScopeConfig, VimConfig, with_overrides
+from mambascope.models.architectures import configured
+from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, ScopeConfig, VimConfig
 from mambascope.models.cost import (
     CONVENTIONS,
     count_parameters,
@@ -30,7 +31,7 @@ def model_config(name: str, **overrides: Any) -> VimConfig:
     known: dict[str, VimConfig] = {**VIM_CONFIGS, **SCOPE_CONFIGS}
     if name not in known:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(known))}")
-    return with_overrides(known[name], overrides)
+    return configured(known[name], overrides)
 
 
 def cost_rows(

@@ -20,15 +20,14 @@ from mambascope.data.datamodule import ResumableDataModule
 from mambascope.data.open import RUN_CONFIG, open_data
 from mambascope.evaluation.collect import collect
 from mambascope.evaluation.sweep import StageRecord
+from mambascope.models.architectures import architecture_of, configured
 from mambascope.models.checkpoint import load_model, read_state_dict
-from mambascope.models.configs import with_overrides
 from mambascope.models.cost import StageCost
 from mambascope.models.flop_count import costs_of
 from mambascope.models.meaning import differences
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import find_weights
-from mambascope.peers.reduced import scan_share
 from mambascope.training.args import ModelArgs
 from mambascope.training.runs import find_config
 from mambascope.training.trainings import Group, finish_training, finished
@@ -313,7 +312,7 @@ class Work:
         loader = data.val_dataloader()
         label = f"{point.entry}, {point.setting.label}"
         found = collect(model, loader, keep=1, progress=self.progress, description=label)
-        costs = costs_of(model, tuple(found.images.shape[-2:]), scan_share=scan_share(model, loader))
+        costs = costs_of(model, tuple(found.images.shape[-2:]), batches=loader)
         key = self.key(point)
         result = Result(key, found.record, costs, isinstance(model, MambaScope), self._epochs(point))
         result.write(self._path(point, key))
@@ -351,13 +350,13 @@ def _changed(model: Any, changes: dict[str, Any]) -> Any:
     if not isinstance(model, VisionMamba):
         raise ValueError(f"model changes are for Vim and MambaScope, not for {type(model).__name__}")
     config = asdict(model.config)
-    changed = with_overrides(model.config, {k: v for k, v in merged(config, changes).items() if k in changes})
+    changed = configured(model.config, {k: v for k, v in merged(config, changes).items() if k in changes})
     if meant := differences(config, asdict(changed)):
         raise ValueError(
             f"the weights were trained with {meant[0].argument}, got {meant[0].model!r}; an entry of its own can be "
             "trained with that"
         )
-    new = type(model)(changed)
+    new = architecture_of(changed).build(changed)
     try:
         new.load_state_dict(model.state_dict())
     except RuntimeError:

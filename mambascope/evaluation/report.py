@@ -31,7 +31,6 @@ from mambascope.models.gate import check_threshold
 from mambascope.models.scope import MambaScope
 from mambascope.models.two_stage import is_two_stage
 from mambascope.models.vim import VisionMamba
-from mambascope.peers.reduced import scan_share
 from mambascope.utils import atomic_path, model_device
 
 CALIBRATION = "calibration data"
@@ -246,8 +245,8 @@ def _write_one_stage(
 ) -> Report:
     """Accuracy, cost and time of a model without a threshold."""
     record, images = sample.record, sample.images
-    ran = scan_share(model, zip(images.split(64), sample.labels.split(64), strict=True))
-    costs = costs_of(model, tuple(images.shape[-2:]), scan_share=ran)
+    batches = zip(images.split(64), sample.labels.split(64), strict=True)
+    costs = costs_of(model, tuple(images.shape[-2:]), batches=batches)
     row: dict[str, Any] = {"top1": float(record.fine_correct.mean()), "top5": float(record.fine_top5.mean())}
     row |= {f"gflops_{c}": cost.gflops() for c, cost in costs.items()}
     timings = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from mambascope.models.configs import with_overrides
@@ -34,7 +34,7 @@ class Architecture:
         tables: Position tables, each with the one that it starts from where a file lacks it.
         extends: Architecture whose entries make this kind when ``keyword`` is given.
         keyword: That keyword.
-        extend: Makes this kind's config from the other's and the keyword's value.
+        extend: Makes this kind's config from the other's, which has all other options, and the keyword's value.
         reads: What its data give: ``"images"`` or ``"glimpses"``.
         module: The Lightning module that trains it.
         report: Writes the report at the end of its training; ``None`` for that of a classifier of images.
@@ -71,7 +71,9 @@ class Architecture:
         """
         if self.read_config is not None:
             return self.read_config(values, tensors)
-        return with_overrides(self.config_class(), values)
+        accepted = {f.name for f in fields(self.config_class)}
+        # what a kind does not have, files may say they lack
+        return with_overrides(self.config_class(), {k: v for k, v in values.items() if v is not None or k in accepted})
 
     def config_values(self, config: Any) -> dict[str, Any]:
         """What a file says about a config."""
@@ -108,6 +110,25 @@ def extension_of(architecture: Architecture, options: Mapping[str, Any]) -> Arch
         if kind.extends == architecture.name and kind.keyword is not None and options.get(kind.keyword) is not None:
             return kind
     return None
+
+
+def configured(config: Any, options: Mapping[str, Any]) -> Any:
+    """A config with some fields replaced; of another architecture's kind where its keyword is among the options.
+
+    Raises:
+        ValueError: If an option is neither a field nor such a keyword, or has a value that is not accepted.
+    """
+    accepted = {f.name for f in fields(config)}
+    keywords = {kind.keyword: kind for kind in ARCHITECTURES.values() if kind.keyword not in (None, *accepted)}
+    own = {name: value for name, value in options.items() if name not in keywords}
+    config = with_overrides(config, own)
+    for name, kind in keywords.items():
+        if name is None or kind.extend is None or options.get(name) is None:
+            continue
+        if kind.extends != architecture_of(config).name:
+            raise ValueError(f"{name} is for a plain {str(kind.extends).capitalize()}, not for {type(config).__name__}")
+        config = kind.extend(config, options[name])
+    return config
 
 
 def entry_names() -> list[str]:

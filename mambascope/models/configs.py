@@ -13,7 +13,6 @@ from mambascope.layers.stem import stem_convs
 from mambascope.models.gate import check_threshold
 from mambascope.models.retired import without_retired
 from mambascope.ops import check_backend
-from mambascope.peers import EncoderSizes, ReductionConfig, reduction_config
 from mambascope.utils import as_number, check_choice, check_positive, share
 
 GLOBAL_POOLS = ("token", "avg", "lse", "")
@@ -51,8 +50,6 @@ class VimConfig:
             and added to the patches. What is smaller than a patch is then not lost, and dense models read the finer
             maps too; MambaScope's second look runs it on the whole image. For patches of 8, 16, 32, ... pixels without
             overlap; 0 for none, as published.
-        reduction: Token reduction: a mapping with the ``name`` of a method and its settings
-            (:mod:`mambascope.peers`); ``None`` for none. Not for MambaScope.
     """
 
     img_size: int | tuple[int, int] = 224
@@ -73,7 +70,6 @@ class VimConfig:
     global_pool: str = "token"
     scan_backend: str | None = None
     stem_width: int = 0
-    reduction: ReductionConfig | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.img_size, list):  # YAML and JSON have no tuples
@@ -104,14 +100,6 @@ class VimConfig:
             raise ValueError(f"scan_{error}") from None
         check_choice("cls_position", self.cls_position, CLS_POSITIONS)
         check_choice("global_pool", self.global_pool, GLOBAL_POOLS)
-        object.__setattr__(self, "reduction", reduction_config(self.reduction))
-        if self.reduction is not None:
-            self.reduction.patch_counts(math.prod(self.patch_grid), self.depth)
-            if self.global_pool in ("avg", "lse"):
-                raise ValueError(
-                    "global_pool must be 'token' or '' with reduction, which leaves other tokens, "
-                    f"got {self.global_pool!r}"
-                )
 
     def _check_stem(self) -> None:
         if not isinstance(self.stem_width, int) or isinstance(self.stem_width, bool) or self.stem_width < 0:
@@ -152,11 +140,6 @@ class VimConfig:
         """Rank R of the step-size projection."""
         return self.dt_rank or math.ceil(self.embed_dim / 16)
 
-    @property
-    def sizes(self) -> EncoderSizes:
-        """The sizes that token reduction depends on."""
-        return EncoderSizes(self.embed_dim, self.inner_dim, self.rank, self.depth)
-
 
 @dataclass(frozen=True)
 class ScopeConfig(VimConfig):
@@ -194,8 +177,6 @@ class ScopeConfig(VimConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reduction is not None:
-            raise ValueError("reduction is for a plain Vim; a MambaScope reads less by its coarse stage")
         if self.stride not in (None, self.patch_size):
             raise ValueError(
                 f"stride must equal patch_size {self.patch_size} in MambaScope (a cell owns four patches), "

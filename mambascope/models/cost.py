@@ -1,4 +1,4 @@
-"""Closed-form cost of Vim, with and without token reduction, and MambaScope: parameters and multiply-adds per stage.
+"""Closed-form cost of Vim and MambaScope: parameters and multiply-adds per stage.
 
 Symbols: d ``embed_dim``, E = ``expand``·d inner width, N ``d_state``, R ``dt_rank``, K ``d_conv``, L tokens with CLS.
 Multiply-adds per token and layer::
@@ -15,10 +15,6 @@ additions, position tables, resizing and ranking the cells.
 Registers are tokens like any other. A block that scans the means of cells (``fine_pool``) spends x_proj, dt_proj and
 the scan once per cell, the rest on every token; the means themselves are left out.
 
-With token reduction L shrinks from block to block, and what the method computes to decide (similarities, predictors,
-switches) is added. Where it switches scans off per image, the scan part of each block is multiplied by the share of
-scans that ran, which :func:`mambascope.peers.reduced.scan_share` measures.
-
 Two conventions, both in GFLOPs = multiply-adds / 1e9 as the field writes it:
 
 - ``one_direction`` counts a single scan direction. It reproduces the published tables.
@@ -32,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import singledispatch
 
 from mambascope.models.cells import num_selected
 from mambascope.models.configs import ScopeConfig, VimConfig, with_overrides
@@ -136,34 +133,6 @@ def token_macs(config: VimConfig, convention: str = "one_direction") -> tuple[in
     return d * 2 * e + e * d, direction * (2 if convention == "both_directions" else 1)
 
 
-def reduced_macs(
-    config: VimConfig, patches: int, convention: str = "one_direction", scan_share: Sequence[float] | None = None
-) -> int:
-    """Multiply-adds of an image of `patches` patches with ``config.reduction``.
-
-    Args:
-        config: with token reduction.
-        patches: patches of the image.
-        convention: ``"one_direction"`` or ``"both_directions"``.
-        scan_share: share of the scans that ran, per block; default: all.
-
-    Raises:
-        ValueError: an unknown convention, or not one share in [0, 1] per block.
-    """
-    assert config.reduction is not None
-    shares = [1.0] * config.depth if scan_share is None else list(scan_share)
-    if len(shares) != config.depth or not all(0 <= share <= 1 for share in shares):
-        raise ValueError(f"scan_share must be {config.depth} numbers in [0, 1], one per block, got {shares}")
-    projections, scans = token_macs(config, convention)
-    counts = config.reduction.patch_counts(patches, config.depth)
-    blocks = sum((count + 1) * (projections + share * scans) for count, share in zip(counts, shares, strict=True))
-    return (
-        round(blocks)
-        + patches * embedding_macs(config)
-        + config.reduction.extra_macs(config.sizes, patches, 1 + CONVENTIONS.index(convention))
-    )
-
-
 def fine_macs(config: ScopeConfig, cells: int, refined: int, convention: str = "one_direction") -> int:
     """Multiply-adds of the fine pass over `cells` coarse cells of which it re-reads `refined`."""
     return encoder_macs(config, 1 + 4 * refined + cells - refined, 4 * cells, convention)
@@ -175,8 +144,12 @@ def reuse_macs(config: ScopeConfig, cells: int) -> int:
     return {"mlp": rows * 2 * int(config.reuse_ratio * d) * d, "linear": rows * d * d, "off": 0}[config.reuse]
 
 
+@singledispatch
 def count_parameters(config: VimConfig) -> int:
-    """Parameters of the model that `config` describes (tables are sized by ``config.img_size``)."""
+    """Parameters of the model that `config` describes (tables are sized by ``config.img_size``).
+
+    A wing registers the count of its own kind of config.
+    """
     d, e, n, k, r = config.embed_dim, config.inner_dim, config.d_state, config.d_conv, config.rank
     mixer = 3 * e * d + 2 * (e * n + e + e * k + e + (r + 2 * n) * e + e * r + e)
     fine_patches = math.prod(vim_grid(config))
@@ -185,8 +158,6 @@ def count_parameters(config: VimConfig) -> int:
     # convolutions with bias, and gain and bias of their norms
     total += sum((9 * chans + 3) * out for _, chans, out in config.stem_convs) + 2 * config.stem_width * d
     total += d * config.num_classes + config.num_classes if config.num_classes else 0
-    if config.reduction is not None:
-        total += config.reduction.num_parameters(config.sizes)
     if isinstance(config, ScopeConfig):
         cells = math.prod(scope_grid(config))
         fine_patches = 4 * cells
@@ -202,38 +173,31 @@ def head_macs(config: VimConfig, tokens: int) -> int:
     return rows * config.embed_dim * config.num_classes
 
 
+@singledispatch
 def stage_macs(
     config: VimConfig,
     img_size: int | Sequence[int] | None = None,
     alpha: float | None = None,
     convention: str = "one_direction",
-    scan_share: Sequence[float] | None = None,
 ) -> StageCost:
-    """Cost of one image under `config`.
+    """Cost of one image under `config`; a wing registers the closed form of its own kind of config.
 
     Args:
         config: a :class:`VimConfig` or :class:`ScopeConfig`.
         img_size: side or (height, width) in pixels; default ``config.img_size``.
         alpha: share of the cells that the fine stage refines, 0 to 1; default ``config.alpha``. MambaScope only.
         convention: ``"one_direction"`` (published) or ``"both_directions"`` (honest).
-        scan_share: share of the scans that ran, per block; default: all. Token reduction only.
 
     Raises:
-        ValueError: an argument outside what is accepted, `alpha` for a plain Vim, or `scan_share` without reduction.
+        ValueError: an argument outside what is accepted, or `alpha` for a plain Vim.
     """
     params = count_parameters(config)
-    if scan_share is not None and config.reduction is None:
-        raise ValueError("scan_share applies to token reduction only; this model runs every scan")
     if not isinstance(config, ScopeConfig):
         if alpha is not None:
             raise ValueError("alpha applies to MambaScope models only; a plain Vim has one stage")
         patches = math.prod(vim_grid(config, img_size))
-        tokens = patches + 1
-        if config.reduction is None:
-            total = encoder_macs(config, tokens, patches, convention)
-        else:
-            total = reduced_macs(config, patches, convention, scan_share)
-        return StageCost(convention, params, 0, tokens, 0, 0, total)
+        macs = encoder_macs(config, patches + 1, patches, convention)
+        return StageCost(convention, params, 0, patches + 1, 0, 0, macs)
     cells = math.prod(scope_grid(config, img_size))
     alpha = config.alpha if alpha is None else alpha
     if not 0.0 <= alpha <= 1.0:
@@ -263,7 +227,7 @@ def skipped_macs(config: ScopeConfig, img_size: int | Sequence[int] | None = Non
 
 def plain_vim(config: VimConfig) -> VimConfig:
     """The one-stage Vim of the same sizes that computes every token: what MambaScope is compared with."""
-    return VimConfig(**{**{field.name: getattr(config, field.name) for field in fields(VimConfig)}, "reduction": None})
+    return VimConfig(**{field.name: getattr(config, field.name) for field in fields(VimConfig)})
 
 
 def format_gflops(macs: float) -> str:

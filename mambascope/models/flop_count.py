@@ -11,7 +11,7 @@ Models that have no closed form here, such as timm's DeiT and ResNet, are counte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,20 +65,25 @@ def costs_of(
     model: Any,
     img_size: Sequence[int] | None = None,
     alpha: float | None = None,
-    scan_share: Sequence[float] | None = None,
+    batches: Iterable[Any] | None = None,
 ) -> dict[str, StageCost]:
     """Cost per convention: closed form for the models of this package, counted for others.
+
+    A model whose cost depends on its images says it itself: ``stage_costs(img_size, batches)``.
 
     Args:
         model: a classifier with a ``config``.
         img_size: (height, width) in pixels; default: the model's.
         alpha: share of cells that a MambaScope refines; default: its current one.
-        scan_share: share of scans that ran per block, where token reduction decides that per image.
+        batches: Pairs of images [B, C, H, W] and labels [B] to measure such a model on; ``None`` for the most that it
+            can cost.
     """
+    if hasattr(model, "stage_costs"):
+        return model.stage_costs(img_size, batches)
     if isinstance(model, VisionMamba):
         if isinstance(model, MambaScope) and alpha is None:
             alpha = model.alpha
-        return {c: stage_macs(model.config, img_size, alpha, c, scan_share) for c in CONVENTIONS}
+        return {c: stage_macs(model.config, img_size, alpha, c) for c in CONVENTIONS}
     # nothing in them runs in two directions: both conventions are the same
     macs, params = count_macs(model, img_size).fine, sum(p.numel() for p in model.parameters())
     return {c: StageCost(c, params, 0, 0, 0, 0, macs) for c in CONVENTIONS}

@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 
+from mambascope.models.architectures import architecture_of, architecture_of_entry
 from mambascope.models.checkpoint import (
     CheckpointError,
     described_config,
@@ -79,7 +80,8 @@ def _named(name: str, path: Path) -> VisionMamba:
     base = {**VIM_CONFIGS, **SCOPE_CONFIGS}[name]
     options: dict[str, Any] = {}
     described = described_config(path, state, description)
-    if type(described) is type(base) and all(
+    same_kind = described is not None and architecture_of_entry(name, asdict(described)) is architecture_of(described)
+    if same_kind and all(
         getattr(described, size) == getattr(base, size) for size in ("embed_dim", "depth", "patch_size")
     ):  # the place of CLS, what the head reads and so on are those that the weights were trained with
         options = asdict(described)

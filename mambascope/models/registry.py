@@ -15,9 +15,9 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor
 
-from mambascope.models.architectures import Architecture, architecture_of_entry, register
+from mambascope.models.architectures import Architecture, architecture_of, configured, register
 from mambascope.models.checkpoint import CheckpointError, described_config, read_state_dict
-from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, ScopeConfig, VimConfig, with_overrides
+from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS, ScopeConfig, VimConfig
 from mambascope.models.meaning import differences
 from mambascope.models.preprocessing import default_preprocessing
 from mambascope.models.scope import MambaScope
@@ -44,7 +44,6 @@ register(
         VIM_CONFIGS,
         mark="cls_token",
         tables={"pos_embed": None},
-        additions=("reduction.",),
     )
 )
 register(
@@ -142,11 +141,7 @@ def _fitted(
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
-    architecture = architecture_of_entry(variant, kwargs)
-    assert architecture is not None
     base: VimConfig = {**VIM_CONFIGS, **SCOPE_CONFIGS}[variant]
-    if architecture.extend is not None and architecture.keyword is not None:
-        base = architecture.extend(base, kwargs.pop(architecture.keyword))
     description: dict[str, Any] = {}
     loading: dict[str, Any] = {}
     if pretrained:
@@ -155,17 +150,17 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
         described = described_config(Path(file), state, description)
         if described is not None:
             # alpha, threshold, the place of CLS and so on are those that the weights were trained with
-            base = with_overrides(base, asdict(described))
+            base = configured(base, asdict(described))
         source = {"num_classes": base.num_classes, "input_size": (base.in_chans, *base.image_hw)}
         loading["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), **source}
         loading["pretrained_cfg_overlay"]["file"] = file
         loading["pretrained_cfg_overlay"]["first_conv"] = _FIRST_CONVS if base.stem_width else _FIRST_CONVS[0]
         # timm's own reader would keep the names of compiled or wrapped models
         loading["pretrained_filter_fn"] = lambda _, model: _fitted(state, model, description, base)
-    config = with_overrides(base, {k: v for k, v in kwargs.items() if k not in _TIMM_ONLY})
+    config: VimConfig = configured(base, {k: v for k, v in kwargs.items() if k not in _TIMM_ONLY})
     rest = {k: v for k, v in kwargs.items() if k in _TIMM_ONLY}
     model: VisionMamba = build_model_with_cfg(
-        architecture.build,
+        architecture_of(config).build,
         variant,
         pretrained,
         config=config,

@@ -29,7 +29,6 @@ from mambascope.layers import (
 from mambascope.layers.plain import is_plain
 from mambascope.models.configs import GLOBAL_POOLS, VimConfig, with_overrides
 from mambascope.models.hub import HubMixin
-from mambascope.peers import ReducedOutput, cls_to_place, patch_rows
 
 
 class VisionMamba(nn.Module, HubMixin):
@@ -81,7 +80,6 @@ class VisionMamba(nn.Module, HubMixin):
             )
             for rate in rates
         )
-        self.reduction = None if config.reduction is None else config.reduction.build(config.sizes)
         self.norm_f: nn.Module = RMSNorm(dim, config.norm_eps)
         self.head_drop = nn.Dropout(config.drop_rate)
         self.head: nn.Module = self._make_head(config.num_classes)
@@ -171,38 +169,11 @@ class VisionMamba(nn.Module, HubMixin):
             return residual + hidden, scores, taken
         return self.norm_f(hidden, residual)[0], scores, taken
 
-    def _reduce(self, tokens: Tensor) -> tuple[Tensor, Any]:
-        """Normalised output [B, L, d] of the tokens that are left, and the state they are in."""
-        assert self.reduction is not None
-        state = self.reduction.start(tokens, self.config.cls_position)
-        block: Any
-        for i, block in enumerate(self.layers):
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                state = checkpoint(self.reduction.step, i, block, state, use_reentrant=False)
-            else:
-                state = self.reduction.step(i, block, state)
-        return self.norm_f(state.hidden, state.residual)[0], state
-
-    def forward_reduced(self, x: Tensor) -> ReducedOutput:
-        """Logits of images [B, C, H, W] with what token reduction decided; ``ValueError`` without reduction."""
-        if self.reduction is None:
-            raise ValueError("forward_reduced needs a model with reduction; this one computes every token")
-        tokens, state = self._reduce(self._tokens(x)[0])
-        logits = self.forward_head(cls_to_place(tokens, state.cls, self.config.cls_position))
-        return ReducedOutput(logits, patch_rows(tokens, state.cls), **self.reduction.describe(state))
-
     # ---- timm's model contract -----------------------------------------------------------------------------------
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised tokens [B, M + 1, d] of images [B, C, H, W], CLS at its place among the patches.
-
-        With token reduction M is the number of patches that are left.
-        """
-        tokens, _ = self._tokens(x)
-        if self.reduction is None:
-            return self.encode(tokens)[0]
-        reduced, state = self._reduce(tokens)
-        return cls_to_place(reduced, state.cls, self.config.cls_position)
+        """Normalised tokens [B, M + 1, d] of images [B, C, H, W], CLS at its place among the patches."""
+        return self.encode(self._tokens(x)[0])[0]
 
     def _cls_position(self) -> str:
         """Where CLS sits in what ``forward_features`` returns."""
@@ -282,8 +253,6 @@ class VisionMamba(nn.Module, HubMixin):
         self, x: Tensor, take: list[int], stop: int | None, norm: bool, stem_maps: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Final features, NCHW maps and CLS rows [B, 1, d] of ``take``; ``stem_maps``: those of ``x``, if known."""
-        if self.reduction is not None:
-            raise ValueError("intermediate maps need every token; this model was made with reduction")
         tokens, grid = self._tokens(x, stem_maps)
         final, _, taken = self.encode(tokens, take=take, stop_after=stop)
         if norm:
@@ -300,8 +269,6 @@ class VisionMamba(nn.Module, HubMixin):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Removes blocks after the last one needed; returns the kept feature indices."""
-        if self.reduction is not None:
-            raise ValueError("layers cannot be removed from a model with reduction: its settings are for this depth")
         take, last = feature_take_indices(len(self.layers), indices)
         self.layers = self.layers[: last + 1]
         self.config = with_overrides(self.config, {"depth": last + 1})

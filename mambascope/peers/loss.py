@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambascope.models.losses import coarse_distillation, cross_entropy, nonnegative
-from mambascope.peers import ReducedOutput
-from mambascope.utils import share
+from mambascope.models.losses import ClassificationLoss, coarse_distillation, nonnegative
+from mambascope.peers.base import ReducedOutput
 
 
 def token_distillation(patches: Tensor, teacher: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -37,14 +38,15 @@ class ReductionLoss(nn.Module):
     last two with the outputs of the unreduced Vim (R-MeeTo: 0.5 and 0; DyVM: 0.5 and 0.5).
 
     Args:
-        label_smoothing: Of the cross entropy.
+        labels: What the labels ask for: from logits [B, C] and targets to the loss, or to a mapping with ``loss``;
+            ``None`` for the cross entropy.
         kl_weight: Weight of the divergence between the logits.
         token_weight: Weight of the divergence between the patches that both have.
     """
 
-    def __init__(self, label_smoothing: float = 0.0, kl_weight: float = 0.0, token_weight: float = 0.0) -> None:
+    def __init__(self, labels: nn.Module | None = None, kl_weight: float = 0.0, token_weight: float = 0.0) -> None:
         super().__init__()
-        self.label_smoothing = share("label_smoothing", label_smoothing, below_one=True)
+        self.labels = ClassificationLoss() if labels is None else labels
         self.kl_weight = nonnegative("kl_weight", kl_weight)
         self.token_weight = nonnegative("token_weight", token_weight)
 
@@ -74,8 +76,9 @@ class ReductionLoss(nn.Module):
         Raises:
             ValueError: If the teacher is missing, or its patches cannot be compared because tokens were merged.
         """
-        parts = {"ce": cross_entropy(output.logits, target, self.label_smoothing)}
-        loss = parts["ce"]
+        loss = self.labels(output.logits, target)
+        loss = loss["loss"] if isinstance(loss, Mapping) else loss
+        parts = {"ce": loss}
         weighted = dict(penalties)
         if self.needs_teacher:
             if teacher is None:

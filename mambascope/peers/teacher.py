@@ -11,9 +11,10 @@ from torch import Tensor
 from mambascope.layers import cls_index
 from mambascope.models import VimConfig, VisionMamba, load_checkpoint
 from mambascope.models.checkpoint import stem_width
+from mambascope.models.cost import plain_vim
 from mambascope.models.reading import read_state_dict
 from mambascope.models.weights import find_weights
-from mambascope.peers import patch_rows
+from mambascope.peers.base import patch_rows
 
 
 class Teacher:
@@ -22,7 +23,7 @@ class Teacher:
     It is no module, so that neither the optimizer nor the average of the weights nor checkpoints see it.
 
     Args:
-        config: Of the model that learns; its reduction is left out.
+        config: Of the model that learns; what it has beyond a plain Vim is left out.
         checkpoint: Weights of the teacher.
 
     Raises:
@@ -32,7 +33,7 @@ class Teacher:
     def __init__(self, config: VimConfig, checkpoint: str) -> None:
         state, description = read_state_dict(find_weights(checkpoint))
         pool = description.get("config", {}).get("global_pool", config.global_pool)  # what its own head reads
-        self.model = VisionMamba(replace(config, reduction=None, global_pool=pool, stem_width=stem_width(state)))
+        self.model = VisionMamba(replace(plain_vim(config), global_pool=pool, stem_width=stem_width(state)))
         load_checkpoint(self.model, checkpoint, verbose=False)
         self.model.requires_grad_(False).eval()
 

@@ -13,7 +13,6 @@ import timm
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from mambascope.models.architectures import Architecture, register
 from mambascope.models.description import MAX_SIDE, shortened
 
 START_ARGS = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
@@ -104,6 +103,23 @@ class TimmConfig:
         rest = {key: value for key, value in options.items() if key not in own}
         return cls(name, **{key: value for key, value in options.items() if key in own}, args=rest)
 
+    @classmethod
+    def read(cls, values: dict[str, Any], tensors: int) -> TimmConfig:
+        """From what a file of so many tensors says; its weights follow, so that nothing is downloaded."""
+        args = values.get("args", {})
+        if not isinstance(args, Mapping):
+            raise ValueError(f"args must be a mapping, got {shortened(args)}")
+        if refused := sorted({*args} & {*START_ARGS} - {"pretrained"}):
+            raise ValueError(f"a weights file may not say {', '.join(refused)}")
+        config = cls(**{**values, "args": {key: value for key, value in args.items() if key != "pretrained"}})
+        config.check_sizes(tensors)
+        return config
+
+    def write(self) -> dict[str, Any]:
+        """What a file says: where weights came from is no part of the model."""
+        args = {key: value for key, value in self.args.items() if key not in START_ARGS}
+        return {**asdict(self), "args": args}
+
     @property
     def image_hw(self) -> tuple[int, int]:
         """Height and width in pixels."""
@@ -139,35 +155,3 @@ def create_timm_classifier(config: TimmConfig) -> Any:
         raise ValueError(f"{config.name} cannot be built from these arguments: {reason}") from None
     model.config, model.description = config, {}  # type: ignore[assignment]
     return model
-
-
-def _read_config(values: dict[str, Any], tensors: int) -> TimmConfig:
-    """The config that a file describes; its weights follow, so that nothing is downloaded."""
-    args = values.get("args", {})
-    if not isinstance(args, Mapping):
-        raise ValueError(f"args must be a mapping, got {shortened(args)}")
-    if refused := sorted({*args} & {*START_ARGS} - {"pretrained"}):
-        raise ValueError(f"a weights file may not say {', '.join(refused)}")
-    config = TimmConfig(**{**values, "args": {k: v for k, v in args.items() if k != "pretrained"}})
-    config.check_sizes(tensors)
-    return config
-
-
-def _write_config(config: TimmConfig) -> dict[str, Any]:
-    """What a file says: where weights came from is no part of the model."""
-    values = asdict(config)
-    values["args"] = {key: value for key, value in values["args"].items() if key not in START_ARGS}
-    return values
-
-
-register(
-    Architecture(
-        "timm",
-        TimmConfig,
-        create_timm_classifier,
-        has_entry=is_timm_classifier,
-        create=lambda name, options: create_timm_classifier(TimmConfig.of(name, dict(options))),
-        read_config=_read_config,
-        write_config=_write_config,
-    )
-)

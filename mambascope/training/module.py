@@ -15,14 +15,15 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
 
 import mambascope  # noqa: F401  (registers the timm entries)
-from mambascope.models import SCOPE_CONFIGS, VIM_CONFIGS, MambaScope, VisionMamba, load_checkpoint
+from mambascope.models import SCOPE_CONFIGS, VIM_CONFIGS, MambaScope, load_checkpoint
 from mambascope.models.cells import num_selected
+from mambascope.models.cost import CONVENTIONS
 from mambascope.models.flop_count import costs_of
 from mambascope.models.gate import confidence, exit_mask
 from mambascope.models.losses import ClassificationLoss, ScopeLoss
-from mambascope.peers import ReducedOutput
+from mambascope.peers import ReducedOutput, ReducedVim
+from mambascope.peers.cost import reduced_cost, switches_scans
 from mambascope.peers.loss import ReductionLoss
-from mambascope.peers.reduced import switches_scans
 from mambascope.peers.teacher import Teacher
 from mambascope.peers.timm_classifier import TimmConfig, create_timm_classifier, is_timm_classifier
 from mambascope.training.args import LossArgs, MixArgs, ModelArgs, OptimizerArgs, ScheduleArgs, TeacherArgs
@@ -102,7 +103,7 @@ class ClassifierModule(TrainModule):
         self.model.set_grad_checkpointing(grad_checkpointing)
         self.two_stage = isinstance(self.model, MambaScope)
         self.monitor = "val/dynamic_top1" if self.two_stage else "val/top1"
-        self.reduced = isinstance(self.model, VisionMamba) and self.model.reduction is not None
+        self.reduced = isinstance(self.model, ReducedVim)
         if self.reduced and compile:
             raise ValueError(f"compile is not available with reduction, which changes shapes, got {compile!r}")
         self.criterion: nn.Module = (
@@ -110,14 +111,16 @@ class ClassifierModule(TrainModule):
         )
         self.teacher = self._make_teacher(teacher, net)
         if self.reduced:
-            self.criterion = ReductionLoss(loss.label_smoothing, teacher.kl_weight, teacher.token_weight)
+            self.criterion = ReductionLoss(
+                ClassificationLoss(loss.label_smoothing), teacher.kl_weight, teacher.token_weight
+            )
         self.mixup = self._make_mixup(mix)
         names = (
             (*SCOPE_METRICS, "share_refined", "fine_loss", "coarse_loss")
             if self.two_stage
             else ("top1", "top5", "loss")
         )
-        if switches_scans(self.model):
+        if self.reduced and switches_scans(self.model):
             names += tuple(f"scan_share_{block}" for block in range(self.model.config.depth))
         # values that are not finite stay visible
         self.val_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
@@ -211,7 +214,6 @@ class ClassifierModule(TrainModule):
 
     def _reduced_parts(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """The loss of a model with token reduction, and its parts."""
-        assert self.model.reduction is not None
         output: ReducedOutput = self.model.forward_reduced(x)
         taught = None if self.teacher is None else self.teacher(x)
         return self.criterion(output, y, self.model.reduction.penalties(output), taught)
@@ -242,7 +244,7 @@ class ClassifierModule(TrainModule):
 
     def _one_stage_logits(self, x: Tensor) -> Tensor:
         """Logits [B, C]; the share of scans that ran is noted where it differs between images."""
-        if not switches_scans(self.model):
+        if not (self.reduced and switches_scans(self.model)):
             return self.model(x)
         output = self.model.forward_reduced(x)
         assert output.switches is not None
@@ -263,9 +265,13 @@ class ClassifierModule(TrainModule):
         results = self._results()
         height, width = self._over_processes(self._val_size or (0, 0), "max")
         share = float(results["val/share_refined"]) if self.two_stage else 1.0
-        blocks = range(self.model.config.depth if switches_scans(self.model) else 0)
+        switched = self.reduced and switches_scans(self.model)
+        blocks = range(self.model.config.depth if switched else 0)
         ran = [float(results[f"val/scan_share_{block}"]) for block in blocks] or None
-        costs = costs_of(self.model, (int(height), int(width)), self._alpha() if self.two_stage else None, ran)
+        size = int(height), int(width)
+        costs = costs_of(self.model, size, self._alpha() if self.two_stage else None)
+        if ran:
+            costs = {c: reduced_cost(self.model.config, size, convention=c, scan_share=ran) for c in CONVENTIONS}
         results["val/gflops"] = costs["one_direction"].gflops(share)
         results["val/gflops_both_directions"] = costs["both_directions"].gflops(share)
         self._log_results(results)

@@ -11,6 +11,7 @@ from mambascope.eye.config import MambaEyeConfig
 from mambascope.models.checkpoint import CheckpointError, save_safetensors
 from mambascope.models.meaning import CHOICES, MEANING, SILENT, SIZES
 from mambascope.models.ready import ready_model
+from mambascope.peers import ReducedConfig, ReducedVim
 from mambascope.peers.teacher import Teacher
 from mambascope.peers.timm_classifier import TimmConfig, create_timm_classifier
 from mambascope.training.args import ModelArgs
@@ -28,7 +29,9 @@ def saved(model, path):
 
 def test_every_field_of_every_config_is_in_one_list():
     listed = [*SIZES, *MEANING, *CHOICES, *SILENT]
-    known = {f.name for kind in (VimConfig, ScopeConfig, MambaEyeConfig, TimmConfig) for f in fields(kind)}
+    known = {
+        f.name for kind in (VimConfig, ScopeConfig, MambaEyeConfig, TimmConfig, ReducedConfig) for f in fields(kind)
+    }
     assert len(listed) == len(set(listed))
     assert known == set(listed)
 
@@ -110,8 +113,8 @@ def test_files_that_do_not_say_and_models_of_another_kind(tmp_path):
 
 def test_token_reduction_is_compared_by_method(tmp_path):
     plain = saved(VisionMamba(**SMALL), tmp_path / "plain.safetensors")
-    tome = saved(VisionMamba(**SMALL, reduction={"name": "tome", "r": 2}), tmp_path / "tome.safetensors")
-    reduced = VisionMamba(**SMALL, reduction={"name": "tome", "r": 1})
+    tome = saved(ReducedVim(**SMALL, reduction={"name": "tome", "r": 2}), tmp_path / "tome.safetensors")
+    reduced = ReducedVim(**SMALL, reduction={"name": "tome", "r": 1})
     assert load_checkpoint(reduced, plain, verbose=False).differs == []  # every reduced Vim starts from a plain one
     assert load_checkpoint(reduced, tome, verbose=False).differs == []  # how much is free
     with pytest.raises(CheckpointError, match="reduction is 'tome' in the file and None in the model"):

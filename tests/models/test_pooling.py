@@ -11,6 +11,7 @@ from mambascope import MambaScope, VisionMamba
 from mambascope.models import load_checkpoint, save_safetensors
 from mambascope.models.checkpoint import CheckpointError
 from mambascope.models.ready import ready_model
+from mambascope.peers import ReducedVim
 from mambascope.peers.teacher import Teacher
 
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_classes": 5}
@@ -98,7 +99,7 @@ def test_a_sequence_of_cls_alone_and_a_refused_head():
     model = MambaScope(**SMALL, global_pool="lse").eval()
     cls = torch.randn(2, 1, 32)
     assert torch.equal(model.forward_head(cls), model.classify(cls[:, 0]))
-    reduced = VisionMamba(**SMALL, reduction={"name": "tome", "r": 1}).eval()
+    reduced = ReducedVim(**SMALL, reduction={"name": "tome", "r": 1}).eval()
     with pytest.raises(ValueError, match="global_pool must be 'token'"):
         reduced.reset_classifier(3, "lse")
     assert (reduced.global_pool, reduced.num_classes) == ("token", 5)

@@ -22,6 +22,7 @@ from mambascope.data.open import run_module
 from mambascope.evaluation.choice import stored_rule
 from mambascope.models.checkpoint import CheckpointError, describe, save_safetensors
 from mambascope.models.ready import ready_model
+from mambascope.peers import ReducedVim
 from mambascope.peers.timm_classifier import TimmConfig, create_timm_classifier
 from tests.hostile import RunsCode
 
@@ -31,7 +32,7 @@ RESNET = {"layers": [1, 1, 1, 1], "channels": [4, 8, 8, 8], "stem_width": 8, "im
 SWIN = {"embed_dim": 12, "depths": [2, 1, 1, 1], "num_heads": [1, 2, 2, 4], "img_size": 224, "num_classes": 3}
 MAKE = {
     "vim": lambda: VisionMamba(**SMALL),
-    "reduced": lambda: VisionMamba(**SMALL, reduction={"name": "dyvm"}),
+    "reduced": lambda: ReducedVim(**SMALL, reduction={"name": "dyvm"}),
     "scope": lambda: MambaScope(**SMALL),
     "eye": lambda: MambaEye(patch_size=8, embed_dim=16, depth=2, d_state=4, head_dim=8, move_dim=8, num_classes=3),
     "deit": lambda: create_timm_classifier(TimmConfig.of("deit_tiny_patch16_224", DEIT)),

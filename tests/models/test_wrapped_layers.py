@@ -15,6 +15,7 @@ from mambascope import MambaEye, MambaScope
 from mambascope.layers import BidirectionalMamba
 from mambascope.layers.plain import is_plain
 from mambascope.models.vim import VisionMamba
+from mambascope.peers import ReducedVim
 
 SIZES = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depth": 2, "d_state": 4, "num_classes": 4}
 BACKENDS = (None, "torch")
@@ -43,7 +44,8 @@ class Lora(nn.Module):
 
 def model_of(kind, **options):
     torch.manual_seed(0)
-    model = {"scope": MambaScope, "vim": VisionMamba}[kind](**{**SIZES, **options})
+    kinds = {"scope": MambaScope, "vim": VisionMamba, "reduced": ReducedVim}
+    model = kinds[kind](**{**SIZES, **options})
     # larger weights: what is left out must show
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -195,7 +197,7 @@ def test_scores_with_wrapped_steps():
 
 @pytest.mark.parametrize("reduction", ["dyvm", "mtr", "tome", "r_meeto", "hidden_align"])
 def test_reductions(reduction):
-    model = model_of("vim", depth=4, reduction={"name": reduction})
+    model = model_of("reduced", depth=4, reduction={"name": reduction})
     expected = model(images())
     wrap(model, ("in_proj", "out_proj", "conv1d"), Lora)
     torch.testing.assert_close(model(images()), expected, rtol=1e-3, atol=1e-4)

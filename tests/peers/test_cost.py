@@ -7,7 +7,7 @@ from mambascope.commands.cost import model_config
 from mambascope.models.cost import CONVENTIONS, count_parameters, plain_vim, stage_macs
 from mambascope.models.flop_count import count_macs, expected_count
 from mambascope.ops import flops
-from mambascope.peers.reduced import scan_share
+from mambascope.peers.cost import scan_share
 from tests.peers.common import METHODS, images, small
 
 STATIC = [name for name in METHODS if name not in ("dyvm", "dyvm_scans")]
@@ -70,7 +70,7 @@ def test_mistakes():
     for wrong in ([0.5], [0.5] * 5 + [1.5]):
         with pytest.raises(ValueError, match=r"scan_share must be 6 numbers in \[0, 1\]"):
             stage_macs(config, scan_share=wrong)
-    with pytest.raises(ValueError, match="scan_share applies to token reduction only"):
-        stage_macs(plain_vim(config), scan_share=[1.0] * 6)
+    with pytest.raises(ValueError, match="a Vim with token reduction has one stage"):
+        stage_macs(config, alpha=0.5)
     with pytest.raises(ValueError, match="no images"):
         scan_share(small(METHODS["dyvm"]), [])

@@ -9,8 +9,8 @@ import torch
 import mambascope
 from mambascope.models import load_checkpoint, save_safetensors
 from mambascope.models.checkpoint import CheckpointError
-from mambascope.models.configs import VimConfig
-from mambascope.peers import REDUCTIONS, reduction_config
+from mambascope.models.vim import VisionMamba
+from mambascope.peers import REDUCTIONS, ReducedConfig, reduction_config
 from tests.peers.common import METHODS, NOTHING, SMALL, images, small, spread_switches
 
 
@@ -32,11 +32,10 @@ def test_equals_vim_where_nothing_is_reduced(name):
 
 def test_vim_itself_knows_of_no_reduction():
     model = small()
-    assert model.reduction is None
-    assert model.config.reduction is None
+    assert type(model) is VisionMamba
+    assert not hasattr(model.config, "reduction")
+    assert not hasattr(model, "forward_reduced")
     assert not [n for n in model.state_dict() if "reduction" in n]
-    with pytest.raises(ValueError, match="needs a model with reduction"):
-        model.forward_reduced(images())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -174,7 +173,7 @@ def test_maps_and_missing_layers_are_refused():
 )
 def test_mistakes_are_named(reduction, message):
     with pytest.raises(ValueError, match=message):
-        VimConfig(img_size=64, patch_size=8, depth=6, embed_dim=16, reduction=reduction)
+        ReducedConfig(img_size=64, patch_size=8, depth=6, embed_dim=16, reduction=reduction)
 
 
 def test_what_does_not_go_together():
@@ -194,7 +193,7 @@ def test_what_does_not_go_together():
 def test_settings_are_the_same_from_a_mapping_and_from_the_dataclass():
     assert reduction_config({"name": "dyvm", "layers": [1, 2]}) == REDUCTIONS["dyvm"](layers=(1, 2))
     assert reduction_config(None) is None
-    config = VimConfig(img_size=64, patch_size=8, depth=6, reduction=REDUCTIONS["r_meeto"](r=3))
+    config = ReducedConfig(img_size=64, patch_size=8, depth=6, reduction=REDUCTIONS["r_meeto"](r=3))
     assert config.reduction.r == 3
 
 

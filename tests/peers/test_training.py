@@ -12,8 +12,8 @@ import mambascope
 from mambascope.models import save_safetensors
 from mambascope.models.cost import stage_macs
 from mambascope.models.losses import cross_entropy
+from mambascope.peers.cost import scan_share
 from mambascope.peers.loss import ReductionLoss
-from mambascope.peers.reduced import scan_share
 from mambascope.peers.teacher import Teacher
 from mambascope.training.args import ModelArgs, OptimizerArgs, ScheduleArgs, TeacherArgs
 from mambascope.training.ema import EmaWeights
