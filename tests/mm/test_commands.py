@@ -24,11 +24,11 @@ SHORT = [
 def here(kind):
     """Options that put the demo's data into the working directory."""
     root = f"data/{kind}"
-    found = [f"{loader}_dataloader.dataset.data_root={root}" for loader in ("train", "val", "test")]
+    options = [f"{loader}_dataloader.dataset.data_root={root}" for loader in ("train", "val", "test")]
     if kind == "det":
         file = f"{root}/annotations/instances_val2017.json"
-        found += [f"{e}_evaluator.0.ann_file={file}" for e in ("val", "test")]
-    return found
+        options += [f"{e}_evaluator.0.ann_file={file}" for e in ("val", "test")]
+    return options
 
 
 @pytest.fixture(scope="module")
@@ -90,94 +90,82 @@ def test_missing_data_message(tmp_path):
     assert "ADE20K belongs at data/ade/ADEChallengeData2016" in text
 
 
-def test_train_amp_resume_test_sweep_and_pictures(place):
-    """One small run through everything a user does with it."""
+# ---- one small run through everything a user does with it ------------------------------------------------------------
+
+
+def tool(name, *args, cwd):
+    """Runs one of our commands as a user would."""
+    command = [sys.executable, str(common.ROOT / "tools" / name), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def training(place):
+    """A training of two steps in mixed precision, resumed for a third: its folder, and what each command printed."""
     work = place / "work"
     options = ["--work-dir", str(work), "--cfg-options", *here("seg"), *SHORT]
-    code, text = common.mim("train", "mmseg", SEG, "--amp", *options, "train_cfg.max_iters=2", cwd=place)
-    assert code == 0, text[-3000:]
-    assert "mixed precision on CPU: bfloat16" in text
-    code, text = common.mim("train", "mmseg", SEG, "--resume", *options, "train_cfg.max_iters=3", cwd=place)
-    assert code == 0, text[-3000:]
-    assert "resumed epoch: 0, iter: 2" in text
-    checkpoint = work / "iter_3.pth"
-    more = ["--cfg-options", *here("seg"), *SMALL, "model.backbone.threshold=0"]
+    texts = []
+    for mode, steps in (("--amp", 2), ("--resume", 3)):
+        code, text = common.mim("train", "mmseg", SEG, mode, *options, f"train_cfg.max_iters={steps}", cwd=place)
+        assert code == 0, text[-3000:]
+        texts.append(text)
+    return work, texts
+
+
+@pytest.fixture
+def work(training):
+    return training[0]
+
+
+def test_training_in_mixed_precision_and_resuming(training):
+    mixed, resumed = training[1]
+    assert "mixed precision on CPU: bfloat16" in mixed
+    assert "resumed epoch: 0, iter: 2" in resumed
+
+
+SWEEP = ["--sizes", "48", "64", "--rounds", "2", "--timing-images", "2", "--points", "4"]
+
+
+def test_a_trained_segmentor_is_tested_at_another_threshold(work, place):
+    options = ["--cfg-options", *here("seg"), *SMALL, "model.backbone.threshold=0"]
     code, text = common.mim(
-        "test", "mmseg", SEG, "--checkpoint", checkpoint, "--work-dir", work / "t", *more, cwd=place
+        "test", "mmseg", SEG, "--checkpoint", work / "iter_3.pth", "--work-dir", work / "t", *options, cwd=place
     )
     assert code == 0, text[-3000:]
     assert "0.0 % of 6 images refined" in text
     assert "gate: mAP" in text
 
-    def tool(name, *args):
-        command = [sys.executable, str(common.ROOT / "tools" / name), *map(str, args)]
-        return subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
 
-    done = tool(
-        "eval_dense.py",
-        SEG,
-        checkpoint,
-        "--sizes",
-        "48",
-        "64",
-        "--rounds",
-        "2",
-        "--timing-images",
-        "2",
-        "--points",
-        "4",
-        "--vim",
-        "none.pth",
-        "--cfg-options",
-        *here("seg"),
-        *SMALL,
-    )
-    assert done.returncode == 2
-    assert "error: checkpoint none.pth does not exist" in done.stderr
-    done = tool(
-        "eval_dense.py",
-        SEG,
-        checkpoint,
-        "--sizes",
-        "48",
-        "64",
-        "--rounds",
-        "2",
-        "--timing-images",
-        "2",
-        "--points",
-        "4",
-        "--cfg-options",
-        *here("seg"),
-        *SMALL,
-    )
+def test_a_sweep_with_a_plain_vim_that_is_not_there(work, place, capsys, monkeypatch):
+    from mambascope.mm.eval_cli import main
+
+    monkeypatch.chdir(place)
+    arguments = [str(SEG), str(work / "iter_3.pth"), *SWEEP, "--vim", "none.pth", "--cfg-options", *here("seg"), *SMALL]
+    assert main(arguments) == 2
+    assert "error: checkpoint none.pth does not exist" in capsys.readouterr().err
+
+
+def test_a_trained_segmentor_is_swept_and_timed(work, place):
+    done = tool("eval_dense.py", SEG, work / "iter_3.pth", *SWEEP, "--cfg-options", *here("seg"), *SMALL, cwd=place)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = list(csv.DictReader((work / "eval" / "sweep.csv").open()))
     assert float(rows[0]["share_refined"]) == 0
     assert float(rows[-1]["share_refined"]) == 1
-    chosen = "the config's threshold: 6 images are too few to choose one, 299 can"
-    assert chosen in done.stdout
-    assert chosen in json.loads((work / "eval" / "results.json").read_text())["choice"]
+    choice = "the config's threshold: 6 images are too few to choose one, 299 can"
+    assert choice in done.stdout
+    assert choice in json.loads((work / "eval" / "results.json").read_text())["choice"]
     assert all("mIoU" in row for row in rows)
     timings = list(csv.DictReader((work / "eval" / "timings.csv").open()))
     assert {row["side"] for row in timings} == {"48", "64"}
     assert {row["mode"] for row in timings} == {"plain Vim", "all exit", "dynamic", "refine all"}
     assert (work / "eval" / "dense.png").stat().st_size > 10_000
     assert json.loads((work / "eval" / "results.json").read_text())["images"] == 6
+
+
+def test_a_trained_segmentor_draws_pictures(work, place):
     image = next((place / "data/seg/images/validation").glob("*.jpg"))
-    done = tool(
-        "predict_dense.py",
-        SEG,
-        checkpoint,
-        image,
-        "--out",
-        "pictures",
-        "--threshold",
-        "1",
-        "--sheet",
-        "--cfg-options",
-        *SMALL,
-    )
+    options = ["--out", "pictures", "--threshold", "1", "--sheet", "--cfg-options", *SMALL]
+    done = tool("predict_dense.py", SEG, work / "iter_3.pth", image, *options, cwd=place)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "refined (confidence" in done.stdout
     assert (place / "pictures" / f"{image.stem}.png").stat().st_size > 10_000
