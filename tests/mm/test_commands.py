@@ -20,6 +20,12 @@ SHORT = [
     "train_cfg.val_interval=100",
 ]
 
+NO_WORKERS = [
+    f"{loader}_dataloader.{option}"
+    for loader in ("train", "val")
+    for option in ("num_workers=0", "persistent_workers=False")
+]
+
 
 def here(kind):
     """Options that put the demo's data into the working directory."""
@@ -50,9 +56,9 @@ def test_literal_segmentation_command(place):
         "--cfg-options",
         "train_cfg.max_iters=1",
         "default_hooks.logger.interval=1",
-        "train_dataloader.num_workers=0",
-        "train_dataloader.persistent_workers=False",
+        *NO_WORKERS,
         "train_dataloader.dataset.pipeline.2.scale=(256,64)",
+        "val_dataloader.dataset.pipeline.1.scale=(256,64)",
         "train_dataloader.dataset.pipeline.3.crop_size=(96,96)",
         "model.data_preprocessor.size=(96,96)",
         cwd=place,
@@ -70,8 +76,8 @@ def test_literal_detection_command(place):
         "--cfg-options",
         "train_cfg.max_iters=1",
         "default_hooks.logger.interval=1",
-        "train_dataloader.num_workers=0",
-        "train_dataloader.persistent_workers=False",
+        *NO_WORKERS,
+        "val_dataloader.dataset.pipeline.1.scale=(96,96)",
         "train_dataloader.batch_size=2",
         "train_dataloader.dataset.pipeline.3.scale=(96,96)",
         "train_dataloader.dataset.pipeline.3.ratio_range=(1.0,1.0)",

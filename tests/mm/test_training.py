@@ -1,5 +1,6 @@
 """Training, validation and resuming inside one process, on good and on bad data."""
 
+import copy
 import json
 import shutil
 
@@ -12,8 +13,8 @@ from PIL import Image
 from mambascope.data.errors import DataError
 from mambascope.mm import loading
 from mambascope.mm.data_checks import data_folders
-from mambascope.mm.loading import plain_config
-from mambascope.mm.runner import one_line
+from mambascope.mm.loading import plain_config, register
+from mambascope.mm.runner import ScopeRunner, one_line
 from tests.mm import common
 from tests.mm.common import runner
 
@@ -146,44 +147,55 @@ def rewrite_boxes(root, change):
     path.write_text(json.dumps(table))
 
 
-def one_batch(kind, root, work_dir):
-    """Losses of the first training batch."""
-    own = runner(kind, root, work_dir)
-    own.model.train()
-    batch = next(iter(own.build_dataloader(own._train_dataloader)))
-    batch = own.model.data_preprocessor(batch, True)
-    return own.model(**batch, mode="loss"), batch
+@pytest.fixture(scope="module")
+def models():
+    """The segmentor and the detector, for tests that read them only."""
+    return {kind: loading.build_model(common.demo_config(kind)) for kind in ("seg", "det")}
 
 
-def test_mask_with_a_label_out_of_range(data, tmp_path):
+@pytest.fixture
+def one_batch(models):
+    """Gives the losses of the first training batch of a folder, and the batch."""
+
+    def losses_of(kind, root):
+        register(f"mm{kind}")
+        model = models[kind].train()
+        batch = next(iter(ScopeRunner.build_dataloader(common.demo_config(kind, root).train_dataloader)))
+        batch = model.data_preprocessor(batch, True)
+        return model(**batch, mode="loss"), batch
+
+    return losses_of
+
+
+def test_mask_with_a_label_out_of_range(data, tmp_path, one_batch):
     root = tmp_path / "seg"
     shutil.copytree(data["seg"], root)
     rewrite_masks(root, lambda mask: np.where(mask == 1, 77, mask).astype(np.uint8))
     with pytest.raises(ValueError, match=r"ADE_train_\d+\.png holds label 76; accepted are 0\.\.10 and 255"):
-        one_batch("seg", root, tmp_path / "w")
+        one_batch("seg", root)
 
 
-def test_masks_without_any_label(data, tmp_path):
+def test_masks_without_any_label(data, tmp_path, one_batch):
     root = tmp_path / "seg"
     shutil.copytree(data["seg"], root)
     rewrite_masks(root, np.zeros_like)
-    losses, _ = one_batch("seg", root, tmp_path / "w")
+    losses, _ = one_batch("seg", root)
     assert losses["loss_gate"].item() == 0
     assert losses["decode.loss_ce"].item() == 0
 
 
-def test_images_without_any_object(data, tmp_path):
+def test_images_without_any_object(data, tmp_path, one_batch):
     root = tmp_path / "det"
     shutil.copytree(data["det"], root)
     rewrite_boxes(root, lambda table: table.update(annotations=[]))
-    losses, batch = one_batch("det", root, tmp_path / "w")
+    losses, batch = one_batch("det", root)
     assert all(len(s.gt_instances) == 0 for s in batch["data_samples"])
     total = sum(v.sum() if torch.is_tensor(v) else sum(x.sum() for x in v) for k, v in losses.items() if "loss" in k)
     assert torch.isfinite(total)
     assert losses["loss_gate"].item() > 0  # they teach the gate that nothing is there
 
 
-def test_boxes_outside_the_image_do_not_count(data, tmp_path):
+def test_boxes_outside_the_image_do_not_count(data, tmp_path, one_batch):
     root = tmp_path / "det"
     shutil.copytree(data["det"], root)
 
@@ -196,7 +208,7 @@ def test_boxes_outside_the_image_do_not_count(data, tmp_path):
         table["annotations"] = kept
 
     rewrite_boxes(root, change)
-    losses, batch = one_batch("det", root, tmp_path / "w")
+    losses, batch = one_batch("det", root)
     for sample in batch["data_samples"]:
         outside = sample.img_id % 3 == 1
         assert (len(sample.gt_instances) == 0) == outside
@@ -207,22 +219,22 @@ def test_boxes_outside_the_image_do_not_count(data, tmp_path):
     assert torch.isfinite(losses["loss_gate"])
 
 
-def test_boxes_of_an_unknown_class(data, tmp_path):
-    own = runner("det", data["det"], tmp_path / "w")
-    batch = own.model.data_preprocessor(next(iter(own.build_dataloader(own._train_dataloader))), True)
+def test_boxes_of_an_unknown_class(data, models, one_batch):
+    _, batch = one_batch("det", data["det"])
     batch["data_samples"][1].gt_instances.labels[:] = 12
     with pytest.raises(ValueError, match=r"\.jpg has a box of class 12; accepted are 0\.\.9"):
-        own.model(**batch, mode="loss")
+        models["det"](**batch, mode="loss")
 
 
 @pytest.mark.parametrize("kind", ["seg", "det"])
 @pytest.mark.parametrize("threshold", [0.0, None, 1.0])
-def test_batch_predictions_equal_single_ones(kind, threshold, data, tmp_path):
+def test_batch_predictions_equal_single_ones(kind, threshold, data, models):
     """All images of a batch exit, some do, none does: the predictions are those of single images."""
-    own = runner(kind, data[kind], tmp_path / "w", **{"val_dataloader.batch_size": 6})
+    register(f"mm{kind}")
+    cfg = common.demo_config(kind, data[kind], **{"val_dataloader.batch_size": 6})
     dtype = torch.float64 if kind == "seg" else torch.float32  # mmcv's suppression of boxes knows no float64
-    model = own.model.to(dtype).eval()
-    [batch] = list(own.build_dataloader(own._val_dataloader))
+    model = copy.deepcopy(models[kind]).to(dtype).eval()
+    [batch] = list(ScopeRunner.build_dataloader(cfg.val_dataloader))
     batch = model.data_preprocessor(batch, False)
     inputs = batch["inputs"].to(dtype)
     with torch.no_grad():
