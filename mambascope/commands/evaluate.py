@@ -24,6 +24,7 @@ from mambascope.models.weights import SHIPPED, find_weights
 from mambascope.utils import atomic_path, run_command
 
 ENGINE_BATCHES = (1, 8, 64)
+DATA_HELP = "folder, timm data set, scopedigits, or data module as in training; default: the run's validation data"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Without a target the threshold that costs at most half a point against refining every image is shown.",
     )
     parser.add_argument("checkpoint", help=CHECKPOINT_HELP)
-    parser.add_argument("--data", help="folder, timm data set, or scopedigits; default: the run's validation data")
+    parser.add_argument("--data", metavar="WHAT", help=DATA_HELP)
     parser.add_argument("--split", default="validation", help="of the data (default validation)")
     add_column_arguments(parser)
     parser.add_argument("--length", type=int, default=1000, help="images of scopedigits (default 1000)")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mambascope.data.digits_datamodule import ScopeDigitsDataModule
 from mambascope.data.errors import DataError
-from mambascope.data.open import run_config, run_data
+from mambascope.data.modules import run_config, run_data
 from mambascope.evaluation.sweep import StageRecord, sweep
 from mambascope.models.configs import ScopeConfig, with_overrides
 from mambascope.models.cost import StageCost, stage_macs

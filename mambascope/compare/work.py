@@ -17,7 +17,7 @@ from torch import Tensor
 from mambascope.compare.ablation import fingerprint
 from mambascope.compare.lists import Entry, FrontierList, Setting, digest, merged
 from mambascope.data.datamodule import ResumableDataModule
-from mambascope.data.open import RUN_CONFIG, open_data
+from mambascope.data.modules import RUN_CONFIG, open_data
 from mambascope.evaluation.collect import collect
 from mambascope.evaluation.sweep import StageRecord
 from mambascope.models.architectures import architecture_of, configured

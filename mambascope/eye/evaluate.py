@@ -11,7 +11,8 @@ from typing import Any
 
 from mambascope.commands.options import CHECKPOINT_HELP, add_column_arguments, add_value_range, value_range
 from mambascope.data.errors import DataError
-from mambascope.data.open import open_rows, run_config, run_module
+from mambascope.data.modules import run_config, run_module
+from mambascope.data.rows import open_rows
 from mambascope.data.scopedigits import ScopeDigits
 from mambascope.data.scopedigits_config import ScopeDigitsConfig
 from mambascope.data.sources import ImageSource

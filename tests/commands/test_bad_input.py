@@ -15,10 +15,11 @@ import timm
 import torch
 from PIL import Image
 
+from mambascope.commands import cost
 from mambascope.commands import evaluate as eval_cli
 from mambascope.commands import export as export_cli
 from mambascope.commands import predict as predict_cli
-from mambascope.models import MambaScope, ScopeConfig, cost, load_model
+from mambascope.models import MambaScope, ScopeConfig, load_model
 from mambascope.models.checkpoint import save_safetensors
 from tests.hostile import RunsCode, fill, obey_modes, small_disk
 

@@ -13,8 +13,8 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from mambascope.data import DataError, ImageDataModule, open_image
 from mambascope.data.files import LeftOut, find_images, image_endings, picture_paths, walk
 from mambascope.data.image_io import BadImageError
-from mambascope.data.open import open_rows
 from mambascope.data.readers import open_folder
+from mambascope.data.rows import open_rows
 
 PICTURE = Image.new("RGB", (8, 8), (200, 90, 10))
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from mambascope.data import DataError, GlimpseImageDataModule, ImageDataModule
-from mambascope.data.open import open_rows
+from mambascope.data.rows import open_rows
 
 datasets = pytest.importorskip("datasets")
 FINE, COARSE = ["ant", "bee", "cat"], ["insect", "mammal"]

@@ -18,7 +18,7 @@ import mambascope
 from mambascope import MambaEye, MambaScope, VisionMamba, load_checkpoint
 from mambascope.commands import evaluate as eval_cli
 from mambascope.data.errors import DataError
-from mambascope.data.open import run_module
+from mambascope.data.modules import run_module
 from mambascope.evaluation.choice import stored_rule
 from mambascope.models.checkpoint import CheckpointError, describe, save_safetensors
 from mambascope.models.ready import ready_model
