@@ -209,11 +209,11 @@ def test_retraining_recipes_are_the_published_ones(name, settings, rates, epochs
     assert net["name"] == f"vim_{name.rsplit('_', 1)[1]}_patch16_224"
     assert reduction == settings
     assert net["args"]["reduction"].get("ratio_weight", 10) == 10
-    found = (model["optimizer"]["lr"], model["schedule"]["min_lr"], model["optimizer"]["weight_decay"])
-    assert found == pytest.approx(rates)
+    published = (model["optimizer"]["lr"], model["schedule"]["min_lr"], model["optimizer"]["weight_decay"])
+    assert published == pytest.approx(rates)
     assert config["trainer"]["max_epochs"] == epochs
-    given = model.get("teacher", {})
-    assert (given.get("kl_weight", 0), given.get("token_weight", 0)) == teacher
+    weights = model.get("teacher", {})
+    assert (weights.get("kl_weight", 0), weights.get("token_weight", 0)) == teacher
 
 
 def test_shipped_configs_by_name_and_path(tmp_path, monkeypatch):
@@ -243,12 +243,11 @@ def test_a_whole_run_with_its_report(tmp_path):
     assert model.description["transform"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
 
 
-def test_training_on_a_folder(here, folder):
+def test_training_on_a_folder(here, folder, train_here):
     """Images from disk at another size than the model's, without the report."""
     args = ["--data", "ImageDataModule", f"--data.root={folder}", "--data.img_size=32", "--data.batch_size=2"]
-    own = {"run__report": "false", "trainer__max_epochs": 1}
-    kept = [a for a in tiny(**own) if not a.startswith("--data.")]
-    done = train("--config", CONFIGS["scopedigits"], *args, "--data.num_workers=0", *kept, cwd=here)
+    options = [a for a in tiny(trainer__max_epochs=1) if not a.startswith("--data.")]
+    done = train_here("--config", CONFIGS["scopedigits"], *args, "--data.num_workers=0", *options)
     assert done.returncode == 0, done.stderr
     model = mambascope.load_model(here / "runs" / "scopedigits" / "model.safetensors")
     assert (model.num_classes, model.labels, model.config.image_hw) == (2, ["cat", "dog"], (32, 32))

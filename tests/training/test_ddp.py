@@ -1,4 +1,7 @@
-"""Two processes on the CPU (gloo), through the real command."""
+"""Two processes on the CPU (gloo), through the real command, beside the same in one process."""
+
+import contextlib
+import os
 
 import pytest
 import torch
@@ -28,10 +31,11 @@ def metrics(run):
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    cwd = tmp_path_factory.mktemp("single")
-    done = train(*tiny(**PLAIN, data__batch_size=8, run__name="single"), cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return cwd / "runs" / "single"
+    folder = tmp_path_factory.mktemp("single")
+    with contextlib.chdir(folder):
+        assert main([*tiny(**PLAIN, data__batch_size=8, run__name="single"), "--trainer.accelerator=cpu"]) == 0
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    return folder / "runs" / "single"
 
 
 def test_two_processes_equal_one(single, tmp_path):
@@ -44,8 +48,8 @@ def test_two_processes_equal_one(single, tmp_path):
     assert one["global_step"] == two["global_step"] == 12
     for name, value in one["current_model_state"].items():
         torch.testing.assert_close(two["current_model_state"][name], value, atol=2e-4, rtol=1e-3, msg=name)
-    for expected, found in zip(metrics(single), metrics(run), strict=True):
-        assert found == pytest.approx(expected, abs=1e-3)
+    for expected, measured in zip(metrics(single), metrics(run), strict=True):
+        assert measured == pytest.approx(expected, abs=1e-3)
 
 
 def test_signal_to_one_process_stops_both_and_resumes(single, tmp_path):
@@ -78,8 +82,8 @@ def test_alpha_0_and_a_single_validation_image(tmp_path, monkeypatch):
     one, two = (checkpoint(run)["current_model_state"] for run in runs)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=2e-4, rtol=1e-3, msg=name)
-    for expected, found in zip(*map(metrics, runs), strict=True):
-        assert found == pytest.approx(expected, abs=1e-3)
+    for expected, measured in zip(*map(metrics, runs), strict=True):
+        assert measured == pytest.approx(expected, abs=1e-3)
 
 
 def test_mambaeye_with_a_single_validation_image(tmp_path):

@@ -1,5 +1,6 @@
 """A training that a limit or a signal ends goes on exactly, and says how."""
 
+import contextlib
 import io
 import os
 import signal
@@ -7,7 +8,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import torch
 from lightning.pytorch import Callback
 from PIL import Image
 
@@ -35,32 +35,29 @@ class StopAt(Callback):
 
 @pytest.fixture(scope="module", autouse=True)
 def _here(tmp_path_factory):
-    before, threads = Path.cwd(), torch.get_num_threads()
-    os.chdir(tmp_path_factory.mktemp("limits"))
-    yield
-    os.chdir(before)
-    torch.set_num_threads(threads)
+    with contextlib.chdir(tmp_path_factory.mktemp("limits")):
+        yield
     os.environ.pop("PL_GLOBAL_SEED", None)
 
 
-_whole: dict[tuple, Path] = {}
+_uninterrupted: dict[tuple, Path] = {}
 
 
 def whole(**options):
-    """The uninterrupted run of these options."""
+    """The uninterrupted run of these options, which is trained once."""
     key = tuple(sorted(options.items()))
-    if key not in _whole:
-        name = f"whole{len(_whole)}"
+    if key not in _uninterrupted:
+        name = f"whole{len(_uninterrupted)}"
         assert main(tiny(**EIGHT, **options, run__name=name)) == 0
-        _whole[key] = Path("runs") / name
-    return checkpoint(_whole[key])
+        _uninterrupted[key] = Path("runs") / name
+    return checkpoint(_uninterrupted[key])
 
 
 def same(name, expected, parts=EXACT):
-    found = checkpoint(Path("runs") / name)
-    assert found["global_step"] == expected["global_step"]
+    state = checkpoint(Path("runs") / name)
+    assert state["global_step"] == expected["global_step"]
     for part in parts:
-        assert differences(expected[part], found[part]) == [], part
+        assert differences(expected[part], state[part]) == [], part
 
 
 def stop_at(batch):
@@ -111,7 +108,7 @@ def test_max_time_resumes_exactly(capsys):
     ],
 )
 def test_a_stop_resumes_exactly(options, batch):
-    expected, name = whole(**options), f"stop{batch}{len(_whole)}"
+    expected, name = whole(**options), f"stop{batch}{len(_uninterrupted)}"
     stop, undo = stop_at(batch)
     assert main([*tiny(**EIGHT, **options, run__name=name), *stop]) == 0
     assert checkpoint(Path("runs") / name)["global_step"] < expected["global_step"]
