@@ -5,8 +5,9 @@ from __future__ import annotations
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from mambascope.layers.mixer import BidirectionalMamba, ScoreOptions
+from mambascope.layers.mixer import BidirectionalMamba
 from mambascope.layers.norm import RMSNorm
+from mambascope.layers.trace import BlockTrace
 
 
 class VimBlock(nn.Module):
@@ -28,15 +29,20 @@ class VimBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(
-        self, hidden: Tensor, residual: Tensor | None, score: ScoreOptions | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns the branch output [B, L, d], the residual stream it joins [B, L, d] and the token scores [B, L].
+        self, hidden: Tensor, residual: Tensor | None, trace: tuple[str, ...] = ()
+    ) -> tuple[Tensor, Tensor, BlockTrace | None]:
+        """Mixes the tokens of the residual stream.
 
         Args:
             hidden: Output of the block before [B, L, d].
             residual: Residual stream that it joins [B, L, d].
-            score: How token scores are computed.
+            trace: Fields of :class:`~mambascope.layers.trace.BlockTrace` that are wanted.
+
+        Returns:
+            The block's output [B, L, d], the residual stream that it joins [B, L, d] and, if asked for, the trace.
         """
         normed, residual = self.norm(hidden, residual)
-        out, scores = self.mixer(normed, score)
-        return self.drop_path(out), residual, scores
+        out, left = self.mixer(normed, trace)
+        if left is not None and "tokens" in trace:
+            left = left._replace(tokens=(residual.detach(), (residual + out).detach()))
+        return self.drop_path(out), residual, left

@@ -6,57 +6,22 @@ Shape letters: B batch, L tokens, D model width, E inner width, N states, R dt r
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambascope.layers.plain import convolve, is_plain, project
+from mambascope.layers.trace import BlockTrace
 from mambascope.ops import ScanDirection, bidirectional_conv, bidirectional_scan, selective_scan
+from mambascope.ops.selective_scan.common import step_sizes
 
-SCORE_METRICS = ("max", "l2", "mean", "clip", "softplus", "topk")
 
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """How a token's importance is read from the SSM output (MambaScope eq. 11, Table 4).
-
-    Attributes:
-        metric: Reduction over channels. ``max``: largest softplus (the paper's choice); ``l2``: Euclidean norm;
-            ``mean``: plain mean (the paper's "no clip"); ``clip``: mean of ``max(y, 0)``; ``softplus``: mean softplus;
-            ``topk``: mean softplus of the ``topk`` largest channels.
-        topk: Channels taken by ``topk``.
-    """
-
-    metric: str = "max"
-    topk: int = 16
-
-    def __post_init__(self) -> None:
-        if self.metric not in SCORE_METRICS:
-            raise ValueError(f"score_metric must be one of {', '.join(SCORE_METRICS)}, got {self.metric!r}")
-        if self.topk < 1:
-            raise ValueError(f"score_topk must be at least 1, got {self.topk}")
-
-    @property
-    def fused(self) -> bool:
-        """Whether the scan itself can return the score (no extra [B, L, E] tensor)."""
-        return self.metric == "max"
-
-    def reduce(self, y_BLE: Tensor) -> Tensor:
-        """Reduces SSM outputs [B, L, E] over channels to scores [B, L]."""
-        y = y_BLE.float()
-        if self.metric == "max":
-            return F.softplus(y.amax(-1))
-        if self.metric == "l2":
-            return y.norm(dim=-1)
-        if self.metric == "mean":
-            return y.mean(-1)
-        if self.metric == "clip":
-            return y.clamp_min(0).mean(-1)
-        if self.metric == "softplus":
-            return F.softplus(y).mean(-1)
-        return F.softplus(y).topk(min(self.topk, y.shape[-1]), dim=-1).values.mean(-1)
+def step_size(direction: ScanDirection) -> Tensor:
+    """Step sizes [B, L, E] of a scan's direction, at least fp32."""
+    low = direction.proj[..., : direction.proj.shape[-1] - 2 * direction.A.shape[1]]
+    dtype = torch.promote_types(direction.proj.dtype, torch.float32)
+    return step_sizes(low, direction.dt_weight, direction.dt_bias, True, dtype)
 
 
 def _at_least_fp32(t: Tensor) -> Tensor:
@@ -159,42 +124,54 @@ class BidirectionalMamba(nn.Module):
         x_f, x_b = self.convolve(x_BLE)
         return self.direction(x_f, reverse=False), self.direction(x_b, reverse=True)
 
-    def forward(self, u_BLD: Tensor, score: ScoreOptions | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, u_BLD: Tensor, trace: tuple[str, ...] = ()) -> tuple[Tensor, BlockTrace | None]:
         """Mixes tokens [B, L, D].
 
         Args:
             u_BLD: Tokens.
-            score: How each token's importance is computed.
+            trace: Fields of :class:`~mambascope.layers.trace.BlockTrace` that are wanted.
 
         Returns:
-            The mixed tokens [B, L, D] and, if ``score`` is given, each token's importance [B, L] (detached, fp32).
+            The mixed tokens [B, L, D] and, if anything was asked for, the trace.
         """
         x_BLE, z_BLE = self.project(u_BLD)
         forward, backward = self.directions(x_BLE)
-        if score is None:
+        if not trace:
             return project(self.out_proj, self.scan_both(forward, backward, z_BLE)), None
-        if score.fused:
-            y, top = bidirectional_scan(
-                forward, backward, z_BLE, scale=0.5, return_score=True, backend=self.scan_backend
+        top, outputs = None, None
+        if "outputs" in trace:
+            out, outputs = self._scan_apart(forward, backward, z_BLE)
+        elif "top" in trace:
+            out, top = self._scan_with_top(forward, backward, z_BLE)
+        else:
+            out = project(self.out_proj, self.scan_both(forward, backward, z_BLE))
+        with torch.no_grad():
+            if "top" in trace and outputs is not None:
+                top = (outputs[0] + outputs[1]).amax(-1)
+            return out, BlockTrace(
+                top=top,
+                outputs=outputs,
+                steps=(step_size(forward), step_size(backward)) if "steps" in trace else None,
+                gate=z_BLE.detach() if "gate" in trace else None,
             )
-            # softplus is monotone: the largest softplus is the softplus of the largest output
-            return project(self.out_proj, y), F.softplus(top)
-        return self._forward_scored(forward, backward, z_BLE, score)
 
     def scan_both(self, forward: ScanDirection, backward: ScanDirection, z_BLE: Tensor) -> Tensor:
         """Half the gated sum of both directions' SSM outputs [B, L, E], in one call."""
         return bidirectional_scan(forward, backward, z_BLE, scale=0.5, backend=self.scan_backend)
 
-    def _forward_scored(
-        self, forward: ScanDirection, backward: ScanDirection, z_BLE: Tensor, score: ScoreOptions
-    ) -> tuple[Tensor, Tensor]:
-        """The ablation variants of the score: both directions' outputs are materialised."""
+    def _scan_with_top(self, forward: ScanDirection, backward: ScanDirection, z_BLE: Tensor) -> tuple[Tensor, Tensor]:
+        """The mixer's output [B, L, D] and each token's largest SSM output [B, L], which the fused scan returns."""
+        y, top = bidirectional_scan(forward, backward, z_BLE, scale=0.5, return_score=True, backend=self.scan_backend)
+        return project(self.out_proj, y), top.detach()
+
+    def _scan_apart(
+        self, forward: ScanDirection, backward: ScanDirection, z_BLE: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The mixer's output [B, L, D] and the SSM outputs of both directions, two [B, L, E], one after the other."""
         # the sum of both directions overflows half precision before it is halved
         y_f = _at_least_fp32(self.scan(forward, reverse=False))
         y_b = _at_least_fp32(self.scan(backward, reverse=True))
-        out = self.finish(y_f + y_b, z_BLE)
-        with torch.no_grad():
-            return out, score.reduce(y_f + y_b)
+        return self.finish(y_f + y_b, z_BLE), (y_f.detach(), y_b.detach())
 
     def finish(self, y_BLE: Tensor, z_BLE: Tensor) -> Tensor:
         """The mixer's output [B, L, D] from the sum of both directions' SSM outputs and the gate, both [B, L, E]."""

@@ -281,8 +281,7 @@ class VimBackbone(EncoderBackbone):
         )
 
     def _look(self, x: Tensor) -> Look:
-        stem_maps = self.encoder.patch_embed.stem_maps(x)
-        _, maps, cls = self.encoder._intermediates(x, list(self.out_indices), None, False, stem_maps)
+        _, maps, cls, stem_maps = self.encoder._intermediates(x, list(self.out_indices), None, False)
         detail = [] if self.detail is None else self.detail(x, stem_maps)
         return Look(maps, [c.squeeze(1) for c in cls], detail)
 

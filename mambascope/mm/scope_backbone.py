@@ -169,9 +169,8 @@ class ScopeBackbone(EncoderBackbone):
 
     def _part(self, x: Tensor) -> _Part:
         """Both stages on images [n, 3, H, W] of whole cells."""
-        half = self.encoder.half_image(x)
-        stem_maps = self.encoder.patch_embed.stem_maps(half)
-        coarse = self.encoder.forward_half(half, self.out_indices, stem_maps)
+        coarse = self.encoder.forward_coarse(x, self.out_indices)
+        half, stem_maps = self.encoder.half_image(x), coarse.stem_maps
         logits = confidence = None
         if self.gate is not None:
             logits = self.gate.logits(coarse)
@@ -214,12 +213,11 @@ class ScopeBackbone(EncoderBackbone):
 
     def _fine_look(self, x: Tensor, coarse: CoarseState) -> tuple[Look, Tensor]:
         """Fine tokens on the fine grid, with the detail of the whole image; and the cells re-read [B, k]."""
-        stem_maps = self.encoder.patch_embed.stem_maps(x)
-        fine = self.encoder.forward_fine(x, coarse, take=self.out_indices, stem_maps=stem_maps)
+        fine = self.encoder.forward_fine(x, coarse, take=self.out_indices)
         at = cls_index(fine.length - 1, self.encoder.config.fine_cls)
         maps = [self.encoder.fine_map(t, fine, coarse.grid) for t in fine.taken]
         maps = self._with_places(maps, self._coarse_grids(coarse))
-        detail = [] if self.detail is None else self.detail(x, stem_maps)
+        detail = [] if self.detail is None else self.detail(x, fine.stem_maps)
         return Look(maps, [t[:, at] for t in fine.taken], detail), fine.selected
 
     def cost(self, height: int, width: int, convention: str = "both_directions") -> tuple[float, float]:

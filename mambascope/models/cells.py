@@ -1,4 +1,4 @@
-"""Which coarse cells are read again, and in which order their tokens enter the fine stage (MambaScope eq. 11-16).
+"""Which coarse cells are read again, and in which order their tokens enter the fine stage (MambaScope eq. 13-16).
 
 Shape letters: B batch, M coarse cells, k selected cells. Pure functions without parameters.
 """
@@ -6,7 +6,6 @@ Shape letters: B batch, M coarse cells, k selected cells. Pure functions without
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -25,18 +24,8 @@ def num_selected(alpha: float, num_cells: int) -> int:
     return min(num_cells, math.ceil(alpha * num_cells - 1e-9))
 
 
-def average_importance(scores: Iterable[Tensor], beta: float) -> Tensor:
-    """Momentum average of the layers' scores [B, M], starting from zero: ``S <- beta S + (1 - beta) s`` (eq. 12)."""
-    total: Tensor | None = None
-    for score in scores:
-        total = (1 - beta) * score if total is None else beta * total + (1 - beta) * score
-    if total is None:
-        raise ValueError("scores must come from at least one layer")
-    return total
-
-
 def select_cells(importance_BM: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Splits the cells into the ``k`` most important ones and the others (eq. 13).
+    """Splits the cells into the ``k`` most important ones and the remaining ones (eq. 13).
 
     Ties go to the lower index.
 
@@ -45,7 +34,7 @@ def select_cells(importance_BM: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         alpha: Share to select, in [0, 1].
 
     Returns:
-        Selected cells [B, k] and the others [B, M - k], int64, each in raster order.
+        Selected cells [B, k] and the remaining ones [B, M - k], int64, each in raster order.
     """
     count = num_selected(alpha, importance_BM.shape[1])
     order = torch.sort(importance_BM, dim=1, descending=True, stable=True).indices

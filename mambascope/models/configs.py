@@ -6,12 +6,12 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
-from mambascope.layers.mixer import ScoreOptions
 from mambascope.layers.pos_embed import CLS_POSITIONS
 from mambascope.layers.reuse import REUSE_KINDS
 from mambascope.layers.stem import stem_convs
-from mambascope.models.gate import check_threshold
+from mambascope.models.gate import GATES, check_threshold
 from mambascope.models.retired import without_retired
+from mambascope.models.scores import SCORES, Score
 from mambascope.ops import check_backend
 from mambascope.utils import as_number, check_choice, check_positive, share
 
@@ -149,7 +149,10 @@ class ScopeConfig(VimConfig):
         alpha: Share of coarse cells that the fine stage re-reads (section 3.3). 0 is the coarse model alone.
         beta: Momentum of the importance average over layers (eq. 12, Table 6).
         threshold: Confidence eta at which the coarse answer is accepted. ``<= 0`` always, ``>= 1`` never.
-        score_metric: Token importance: ``max``, ``l2``, ``mean``, ``clip``, ``softplus`` or ``topk`` (Table 4).
+        gate: What says how sure the coarse answer is: a name in :data:`mambascope.models.gate.GATES`. ``max``: the
+            largest class probability.
+        score_metric: Token importance: a name in :data:`mambascope.models.scores.SCORES`. ``max``, ``l2``, ``mean``,
+            ``clip``, ``softplus`` and ``topk`` are the paper's (Table 4).
         score_topk: Channels averaged by ``topk``.
         score_layers: From how many of the last layers every second one takes part; ``None``: half of all (Table 6).
         fine_cls: Place of the CLS token in the fine sequence (Table 7).
@@ -164,6 +167,7 @@ class ScopeConfig(VimConfig):
     alpha: float = 0.7
     beta: float = 0.99
     threshold: float = 0.8
+    gate: str = "max"
     score_metric: str = "max"
     score_topk: int = 16
     score_layers: int | None = None
@@ -185,8 +189,10 @@ class ScopeConfig(VimConfig):
         object.__setattr__(self, "alpha", share("alpha", self.alpha))
         object.__setattr__(self, "beta", share("beta", self.beta, below_one=True))
         object.__setattr__(self, "threshold", check_threshold(self.threshold))
+        for name, entries in (("gate", GATES), ("score_metric", SCORES)):
+            if getattr(self, name) not in entries:
+                raise ValueError(f"{name} must be one of {', '.join(entries)}, got {getattr(self, name)!r}")
         check_positive("score_topk", self.score_topk)
-        _ = self.score  # checks the metric
         if self.score_layers is not None:
             check_positive("score_layers", self.score_layers)
             if self.score_layers > self.depth:
@@ -207,9 +213,9 @@ class ScopeConfig(VimConfig):
             raise ValueError("reuse_cls needs reuse to be 'mlp' or 'linear', got reuse='off'")
 
     @property
-    def score(self) -> ScoreOptions:
-        """The token score's options."""
-        return ScoreOptions(self.score_metric, self.score_topk)
+    def score(self) -> Score:
+        """The token score."""
+        return SCORES[self.score_metric]
 
     @property
     def taking_part(self) -> tuple[int, ...]:

@@ -51,15 +51,12 @@ class _Waiting:
 
 
 def concatenate_states(states: list[CoarseState]) -> CoarseState:
-    """Joins coarse states of images of one size along the batch."""
+    """Joins coarse states of images of one size along the batch, without block outputs."""
     if len(states) == 1:
         return states[0]
-    joined = {f.name: getattr(states[0], f.name) for f in fields(CoarseState)}
-    for name, value in joined.items():
-        if isinstance(value, Tensor):
-            joined[name] = torch.cat([getattr(s, name) for s in states])
-    joined["taken"] = [torch.cat(parts) for parts in zip(*(s.taken for s in states), strict=True)]
-    return CoarseState(**joined)
+    names = ("logits", "cls", "features", "tokens", "importance")
+    logits, cls, features, tokens, importance = (torch.cat([getattr(s, name) for s in states]) for name in names)
+    return CoarseState(logits, cls, features, tokens, importance, states[0].grid)
 
 
 class ScopePredictor:

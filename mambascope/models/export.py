@@ -39,8 +39,7 @@ class CoarseStage(nn.Module):
         """Images [B, C, H, W] to logits [B, classes], confidence [B], importance [B, M], features and tokens [B, M, d]
         and the CLS output [B, d]."""
         coarse = self.model.forward_coarse(images)
-        conf = self.model.confidence(coarse.logits)
-        return coarse.logits, conf, coarse.importance, coarse.features, coarse.tokens, coarse.cls
+        return coarse.logits, self.model.gate(coarse), coarse.importance, coarse.features, coarse.tokens, coarse.cls
 
 
 class FineStage(nn.Module):
@@ -64,7 +63,7 @@ class FineStage(nn.Module):
         """Images [B, C, H, W] and four outputs of the coarse stage to logits [B, classes] and cells [B, k]."""
         patch = 2 * self.model.config.patch_size
         grid = (-(-images.shape[2] // patch), -(-images.shape[3] // patch))
-        coarse = CoarseState(cls, cls, features, tokens, importance, grid, [])  # its logits are not looked at
+        coarse = CoarseState(cls, cls, features, tokens, importance, grid)  # its logits are not looked at
         fine = self.model.forward_fine(images, coarse, self.alpha)
         return fine.logits, fine.selected
 

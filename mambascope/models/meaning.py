@@ -24,7 +24,7 @@ MEANING = (
 )  # fmt: skip
 """What the weights were trained to compute: another value makes other answers of the same tensors."""
 
-CHOICES = ("alpha", "beta", "threshold", "score_metric", "score_topk", "score_layers")
+CHOICES = ("alpha", "beta", "threshold", "gate", "score_metric", "score_topk", "score_layers")
 """How much is computed, and which cells are read again: free after training too, but results depend on it."""
 
 SILENT = ("img_size", "drop_rate", "drop_path_rate", "scan_backend", "chunk_size")

@@ -54,7 +54,7 @@ register(
         SCOPE_CONFIGS,
         settings=("alpha", "threshold"),
         mark="cls_token",
-        additions=("reuse.", "pos_embed_coarse"),
+        additions=("reuse.", "pos_embed_coarse", "gate."),
         tables={"pos_embed": None, "pos_embed_coarse": "pos_embed"},
     )
 )

@@ -1,5 +1,9 @@
 """MambaScope (arXiv 2512.00647): a Vim that looks coarsely first and re-reads only what it needs.
 
+The file follows the paper: coarse look (section 3.2), token importance (eq. 11-12), selection (eq. 13), fine sequence
+(eq. 14-16), feature reuse (eq. 17-19), dynamic inference, training (section 3.5). Whoever runs the stages on their own
+does the same in the same order: ``forward_coarse``, ``decide``, ``forward_fine``, ``ScopeOutput.merge``.
+
 Shape letters: B batch, M coarse cells, k selected cells, L tokens, d model width, C classes.
 """
 
@@ -9,27 +13,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from mambascope.layers import (
-    FeatureReuse,
-    cls_index,
-    gather_rows,
-    insert_cls,
-    pad_to,
-    remove_cls,
-    resample_pos_embed,
-)
-from mambascope.models.cells import average_importance, children, num_selected, select_cells
+from mambascope.layers import FeatureReuse, cls_index, gather_rows, insert_cls, pad_to, remove_cls, resample_pos_embed
+from mambascope.models.cells import children, num_selected, select_cells
 from mambascope.models.configs import ScopeConfig
-from mambascope.models.gate import check_threshold, confidence, exit_mask
+from mambascope.models.gate import GATES, check_threshold, exit_mask
+from mambascope.models.scope_maps import TwoStageContract
+from mambascope.models.scores import CoarseTrace
 from mambascope.models.states import CoarseState, FineState, ScopeOutput, StageLogits
-from mambascope.models.vim import VisionMamba
+from mambascope.models.vim import Encoded
 from mambascope.utils import share
 
 
-class MambaScope(VisionMamba):
+class MambaScope(TwoStageContract):
     """One Vim encoder for a half-size look and, where that is not enough, a second look at the important cells.
 
     In evaluation ``forward`` returns logits at ``self.threshold``; in training it returns both stages' logits.
@@ -37,11 +34,11 @@ class MambaScope(VisionMamba):
     Attributes:
         alpha: Share of cells to re-read; may be changed at any time.
         threshold: Confidence at which the coarse answer is accepted; may be changed at any time.
+        gate: What says how sure the coarse answer is.
+        reuse: What carries coarse features over to the fine stage; ``None`` without reuse.
     """
 
     config_class = ScopeConfig
-    two_stage = True
-    config: ScopeConfig
 
     def __init__(self, config: ScopeConfig | None = None, **overrides: Any) -> None:
         super().__init__(config, **overrides)
@@ -54,100 +51,68 @@ class MambaScope(VisionMamba):
             self.pos_embed_coarse = nn.Parameter(torch.zeros(1, cells + 1, config.embed_dim))
             nn.init.trunc_normal_(self.pos_embed_coarse, std=0.02)
         self.reuse = None if config.reuse == "off" else FeatureReuse(config.embed_dim, config.reuse, config.reuse_ratio)
+        self.gate = GATES[config.gate](config)
 
-    def _trained_grid(self, config: Any) -> tuple[int, int]:
-        rows, cols = (-(-side // (2 * config.patch_size)) for side in config.image_hw)
-        return 2 * rows, 2 * cols
+    def set_alpha(self, alpha: float) -> None:
+        """Sets the share of cells to re-read; raises ``ValueError`` outside [0, 1]."""
+        self.alpha = share("alpha", alpha)
 
-    # ---- the two stages ------------------------------------------------------------------------------------------
-
-    def _prepare(self, x: Tensor) -> Tensor:
-        """Pads images to whole cells."""
-        self.check_images(x)
-        return pad_to(x, 2 * self.config.patch_size)
-
-    def half_image(self, x: Tensor) -> Tensor:
-        """The half-size image."""
-        if x.device.type == "cpu" and x.dtype == torch.float32:
-            rows = x[..., 0::2, :] + x[..., 1::2, :]  # pooling runs one pixel at a time there: 6 times slower
-            return (rows[..., 0::2] + rows[..., 1::2]) * 0.25
-        return F.avg_pool2d(x, 2)  # bilinear at one half is the mean of four pixels
+    # ---- coarse look (section 3.2) -------------------------------------------------------------------------------
 
     def forward_coarse(self, x: Tensor, take: tuple[int, ...] | list[int] = ()) -> CoarseState:
-        """First look (section 3.2): the half-size image through the encoder.
+        """First look: the half-size image through the encoder.
 
         Args:
             x: Images [B, C, H, W] at full size.
             take: Blocks whose outputs are wanted.
         """
-        return self.forward_half(self.half_image(self._prepare(x)), take)
-
-    def forward_half(
-        self, half: Tensor, take: tuple[int, ...] | list[int] = (), stem_maps: list[Tensor] | None = None
-    ) -> CoarseState:
-        """:meth:`forward_coarse` of half-size images [B, C, H/2, W/2]; ``stem_maps``: theirs, if known."""
-        patches, grid = self._embed(half, stem_maps)
-        position = self.config.cls_position
+        config = self.config
         if self.pos_embed_coarse is None:
-            table = resample_pos_embed(self.pos_embed, self.grid, grid, position)
+            table, table_grid = self.pos_embed, self.grid
         else:
-            trained = (self.grid[0] // 2, self.grid[1] // 2)
-            table = resample_pos_embed(self.pos_embed_coarse, trained, grid, position)
-        tokens = insert_cls(patches, self.cls_token, position) + table
-        layers = self.config.taking_part
-        out, scores, taken = self.encode(tokens, score=self.config.score, score_layers=layers, take=take)
-        with torch.no_grad():
-            importance = average_importance((remove_cls(s.detach(), position) for s in scores), self.config.beta)
+            table, table_grid = self.pos_embed_coarse, (self.grid[0] // 2, self.grid[1] // 2)
+        half = self.embed(self.half_image(self.whole_cells(x)), table, table_grid)
+        encoded = self.encode(half.tokens, take=take, trace=config.score.needs, trace_layers=config.taking_part)
         return CoarseState(
-            logits=self.answer(out, position),
-            cls=out[:, cls_index(patches.shape[1], position)],
-            features=remove_cls(out, position),
-            tokens=remove_cls(tokens, position),
-            importance=importance,
-            grid=grid,
-            taken=taken,
+            logits=self.answer(encoded.tokens, config.cls_position),
+            cls=encoded.tokens[:, cls_index(half.tokens.shape[1] - 1, config.cls_position)],
+            features=remove_cls(encoded.tokens, config.cls_position),
+            tokens=remove_cls(half.tokens, config.cls_position),
+            importance=self.importance(encoded),
+            grid=half.grid,
+            taken=encoded.taken,
+            stem_maps=half.stem_maps,
         )
 
-    def _fine_tokens(
-        self, x: Tensor, coarse: CoarseState, selected: Tensor, stem_maps: list[Tensor] | None = None
-    ) -> Tensor:
-        """Embeddings [B, 4k, d] of the selected cells' patches with positions and reused features."""
-        cols = coarse.grid[1]
-        fine_grid = (2 * coarse.grid[0], 2 * cols)
-        tokens = self.patch_embed.embed_cells(x, selected // cols, selected % cols, stem_maps)
-        position = self.config.cls_position
-        table = remove_cls(resample_pos_embed(self.pos_embed, self.grid, fine_grid, position), position)
-        patches = children(selected, coarse.grid)
-        tokens = tokens + gather_rows(table, patches.flatten(1)).unflatten(1, patches.shape[1:])
-        if self.reuse is not None:
-            tokens = tokens + self.reuse(gather_rows(coarse.features, selected)).unsqueeze(2)
-        tokens = tokens.flatten(1, 2)
-        if self.config.cell_order == "raster":
-            tokens = gather_rows(tokens, patches.flatten(1).argsort(dim=1))
-        return tokens
+    def whole_cells(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] padded to whole cells."""
+        self.check_images(x)
+        return pad_to(x, 2 * self.config.patch_size)
 
-    def fine_sequence(
-        self, x: Tensor, coarse: CoarseState, alpha: float | None = None, stem_maps: list[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The fine stage's tokens [B, L, d], the selected cells [B, k] and the others [B, M - k] (eq. 13-16)."""
+    def half_image(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] at half their size."""
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            rows = x[..., 0::2, :] + x[..., 1::2, :]  # pooling runs one pixel at a time there: 6 times slower
+            return (rows[..., 0::2] + rows[..., 1::2]) * 0.25
+        return F.avg_pool2d(x, 2)  # bilinear at one half is the mean of four pixels
+
+    # ---- token importance (eq. 11-12) ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def importance(self, coarse: Encoded) -> Tensor:
+        """Importance of each cell [B, M] from what the coarse pass left."""
         config = self.config
-        selected, others = select_cells(coarse.importance, self.alpha if alpha is None else alpha)
-        fine = self._fine_tokens(self._prepare(x), coarse, selected, stem_maps)
-        rest = gather_rows(coarse.tokens, others).to(fine.dtype)
-        row = cls_index(self.pos_embed.shape[1] - 1, config.cls_position)
-        cls = self.cls_token + self.pos_embed[:, row : row + 1]
-        if self.reuse is not None and config.reuse_cls:
-            cls = cls + self.reuse(coarse.cls).unsqueeze(1)
-        sequence = torch.cat([fine, rest] if config.fine_order == "important_first" else [rest, fine], dim=1)
-        return insert_cls(sequence, cls, config.fine_cls), selected, others
+        position = config.cls_position
+        cls = coarse.tokens[:, cls_index(coarse.tokens.shape[1] - 1, position)]
+        features = remove_cls(coarse.tokens, position)
+        return config.score.compute(
+            CoarseTrace(coarse.traces, features, cls, self.classify, position, config.beta, config.score_topk)
+        )
+
+    # ---- selection (eq. 13), fine sequence (eq. 14-16), feature reuse (eq. 17-19) --------------------------------
 
     def forward_fine(
-        self,
-        x: Tensor,
-        coarse: CoarseState,
-        alpha: float | None = None,
-        take: tuple[int, ...] | list[int] = (),
-        stem_maps: list[Tensor] | None = None,
+        self, x: Tensor, coarse: CoarseState, alpha: float | None = None, take: tuple[int, ...] | list[int] = ()
     ) -> FineState:
         """Second look (section 3.3): selected cells at full resolution, the others as coarse tokens.
 
@@ -156,28 +121,55 @@ class MambaScope(VisionMamba):
             coarse: The same images' coarse state.
             alpha: Share of cells to re-read; ``None`` for ``self.alpha``.
             take: Blocks whose outputs are wanted.
-            stem_maps: Those of ``x``, if known.
         """
-        sequence, selected, others = self.fine_sequence(x, coarse, alpha, stem_maps)
-        tokens, _, taken = self.encode(sequence, take=take)
-        cls_out = tokens[:, cls_index(tokens.shape[1] - 1, self.config.fine_cls)]
-        return FineState(self.answer(tokens), cls_out, tokens, selected, others, taken)
+        selected, remaining = select_cells(coarse.importance, self.alpha if alpha is None else alpha)
+        x = self.whole_cells(x)
+        stem_maps = self.patch_embed.stem_maps(x)
+        sequence = self.fine_sequence(self.refined_tokens(x, stem_maps, coarse, selected), coarse, remaining)
+        tokens, taken, _ = self.encode(sequence, take=take)
+        position = self.config.fine_cls
+        cls = tokens[:, cls_index(tokens.shape[1] - 1, position)]
+        return FineState(self.answer(tokens, position), cls, tokens, selected, remaining, taken, stem_maps)
 
-    def forward_both(self, x: Tensor, alpha: float | None = None) -> StageLogits:
-        """Both stages for every image, as in training (section 3.5)."""
-        coarse = self.forward_coarse(x)
-        if num_selected(self.alpha if alpha is None else alpha, coarse.importance.shape[1]) == 0:
-            return StageLogits(coarse.logits, coarse.logits)  # alpha = 0 is the coarse model alone
-        return StageLogits(coarse.logits, self.forward_fine(x, coarse, alpha).logits)
+    def refined_tokens(self, x: Tensor, stem_maps: list[Tensor], coarse: CoarseState, selected: Tensor) -> Tensor:
+        """Tokens [B, 4k, d] of the selected cells' patches, with positions and reused features.
 
-    def confidence(self, logits: Tensor) -> Tensor:
-        """Confidence [B] of coarse logits [B, C] that the exit threshold is compared with."""
-        return confidence(logits)
+        Args:
+            x: Images [B, C, H, W] of whole cells.
+            stem_maps: What the stem makes of them.
+            coarse: The same images' coarse state.
+            selected: Cells [B, k].
+        """
+        rows, cols = coarse.grid
+        position = self.config.cls_position
+        patches = children(selected, coarse.grid)
+        table = remove_cls(resample_pos_embed(self.pos_embed, self.grid, (2 * rows, 2 * cols), position), position)
+        tokens = self.patch_embed.embed_cells(x, selected // cols, selected % cols, stem_maps)
+        tokens = tokens + gather_rows(table, patches.flatten(1)).unflatten(1, patches.shape[1:])
+        if self.reuse is not None:  # each cell's feature goes to its four patches
+            tokens = tokens + self.reuse(gather_rows(coarse.features, selected)).unsqueeze(2)
+        tokens = tokens.flatten(1, 2)
+        if self.config.cell_order == "raster":
+            tokens = gather_rows(tokens, patches.flatten(1).argsort(dim=1))
+        return tokens
+
+    def fine_sequence(self, refined: Tensor, coarse: CoarseState, remaining: Tensor) -> Tensor:
+        """The fine stage's sequence [B, 1 + 4k + M - k, d]: CLS, refined and remaining coarse tokens."""
+        config = self.config
+        at = cls_index(self.pos_embed.shape[1] - 1, config.cls_position)
+        cls = self.cls_token + self.pos_embed[:, at : at + 1]
+        if self.reuse is not None and config.reuse_cls:
+            cls = cls + self.reuse(coarse.cls).unsqueeze(1)
+        rest = gather_rows(coarse.tokens, remaining).to(refined.dtype)
+        parts = [refined, rest] if config.fine_order == "important_first" else [rest, refined]
+        return insert_cls(torch.cat(parts, dim=1), cls, config.fine_cls)
+
+    # ---- dynamic inference ---------------------------------------------------------------------------------------
 
     def decide(
         self, coarse: CoarseState, threshold: float | None = None, alpha: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Which images leave after the coarse stage (section 3.2).
+        """How sure the coarse answers are, and which of them stand.
 
         Args:
             coarse: State of the images.
@@ -185,17 +177,17 @@ class MambaScope(VisionMamba):
             alpha: Share of cells to re-read; ``None`` for ``self.alpha``. 0 accepts every coarse answer.
 
         Returns:
-            Confidence [B] and whether it is enough [B], bool.
+            Confidence [B] and whether the image leaves after the coarse stage [B], bool.
         """
         threshold = check_threshold(self.threshold if threshold is None else threshold)
-        if not self._has_classifier() and 0 < threshold < 1:
+        if not self.has_classifier and 0 < threshold < 1:
             raise ValueError(f"threshold must be 0 or 1 in a model without a classifier, got {threshold:g}")
         cells = num_selected(self.alpha if alpha is None else alpha, coarse.importance.shape[1])
-        conf = self.confidence(coarse.logits)
-        return conf, exit_mask(conf, threshold if cells else 0.0)
+        confidence = self.gate(coarse)
+        return confidence, exit_mask(confidence, threshold if cells else 0.0)
 
     def forward_scope(self, x: Tensor, threshold: float | None = None, alpha: float | None = None) -> ScopeOutput:
-        """Dynamic inference: the fine stage runs on the images whose coarse confidence is below the threshold only.
+        """Look, decide, refine, merge: the fine stage runs on images whose confidence is below the threshold only.
 
         Synchronises with the host once per batch, and not at all when the threshold alone decides. With a threshold of
         1 both stages run for every image: ``logits`` are the fine ones beside ``coarse_logits``.
@@ -208,9 +200,9 @@ class MambaScope(VisionMamba):
         threshold = check_threshold(self.threshold if threshold is None else threshold)
         alpha = self.alpha if alpha is None else alpha
         coarse = self.forward_coarse(x)
-        conf, exited = self.decide(coarse, threshold, alpha)
+        confidence, exited = self.decide(coarse, threshold, alpha)
         cells = num_selected(alpha, coarse.importance.shape[1])
-        output = ScopeOutput.start(coarse, conf, exited, cells)
+        output = ScopeOutput.start(coarse, confidence, exited, cells)
         if threshold <= 0 or cells == 0 or len(x) == 0:
             return output
         if threshold >= 1:
@@ -221,87 +213,18 @@ class MambaScope(VisionMamba):
             output.merge(self.forward_fine(x.index_select(0, rows), coarse.index_select(rows), alpha), rows)
         return output
 
-    # ---- timm's model contract -----------------------------------------------------------------------------------
+    # ---- training (section 3.5) ----------------------------------------------------------------------------------
+
+    def forward_both(self, x: Tensor, alpha: float | None = None) -> StageLogits:
+        """Both stages for every image; ``alpha``: share of cells to re-read, ``None`` for ``self.alpha``."""
+        coarse = self.forward_coarse(x)
+        if num_selected(self.alpha if alpha is None else alpha, coarse.importance.shape[1]) == 0:
+            return StageLogits(coarse.logits, coarse.logits)  # alpha = 0 is the coarse model alone
+        return StageLogits(coarse.logits, self.forward_fine(x, coarse, alpha).logits)
 
     def forward(self, x: Tensor) -> Any:
         """Training: :class:`StageLogits`. Evaluation: logits [B, C] at ``self.threshold``."""
         if self.training:
             return self.forward_both(x)
         # without class probabilities there is no confidence: a feature extractor refines everything
-        return self.forward_scope(x, None if self._has_classifier() else 1.0).logits
-
-    def _has_classifier(self) -> bool:
-        return self.num_classes > 0 and self.global_pool != ""
-
-    def _cls_position(self) -> str:
-        return self.config.fine_cls
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised tokens [B, L, d] of the fine stage for every image, in the order they were read."""
-        return self.forward_fine(x, self.forward_coarse(x)).tokens
-
-    def fine_map(self, tokens: Tensor, fine: FineState, grid: tuple[int, int]) -> Tensor:
-        """Scatters a fine sequence onto the full-size grid (section 5.2).
-
-        Fine tokens go to their patches; a cell that was not re-read gives its coarse token to its four patches.
-
-        Args:
-            tokens: Sequence [B, L, d] in the fine stage's order.
-            fine: The state with the cells.
-            grid: Rows and columns of the coarse grid.
-
-        Returns:
-            Map [B, d, 2 * rows, 2 * cols].
-        """
-        body = remove_cls(tokens, self.config.fine_cls)
-        count = 4 * fine.selected.shape[1]
-        if self.config.fine_order == "important_first":
-            own, rest = body[:, :count], body[:, count:]
-        else:
-            rest, own = body[:, : body.shape[1] - count], body[:, body.shape[1] - count :]
-        where = children(fine.selected, grid).flatten(1)
-        if self.config.cell_order == "raster":
-            where = where.sort(dim=1).values
-        index = torch.cat([where, children(fine.others, grid).flatten(1)], dim=1)
-        values = torch.cat([own, rest.repeat_interleave(4, dim=1)], dim=1)
-        out = torch.empty_like(values).scatter(1, index.unsqueeze(-1).expand_as(values), values)
-        return out.transpose(1, 2).unflatten(2, (2 * grid[0], 2 * grid[1]))
-
-    def _intermediates(
-        self, x: Tensor, take: list[int], stop: int | None, norm: bool, stem_maps: list[Tensor] | None = None
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Fine maps of the layers ``take``; the coarse pass needs every block, so nothing stops early."""
-        coarse = self.forward_coarse(x)
-        fine = self.forward_fine(x, coarse, take=take, stem_maps=stem_maps)
-        taken = [self._normalised(t) for t in fine.taken] if norm else fine.taken
-        maps = [self.fine_map(t, fine, coarse.grid).contiguous() for t in taken]
-        at = cls_index(fine.length - 1, self.config.fine_cls)
-        return fine.tokens, maps, [t[:, at : at + 1] for t in taken]
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Removes the head only: the coarse pass needs every block and the final norm."""
-        take, _ = feature_take_indices(len(self.layers), indices)
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
-
-    def _resample_tables(self) -> None:
-        old = (self.grid[0] // 2, self.grid[1] // 2)
-        super()._resample_tables()
-        new = (self.grid[0] // 2, self.grid[1] // 2)
-        if self.pos_embed_coarse is not None:
-            self.pos_embed_coarse = self._resampled(self.pos_embed_coarse, old, new)
-
-    def set_alpha(self, alpha: float) -> None:
-        """Sets the share of cells to re-read; raises ``ValueError`` outside [0, 1]."""
-        self.alpha = share("alpha", alpha)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups for layer-wise learning rates; the reuse branch goes with the head."""
-        return {
-            "stem": r"^cls_token|pos_embed|patch_embed",
-            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f|^reuse", (99999,))],
-        }
+        return self.forward_scope(x, None if self.has_classifier else 1.0).logits

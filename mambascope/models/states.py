@@ -6,11 +6,16 @@ Shape letters: B batch, M coarse cells, k selected cells, L tokens, d model widt
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def merge(coarse: Tensor, fine: Tensor, rows: Tensor) -> Tensor:
+    """Puts what the fine stage says of images ``rows`` [n] int64 in the place of what the coarse stage said."""
+    return coarse.index_copy(0, rows, fine.to(coarse.dtype))
 
 
 class StageLogits(NamedTuple):
@@ -32,6 +37,7 @@ class CoarseState:
         importance: Averaged importance of each cell [B, M], without gradient.
         grid: Rows and columns of the coarse grid.
         taken: Requested block outputs [B, M + 1, d].
+        stem_maps: What a stem made of the half-size images, for dense models; none without a stem.
     """
 
     logits: Tensor
@@ -40,15 +46,20 @@ class CoarseState:
     tokens: Tensor
     importance: Tensor
     grid: tuple[int, int]
-    taken: list[Tensor]
+    taken: list[Tensor] = field(default_factory=list)
+    stem_maps: list[Tensor] = field(default_factory=list)
 
     def index_select(self, rows: Tensor) -> CoarseState:
-        """The state of some of the images, ``rows`` [n] int64."""
-        picked = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("logits", "cls", "features", "tokens", "importance"):
-            picked[name] = picked[name].index_select(0, rows)
-        picked["taken"] = [t.index_select(0, rows) for t in self.taken]
-        return CoarseState(**picked)
+        """The state of some of the images, ``rows`` [n] int64, without stem maps: the fine stage reads none."""
+        return CoarseState(
+            logits=self.logits.index_select(0, rows),
+            cls=self.cls.index_select(0, rows),
+            features=self.features.index_select(0, rows),
+            tokens=self.tokens.index_select(0, rows),
+            importance=self.importance.index_select(0, rows),
+            grid=self.grid,
+            taken=[t.index_select(0, rows) for t in self.taken],
+        )
 
 
 @dataclass
@@ -60,16 +71,18 @@ class FineState:
         cls: Normalised CLS output [B, d].
         tokens: Normalised sequence [B, L, d] in the order it was read.
         selected: Re-read cells [B, k], ascending.
-        others: The remaining cells [B, M - k], ascending.
+        remaining: The other cells [B, M - k], ascending.
         taken: Requested block outputs [B, L, d].
+        stem_maps: What a stem made of the images, for dense models; none without a stem.
     """
 
     logits: Tensor
     cls: Tensor
     tokens: Tensor
     selected: Tensor
-    others: Tensor
-    taken: list[Tensor]
+    remaining: Tensor
+    taken: list[Tensor] = field(default_factory=list)
+    stem_maps: list[Tensor] = field(default_factory=list)
 
     def split(self, sizes: list[int]) -> list[FineState]:
         """The states of consecutive images, as many as each of ``sizes`` says."""
@@ -82,7 +95,7 @@ class FineState:
             cls=self.cls[rows],
             tokens=self.tokens[rows],
             selected=self.selected[rows],
-            others=self.others[rows],
+            remaining=self.remaining[rows],
             taken=[t[rows] for t in self.taken],
         )
 
@@ -137,6 +150,6 @@ class ScopeOutput:
         if rows is None:
             self.logits, self.selected, self.tokens = fine.logits, fine.selected, self.tokens + fine.length
             return
-        self.logits = self.logits.index_copy(0, rows, fine.logits.to(self.logits.dtype))
-        self.selected = self.selected.index_copy(0, rows, fine.selected)
+        self.logits = merge(self.logits, fine.logits, rows)
+        self.selected = merge(self.selected, fine.selected, rows)
         self.tokens = self.tokens.index_add(0, rows, torch.full_like(rows, fine.length))

@@ -7,7 +7,7 @@ Loads the official checkpoints: state-dict names and shapes are theirs. Shape le
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import resample_patch_embed, trunc_normal_
@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mambascope.layers import (
     BidirectionalMamba,
+    BlockTrace,
     PatchEmbed,
     RMSNorm,
-    ScoreOptions,
     VimBlock,
     cls_index,
     insert_cls,
@@ -29,6 +29,50 @@ from mambascope.layers import (
 from mambascope.layers.plain import is_plain
 from mambascope.models.configs import GLOBAL_POOLS, VimConfig, with_overrides
 from mambascope.models.hub import HubMixin
+
+
+class Embedded(NamedTuple):
+    """What the encoder reads.
+
+    Attributes:
+        tokens: Patches and CLS with positions [B, M + 1, d].
+        grid: Rows and columns of the patches.
+        stem_maps: What a stem made of the images, for dense models; none without a stem.
+    """
+
+    tokens: Tensor
+    grid: tuple[int, int]
+    stem_maps: list[Tensor]
+
+
+class Encoded(NamedTuple):
+    """What the encoder gives.
+
+    Attributes:
+        tokens: Normalised output [B, L, d]; not normalised if the encoder was stopped early.
+        taken: Outputs [B, L, d] of the requested blocks, in ascending order: the residual stream after each.
+        traces: What the requested blocks left for a token score, in ascending order.
+    """
+
+    tokens: Tensor
+    taken: list[Tensor]
+    traces: list[BlockTrace]
+
+
+class Intermediates(NamedTuple):
+    """Outputs of several blocks as maps.
+
+    Attributes:
+        final: Normalised tokens [B, L, d] of the last block that ran.
+        maps: [B, d, h, w] each.
+        cls: CLS rows [B, 1, d] each.
+        stem_maps: What a stem made of the images; none without a stem.
+    """
+
+    final: Tensor
+    maps: list[Tensor]
+    cls: list[Tensor]
+    stem_maps: list[Tensor]
 
 
 class VisionMamba(nn.Module, HubMixin):
@@ -116,64 +160,59 @@ class VisionMamba(nn.Module, HubMixin):
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(x.shape)}")
 
-    def _embed(self, x: Tensor, stem_maps: list[Tensor] | None = None) -> tuple[Tensor, tuple[int, int]]:
-        """Patch tokens without positions [B, M, d] and their grid; ``stem_maps``: those of ``x``, if known."""
+    def embed(self, x: Tensor, table: Tensor, table_grid: tuple[int, int]) -> Embedded:
+        """The encoder's input for images [B, C, H, W]: patches, CLS and a position table of some grid."""
         self.check_images(x)
-        return self.patch_embed(x, stem_maps), self.patch_embed.grid_size(*x.shape[-2:])
+        position, grid = self.config.cls_position, self.patch_embed.grid_size(*x.shape[-2:])
+        stem_maps = self.patch_embed.stem_maps(x)
+        tokens = insert_cls(self.patch_embed(x, stem_maps), self.cls_token, position)
+        return Embedded(tokens + resample_pos_embed(table, table_grid, grid, position), grid, stem_maps)
 
-    def _tokens(self, x: Tensor, stem_maps: list[Tensor] | None = None) -> tuple[Tensor, tuple[int, int]]:
-        """The encoder's input [B, M + 1, d]: patches, CLS and positions."""
-        patches, grid = self._embed(x, stem_maps)
-        position = self.config.cls_position
-        table = resample_pos_embed(self.pos_embed, self.grid, grid, position)
-        return insert_cls(patches, self.cls_token, position) + table, grid
+    def _tokens(self, x: Tensor) -> Embedded:
+        """:meth:`embed` with the model's own position table."""
+        return self.embed(x, self.pos_embed, self.grid)
 
     def encode(
         self,
         tokens: Tensor,
         *,
-        score: ScoreOptions | None = None,
-        score_layers: tuple[int, ...] = (),
         take: tuple[int, ...] | list[int] = (),
         stop_after: int | None = None,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        trace: tuple[str, ...] = (),
+        trace_layers: tuple[int, ...] = (),
+    ) -> Encoded:
         """Runs the blocks and the final norm.
 
         Args:
             tokens: [B, L, d].
-            score: How token scores are computed in the layers named by ``score_layers``.
-            score_layers: Layers that return scores.
-            take: Layers whose output (the residual stream after the block) is returned.
+            take: Blocks whose output is returned.
             stop_after: Last block to run; the final norm is then skipped.
-
-        Returns:
-            Normalised output [B, L, d] (unnormalised if stopped early), scores [B, L] of ``score_layers`` in order,
-            outputs [B, L, d] of ``take`` in ascending order.
+            trace: Fields of :class:`~mambascope.layers.BlockTrace` that a token score reads.
+            trace_layers: Blocks in which it does.
         """
-        scores: list[Tensor] = []
-        taken: list[Tensor] = []
         hidden: Tensor = tokens
         residual: Any = None
-        last = len(self.layers) - 1 if stop_after is None else stop_after
-        for i, block in enumerate(self.layers[: last + 1]):
-            layer_score = score if i in score_layers else None
+        taken: list[Tensor] = []
+        traces: list[BlockTrace] = []
+        for i, block in enumerate(self.layers[: None if stop_after is None else stop_after + 1]):
+            wanted = trace if i in trace_layers else ()
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                hidden, residual, s = checkpoint(block, hidden, residual, layer_score, use_reentrant=False)
+                hidden, residual, left = checkpoint(block, hidden, residual, wanted, use_reentrant=False)
             else:
-                hidden, residual, s = block(hidden, residual, layer_score)
-            if s is not None:
-                scores.append(s)
+                hidden, residual, left = block(hidden, residual, wanted)
+            if left is not None:
+                traces.append(left)
             if i in take:
                 taken.append(residual + hidden)
         if stop_after is not None or isinstance(self.norm_f, nn.Identity):
-            return residual + hidden, scores, taken
-        return self.norm_f(hidden, residual)[0], scores, taken
+            return Encoded(residual + hidden, taken, traces)
+        return Encoded(self.norm_f(hidden, residual)[0], taken, traces)
 
     # ---- timm's model contract -----------------------------------------------------------------------------------
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised tokens [B, M + 1, d] of images [B, C, H, W], CLS at its place among the patches."""
-        return self.encode(self._tokens(x)[0])[0]
+        return self.encode(self._tokens(x).tokens).tokens
 
     def _cls_position(self) -> str:
         """Where CLS sits in what ``forward_features`` returns."""
@@ -238,7 +277,7 @@ class VisionMamba(nn.Module, HubMixin):
             raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
         take, last = feature_take_indices(len(self.layers), indices)
         stop = last if stop_early and intermediates_only else None
-        final, maps, prefixes = self._intermediates(x, take, stop, norm)
+        final, maps, prefixes, _ = self._intermediates(x, take, stop, norm)
         if output_fmt == "NLC":
             maps = [m.flatten(2).transpose(1, 2) for m in maps]
         if output_dict:
@@ -249,18 +288,16 @@ class VisionMamba(nn.Module, HubMixin):
         paired = list(zip(maps, prefixes, strict=True)) if return_prefix_tokens else maps
         return paired if intermediates_only else (final, paired)
 
-    def _intermediates(
-        self, x: Tensor, take: list[int], stop: int | None, norm: bool, stem_maps: list[Tensor] | None = None
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Final features, NCHW maps and CLS rows [B, 1, d] of ``take``; ``stem_maps``: those of ``x``, if known."""
-        tokens, grid = self._tokens(x, stem_maps)
-        final, _, taken = self.encode(tokens, take=take, stop_after=stop)
+    def _intermediates(self, x: Tensor, take: list[int], stop: int | None, norm: bool) -> Intermediates:
+        """Outputs of the blocks ``take`` as maps; ``stop``: last block to run."""
+        tokens, grid, stem_maps = self._tokens(x)
+        final, taken, _ = self.encode(tokens, take=take, stop_after=stop)
         if norm:
             taken = [self._normalised(t) for t in taken]
         position = self.config.cls_position
         at = cls_index(tokens.shape[1] - 1, position)
         maps = [remove_cls(t, position).transpose(1, 2).unflatten(2, grid).contiguous() for t in taken]
-        return final, maps, [t[:, at : at + 1] for t in taken]
+        return Intermediates(final, maps, [t[:, at : at + 1] for t in taken], stem_maps)
 
     def _normalised(self, tokens: Tensor) -> Tensor:
         return tokens if isinstance(self.norm_f, nn.Identity) else self.norm_f(tokens)[0]

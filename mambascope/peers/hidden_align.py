@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambascope.layers import BidirectionalMamba, ScoreOptions, cls_index, gather_rows
+from mambascope.layers import BidirectionalMamba, BlockTrace, cls_index, gather_rows
+from mambascope.models.scores import clipped
 from mambascope.ops import ScanDirection, selective_scan
 from mambascope.peers.base import (
     EncoderSizes,
@@ -37,8 +38,6 @@ from mambascope.peers.base import (
     order_with_cls,
     patch_rows,
 )
-
-_CLIPPED = ScoreOptions(metric="clip")  # the mean over channels ranks as the sum does
 
 
 @dataclass(frozen=True)
@@ -188,14 +187,14 @@ class HiddenAlign(Reducer):
         """The mixer's output [B, L, d], and the score where patches are pruned next."""
         scored = layer in self.ratios
         if state.gaps is None:
-            out, score = mixer(u_BLD, _CLIPPED if scored else None)
-            return out, replace(state, score=score)
+            out, trace = mixer(u_BLD, ("outputs",) if scored else ())
+            return out, replace(state, score=None if trace is None else clipped(trace))
         x_BLE, z_BLE = mixer.project(u_BLD)
         forward, backward = mixer.directions(x_BLE)
-        y_BLE = aligned_scan(forward, state.gaps, backend=mixer.scan_backend)
-        y_BLE = y_BLE + aligned_scan(backward, state.gaps, reverse=True, backend=mixer.scan_backend)
-        score = _CLIPPED.reduce(y_BLE.detach()) if scored else None
-        return mixer.finish(y_BLE, z_BLE), replace(state, score=score)
+        y_f = aligned_scan(forward, state.gaps, backend=mixer.scan_backend)
+        y_b = aligned_scan(backward, state.gaps, reverse=True, backend=mixer.scan_backend)
+        score = clipped(BlockTrace(outputs=(y_f.detach(), y_b.detach()))) if scored else None
+        return mixer.finish(y_f + y_b, z_BLE), replace(state, score=score)
 
     def after(self, layer: int, state: Any) -> AlignState:
         """Prunes, if this block is among the layers."""

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from mambascope import MambaScope, VisionMamba
 from mambascope.models.cells import children, num_selected, select_cells
+from mambascope.models.scores import largest, top_channels
 from tests.conftest import FineCalls, relative_error
 
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_classes": 5}
@@ -177,20 +178,14 @@ def test_every_option_changes_the_fine_logits(options):
 @torch.no_grad()
 def test_fused_score_equals_the_materialised_one():
     model, x = scope(), torch.randn(2, 3, 48, 48)
-    score = model.config.score
-    tokens, _ = model._tokens(x)
-    hidden, _ = model.layers[0].norm(tokens)
-    out, fused = model.layers[0].mixer(hidden, score)
+    hidden, _ = model.layers[0].norm(model._tokens(x).tokens)
     mixer = model.layers[0].mixer
-    seen = []
-    original = mixer._forward_scored
-    mixer._forward_scored = lambda *args: seen.append(original(*args)) or seen[-1]
-    object.__setattr__(score, "metric", "topk")
-    object.__setattr__(score, "topk", 1)  # the softplus of the one largest channel
-    out_slow, slow = mixer(hidden, score)
-    assert len(seen) == 1
+    out, fused = mixer(hidden, model.config.score.needs)
+    assert fused.outputs is None  # not made
+    out_slow, slow = mixer(hidden, ("outputs",))
     assert relative_error(out, out_slow) < 1e-5
-    assert relative_error(fused, slow) < 1e-5
+    # the softplus of the one largest channel
+    assert relative_error(largest(fused), top_channels(slow, 1)) < 1e-5
 
 
 def test_training_returns_both_stages_and_every_parameter_gets_a_gradient():
@@ -227,10 +222,11 @@ def test_children_are_the_four_fine_patches():
 def test_fine_map_puts_every_token_where_it_belongs(options):
     model, x = scope(alpha=0.5, **options), torch.randn(2, 3, 32, 48)
     coarse = model.forward_coarse(x)
-    sequence, selected, others = model.fine_sequence(x, coarse)
     fine = model.forward_fine(x, coarse)
+    selected, others = fine.selected, fine.remaining
+    embedded = model.refined_tokens(x, [], coarse, selected)
+    sequence = model.fine_sequence(embedded, coarse, others)
     spatial = model.fine_map(sequence, fine, coarse.grid).flatten(2).transpose(1, 2)
-    embedded = model._fine_tokens(x, coarse, selected)
     for b in range(2):
         where = children(selected[b], coarse.grid).flatten()
         if model.config.cell_order == "raster":
