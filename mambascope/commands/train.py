@@ -22,14 +22,15 @@ from mambascope._names import open_streams, printable
 from mambascope.data import DataError, load_data_modules
 from mambascope.data.datamodule import ResumableDataModule
 from mambascope.data.errors import worker_failure
-from mambascope.eye import MAMBAEYE_CONFIGS, MambaEye
+from mambascope.eye import MambaEye
 from mambascope.eye.module import EyeModule
 from mambascope.models import MambaScope
+from mambascope.models.architectures import ARCHITECTURES, architecture_of_entry, import_object
 from mambascope.models.checkpoint import CheckpointError
 from mambascope.models.description import TRANSFORM
 from mambascope.models.retired import LAST_COMMIT, RETIRED_LOSS, without_retired_loss
-from mambascope.training.args import RunArgs
-from mambascope.training.base import TrainModule
+from mambascope.training.args import ModelArgs, RunArgs
+from mambascope.training.base import TrainModule, is_main_process
 from mambascope.training.checkpointing import NonFiniteLossError, RunCheckpoint
 from mambascope.training.cluster import slurm_plugins
 from mambascope.training.ema import EmaWeights
@@ -37,7 +38,6 @@ from mambascope.training.export import ExportWeights
 from mambascope.training.io import AtomicCheckpointIO, read_training_checkpoint
 from mambascope.training.limits import planned_steps, reached_limit
 from mambascope.training.loggers import make_loggers
-from mambascope.training.module import ClassifierModule, is_main_process
 from mambascope.training.progress import TrainProgress
 from mambascope.training.runs import (
     CHECKPOINT_DIR,
@@ -83,7 +83,7 @@ class OneLineParser(LightningArgumentParser):
         missing = re.fullmatch(r"the following arguments are required: ([\w, ]+)", message)
         if missing:
             message = f"required: {', '.join(f'--data.{name}' for name in missing[1].split(', '))}"
-        if removed := [name for name in RETIRED_LOSS if f"loss.{name}" in message]:
+        if removed := [name for name in RETIRED_LOSS if f"loss.{name}" in message or f"'{name}'" in message]:
             message = f"{message}: {removed[0]} was removed; commit {LAST_COMMIT} is the last one that has it"
         print(f"error: {message} (see --help)", file=sys.stderr)
         raise SystemExit(2)
@@ -97,18 +97,23 @@ def data_facts(datamodule: Any) -> dict[str, Any]:
 
 def module_class(args: Sequence[str]) -> type[TrainModule]:
     """The Lightning module that trains the model which the command line or its last config names."""
+
+    def says(config: str, field: str) -> Any:
+        try:
+            return yaml.safe_load(Path(config).read_text(encoding="utf-8"))["model"]["net"][field]
+        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            return None  # the parser will say what is wrong with it
+
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--config", "-c", action="append", default=[])
     known.add_argument("--model.net.name", dest="name")
-    given, _ = known.parse_known_args(list(args))
-    name = given.name
-    for config in reversed(given.config if name is None else []):
-        try:
-            name = yaml.safe_load(Path(config).read_text(encoding="utf-8"))["model"]["net"]["name"]
-            break
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
-            continue  # it names no model, or the parser will say what is wrong with it
-    return EyeModule if name in MAMBAEYE_CONFIGS else ClassifierModule
+    given, rest = known.parse_known_args(list(args))
+    configs = list(reversed(given.config))
+    name = given.name or next((value for config in configs if (value := says(config, "name"))), ModelArgs.name)
+    options = next((value for config in configs if isinstance(value := says(config, "args"), dict)), {})
+    options |= {arg.split("=")[0].split(".")[3]: True for arg in rest if arg.startswith("--model.net.args.")}
+    architecture = architecture_of_entry(name, options) or ARCHITECTURES["mambascope"]
+    return import_object(architecture.module)
 
 
 class TrainCLI(LightningCLI):
@@ -152,6 +157,9 @@ class TrainCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the run, the average, the checkpoints and what to resume."""
+        kind: Any = self.model_class
+        loss = kind.loss_class
+        parser.set_defaults({"model.loss": {"class_path": f"{loss.__module__}.{loss.__qualname__}"}})
         parser.add_class_arguments(RunArgs, "run")
         parser.add_lightning_class_args(EmaWeights, "ema")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
@@ -168,9 +176,8 @@ class TrainCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Nothing is finetuned when a run is resumed: the checkpoint brings the weights, but not those of a teacher."""
-        teacher = self.config.model.get("teacher")
-        if teacher is not None and teacher.checkpoint is None and (teacher.kl_weight or teacher.token_weight):
-            teacher.checkpoint = self.config.model.net.checkpoint
+        kind: Any = self.model_class
+        kind.complete_options(self.config.model)
         if self.config.ckpt_path == "auto":
             run = self.config.run
             run.name = run.name or name_of(self._configs())

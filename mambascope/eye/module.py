@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import timm
@@ -17,7 +17,7 @@ from mambascope.eye.glimpses import GlimpseSequence
 from mambascope.eye.loss import GlimpseLoss
 from mambascope.eye.model import MambaEye
 from mambascope.models import load_checkpoint
-from mambascope.training.args import GlimpseLossArgs, ModelArgs, OptimizerArgs, ScheduleArgs
+from mambascope.training.args import ModelArgs, OptimizerArgs, ScheduleArgs
 from mambascope.training.base import TrainModule, is_main_process
 
 _CHUNK = 256  # glimpses whose logits exist at once in validation
@@ -43,7 +43,7 @@ class EyeModule(TrainModule):
 
     Args:
         net: The model.
-        loss: The loss.
+        loss: From logits [B, L, C], classes [B] and information ratios [B, L] to a mapping with ``loss`` and ``floor``.
         optimizer: AdamW.
         schedule: Learning rate over the steps.
         report_at: Glimpses after which validation accuracy is logged, besides the last one.
@@ -59,10 +59,12 @@ class EyeModule(TrainModule):
         monitor: Name of the metric that the best checkpoint is chosen by: accuracy after the last glimpse.
     """
 
+    loss_class = GlimpseLoss
+
     def __init__(
         self,
         net: ModelArgs = ModelArgs("mambaeye_nano_patch16"),  # noqa: B008 (frozen)
-        loss: GlimpseLossArgs = GlimpseLossArgs(),  # noqa: B008
+        loss: nn.Module | None = None,
         optimizer: OptimizerArgs = OptimizerArgs(),  # noqa: B008
         schedule: ScheduleArgs = ScheduleArgs(),  # noqa: B008
         report_at: Sequence[int] = (16, 64, 256, 512, 1024, 2048),
@@ -87,7 +89,7 @@ class EyeModule(TrainModule):
         self.model.set_grad_checkpointing(grad_checkpointing)
         self.matmul_precision = matmul_precision
         self.report_at = sorted(set(report_at))
-        self.criterion = GlimpseLoss(**asdict(loss))
+        self.criterion: nn.Module = self.loss_class() if loss is None else loss
         self.monitor = "val/top1"
         names = ["top1", "top5", "loss", "floor", *(f"top1_at_{step}" for step in self.report_at)]
         # values that are not finite stay visible

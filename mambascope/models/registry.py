@@ -52,6 +52,7 @@ register(
         ScopeConfig,
         MambaScope,
         SCOPE_CONFIGS,
+        module="mambascope.training.scope_module:ScopeModule",
         settings=("alpha", "threshold"),
         mark="cls_token",
         additions=("reuse.", "pos_embed_coarse", "gate."),

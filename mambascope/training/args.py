@@ -14,8 +14,8 @@ class ModelArgs:
         name: A timm entry of this package, e.g. ``mambascope_tiny_patch16_224`` or ``vim_small_patch16_224``, or one
             of timm's own, e.g. ``deit_tiny_patch16_224`` or ``resnet50``.
         args: Fields of the model's config to change: ``alpha``, ``threshold``, ``drop_path_rate``, ``img_size``, ...;
-            of timm's own, the arguments of its entries that are sizes and choices of classifiers
-            (:data:`mambascope.peers.timm_classifier.SHAPE_ARGS`), or say where weights come from.
+            of timm's own, the arguments of its entries that are sizes and choices of classifiers, or say where weights
+            come from.
         checkpoint: Weights to finetune from: official Vim ``.pth``, our ``.ckpt`` or ``.safetensors``, a folder with
             ``model.safetensors``, or shipped weights by name (``scopedigits``). Position tables are resampled to the
             model's resolution.
@@ -28,56 +28,6 @@ class ModelArgs:
     args: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     strict: bool = True
-
-
-@dataclass(frozen=True)
-class LossArgs:
-    """Training loss (MambaScope section 3.5).
-
-    Attributes:
-        kl_weight: Weight of KL(fine || coarse). MambaScope only.
-        temperature: Softening of both distributions in it. MambaScope only.
-        coarse_ce_weight: Weight of the coarse stage's own cross entropy. MambaScope only.
-        label_smoothing: Of the cross entropies.
-    """
-
-    kl_weight: float = 1.0
-    temperature: float = 1.0
-    coarse_ce_weight: float = 0.0
-    label_smoothing: float = 0.0
-
-
-@dataclass(frozen=True)
-class TeacherArgs:
-    """The unreduced Vim that a Vim with token reduction learns from.
-
-    Attributes:
-        checkpoint: Its weights; ``null`` takes those that the training starts from (``net.checkpoint``).
-        kl_weight: Weight of KL(teacher || model) between the logits. R-MeeTo and DyVM have 0.5.
-        token_weight: Weight of the same between the outputs of the patches that are left. DyVM has 0.5; not for methods
-            that merge.
-    """
-
-    checkpoint: str | None = None
-    kl_weight: float = 0.0
-    token_weight: float = 0.0
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anything is learned from it."""
-        return self.kl_weight != 0 or self.token_weight != 0
-
-
-@dataclass(frozen=True)
-class GlimpseLossArgs:
-    """Training loss of MambaEye.
-
-    Attributes:
-        plain_ce: The paper's ablation: plain cross entropy after every glimpse, instead of asking for as much
-            confidence as the image has been seen.
-    """
-
-    plain_ce: bool = False
 
 
 @dataclass(frozen=True)

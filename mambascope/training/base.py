@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -39,10 +39,12 @@ class TrainModule(LightningModule):
 
     Attributes:
         model: The timm model.
+        loss_class: The loss that a config without ``class_path`` means.
         monitor: Name of the metric that the best checkpoint is chosen by.
         val_metrics: Metrics of the validation by name.
     """
 
+    loss_class: ClassVar[type[nn.Module]]
     model: Any
     monitor: str
     val_metrics: nn.ModuleDict
@@ -64,6 +66,10 @@ class TrainModule(LightningModule):
         self.compile_model = compile
         self.seed = seed
         self._schedule: Scheduler | None = None
+
+    @classmethod
+    def complete_options(cls, options: Any) -> None:
+        """Fills in options of the config's section ``model`` that follow from others."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW; the schedule is driven by the step number (see ``on_train_batch_start``)."""

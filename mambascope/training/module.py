@@ -1,35 +1,26 @@
-"""Training and validation of the classifiers: MambaScope with both stages, and the one-stage models."""
+"""Training of image classifiers: what all kinds share, and those with one stage."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import timm
-import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
-from torchmetrics.classification import BinaryCalibrationError
 
 import mambascope  # noqa: F401  (registers the timm entries)
-from mambascope.models import SCOPE_CONFIGS, VIM_CONFIGS, MambaScope, load_checkpoint
-from mambascope.models.cells import num_selected
-from mambascope.models.cost import CONVENTIONS
+from mambascope.models import load_checkpoint
+from mambascope.models.architectures import architecture_of_entry, entry_names
+from mambascope.models.cost import StageCost
 from mambascope.models.flop_count import costs_of
-from mambascope.models.gate import confidence, exit_mask
-from mambascope.models.losses import ClassificationLoss, ScopeLoss
-from mambascope.peers import ReducedOutput, ReducedVim
-from mambascope.peers.cost import reduced_cost, switches_scans
-from mambascope.peers.loss import ReductionLoss
-from mambascope.peers.teacher import Teacher
-from mambascope.peers.timm_classifier import TimmConfig, create_timm_classifier, is_timm_classifier
-from mambascope.training.args import LossArgs, MixArgs, ModelArgs, OptimizerArgs, ScheduleArgs, TeacherArgs
+from mambascope.models.losses import ClassificationLoss
+from mambascope.models.two_stage import is_two_stage
+from mambascope.training.args import MixArgs, ModelArgs, OptimizerArgs, ScheduleArgs
 from mambascope.training.base import TrainModule, is_main_process
-
-SCOPE_METRICS = tuple(f"{stage}_{top}" for stage in ("coarse", "fine", "dynamic") for top in ("top1", "top5"))
 
 
 def build_model(args: ModelArgs, verbose: bool = True) -> Any:
@@ -38,31 +29,54 @@ def build_model(args: ModelArgs, verbose: bool = True) -> Any:
     Raises:
         ValueError: For an unknown model, an unknown field of its config, or a checkpoint that does not fit.
     """
-    known = sorted({**VIM_CONFIGS, **SCOPE_CONFIGS})
-    model: Any
-    if args.name in known:
-        model = timm.create_model(args.name, **args.args)
-    elif is_timm_classifier(args.name):
-        model = create_timm_classifier(TimmConfig.of(args.name, args.args))
-    else:
-        raise ValueError(f"net.name must be one of {', '.join(known)} or a classifier of timm's, got {args.name!r}")
+    architecture = architecture_of_entry(args.name, args.args)
+    if architecture is None:
+        raise ValueError(
+            f"net.name must be one of {', '.join(entry_names())} or a classifier of timm's, got {args.name!r}"
+        )
+    create = architecture.create
+    model: Any = timm.create_model(args.name, **args.args) if create is None else create(args.name, args.args)
     if args.checkpoint is not None:
         load_checkpoint(model, args.checkpoint, strict=args.strict, verbose=verbose)
     return model
 
 
-class ClassifierModule(TrainModule):
-    """Trains a classifier; a MambaScope with both stages on every image (section 3.5), others with cross entropy.
+def make_mixup(mix: MixArgs, num_classes: int) -> Mixup | None:
+    """Mixup and CutMix by timm; ``None`` for neither.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+    for name in ("mixup", "cutmix", "off_epochs"):
+        if getattr(mix, name) < 0:
+            raise ValueError(f"mix.{name} must be >= 0, got {getattr(mix, name)!r}")
+    for name in ("prob", "switch_prob"):
+        if not 0 <= getattr(mix, name) <= 1:
+            raise ValueError(f"mix.{name} must lie in [0, 1], got {getattr(mix, name)!r}")
+    if mix.mixup == 0 and mix.cutmix == 0:
+        return None
+    # smoothing is left to the loss: on mixed targets it gives the same numbers
+    return Mixup(
+        mixup_alpha=mix.mixup,
+        cutmix_alpha=mix.cutmix,
+        prob=mix.prob,
+        switch_prob=mix.switch_prob,
+        mode=mix.mode,
+        label_smoothing=0.0,
+        num_classes=num_classes,
+    )
+
+
+class ImageModule(TrainModule):
+    """Trains a classifier of images; its stages, and how they are measured, are up to the sub-class.
 
     Args:
         net: The model.
-        loss: The loss.
-        teacher: What a model with token reduction is trained with besides the labels.
+        loss: From the model's output in training and the targets to the loss, or to a mapping with ``loss`` and the
+            parts to log; ``None`` for a ``loss_class`` with its defaults.
         optimizer: AdamW.
         schedule: Learning rate over the steps.
         mix: Mixup and CutMix.
-        full_refine_epochs: First epochs in which the fine stage re-reads every cell (alpha = 1); after them, and always
-            in validation, the model's own alpha holds. The paper has 200 of 300.
         grad_checkpointing: Recompute blocks in the backward pass instead of keeping their activations.
         compile: Compile the training step's forward pass: true, or the name of a ``torch.compile`` backend.
         seed: Of everything that is drawn during training.
@@ -70,118 +84,44 @@ class ClassifierModule(TrainModule):
             where ``net.args`` does not say otherwise.
 
     Attributes:
-        model: The timm model.
-        monitor: Name of the metric that the best checkpoint is chosen by.
+        metrics: Names of the means that validation reports.
     """
+
+    metrics: tuple[str, ...]
 
     def __init__(
         self,
-        net: ModelArgs = ModelArgs(),  # noqa: B008 (frozen)
-        loss: LossArgs = LossArgs(),  # noqa: B008
-        teacher: TeacherArgs = TeacherArgs(),  # noqa: B008
-        optimizer: OptimizerArgs = OptimizerArgs(),  # noqa: B008
-        schedule: ScheduleArgs = ScheduleArgs(),  # noqa: B008
-        mix: MixArgs = MixArgs(),  # noqa: B008
-        full_refine_epochs: int = 0,
-        grad_checkpointing: bool = False,
-        compile: bool | str = False,
-        seed: int = 0,
-        data_facts: dict[str, Any] | None = None,
+        net: ModelArgs,
+        loss: nn.Module | None,
+        optimizer: OptimizerArgs,
+        schedule: ScheduleArgs,
+        mix: MixArgs,
+        grad_checkpointing: bool,
+        compile: bool | str,
+        seed: int,
+        data_facts: dict[str, Any] | None,
     ) -> None:
         super().__init__(net, optimizer, schedule, compile, seed)
-        if full_refine_epochs < 0:
-            raise ValueError(f"full_refine_epochs must be >= 0, got {full_refine_epochs}")
         self.mix_args = mix
-        self.full_refine_epochs = full_refine_epochs
         net = replace(net, args={**(data_facts or {}), **net.args})
-        held, wanted = (data_facts or {}).get("num_classes", 0), net.args.get("num_classes")
-        if isinstance(wanted, int) and wanted < held:
-            raise ValueError(f"num_classes must be at least the {held} classes of the data, got {wanted}")
+        classes, heads = (data_facts or {}).get("num_classes", 0), net.args.get("num_classes")
+        if isinstance(heads, int) and heads < classes:
+            raise ValueError(f"num_classes must be at least the {classes} classes of the data, got {heads}")
         self.model = build_model(net, verbose=is_main_process())
         if self.model.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2 to train a classifier, got {self.model.num_classes}")
         self.model.set_grad_checkpointing(grad_checkpointing)
-        self.two_stage = isinstance(self.model, MambaScope)
-        self.monitor = "val/dynamic_top1" if self.two_stage else "val/top1"
-        self.reduced = isinstance(self.model, ReducedVim)
-        if self.reduced and compile:
-            raise ValueError(f"compile is not available with reduction, which changes shapes, got {compile!r}")
-        self.criterion: nn.Module = (
-            ScopeLoss(**asdict(loss)) if self.two_stage else ClassificationLoss(loss.label_smoothing)
-        )
-        self.teacher = self._make_teacher(teacher, net)
-        if self.reduced:
-            self.criterion = ReductionLoss(
-                ClassificationLoss(loss.label_smoothing), teacher.kl_weight, teacher.token_weight
-            )
-        self.mixup = self._make_mixup(mix)
-        names = (
-            (*SCOPE_METRICS, "share_refined", "fine_loss", "coarse_loss")
-            if self.two_stage
-            else ("top1", "top5", "loss")
-        )
-        if self.reduced and switches_scans(self.model):
-            names += tuple(f"scan_share_{block}" for block in range(self.model.config.depth))
+        self.criterion: nn.Module = self.loss_class() if loss is None else loss
+        self.mixup = make_mixup(mix, self.model.num_classes)
         # values that are not finite stay visible
-        self.val_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
-        if self.two_stage:
-            self.val_metrics["gate_ece"] = BinaryCalibrationError(n_bins=15, validate_args=False)
+        self.val_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in self.metrics})
         self._val_size: tuple[int, int] | None = None
-
-    def _make_teacher(self, teacher: TeacherArgs, net: ModelArgs) -> Teacher | None:
-        if not teacher.wanted:
-            return None
-        if not self.reduced:
-            raise ValueError(f"teacher needs a model with reduction (net.args.reduction), got {net.name} without")
-        checkpoint = teacher.checkpoint or net.checkpoint
-        if checkpoint is None:
-            raise ValueError(
-                "teacher.checkpoint must be given: without it and net.checkpoint there is nothing to learn from"
-            )
-        return Teacher(self.model.config, checkpoint)
-
-    def _make_mixup(self, mix: MixArgs) -> Mixup | None:
-        for name in ("mixup", "cutmix", "off_epochs"):
-            if getattr(mix, name) < 0:
-                raise ValueError(f"mix.{name} must be >= 0, got {getattr(mix, name)!r}")
-        for name in ("prob", "switch_prob"):
-            if not 0 <= getattr(mix, name) <= 1:
-                raise ValueError(f"mix.{name} must lie in [0, 1], got {getattr(mix, name)!r}")
-        if mix.mixup == 0 and mix.cutmix == 0:
-            return None
-        # smoothing is left to the loss: on mixed targets it gives the same numbers
-        return Mixup(
-            mixup_alpha=mix.mixup,
-            cutmix_alpha=mix.cutmix,
-            prob=mix.prob,
-            switch_prob=mix.switch_prob,
-            mode=mix.mode,
-            label_smoothing=0.0,
-            num_classes=self.model.num_classes,
-        )
 
     def forward(self, x: Tensor) -> Any:
         """The model's own forward."""
         return self.model(x)
 
     # ---- training ------------------------------------------------------------------------------------------------
-
-    def _set_phase(self) -> None:
-        if isinstance(self.model, MambaScope):
-            full = self.current_epoch < self.full_refine_epochs
-            self.model.alpha = 1.0 if full else self.model.config.alpha
-
-    def _leaves_parameters(self) -> bool:
-        return self.two_stage and self._alpha() == 0  # the fine stage then reads no cell anew
-
-    def on_train_epoch_start(self) -> None:
-        """Announces the phase."""
-        if self.two_stage and self.current_epoch == self.full_refine_epochs > 0:
-            self.print(f"epoch {self.current_epoch}: from now on the fine stage re-reads alpha = {self._alpha():g}")
-
-    def _alpha(self) -> float:
-        assert isinstance(self.model, MambaScope)
-        return self.model.config.alpha
 
     def _mixed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         if self.mixup is None:
@@ -195,90 +135,89 @@ class ClassifierModule(TrainModule):
             return x, y
         return self.mixup(x, y)
 
+    def loss_parts(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """``loss`` and its parts, of images [B, C, H, W] and classes [B] or probabilities [B, C]."""
+        parts = self.criterion(self.model(x), y)
+        return dict(parts) if isinstance(parts, Mapping) else {"loss": parts}
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch of images [B, C, H, W] and classes [B]."""
-        x, y = self._mixed(batch[0], batch[1])
-        parts = self._reduced_parts(x, y) if self.reduced else self.criterion(self.model(x), y)
+        parts = self.loss_parts(*self._mixed(batch[0], batch[1]))
         if self._logs_now():
-            if self.reduced:
-                for name in parts.keys() - {"loss"}:
-                    self.log(f"train/{name}", parts[name])
-            self.log("train/loss", parts["loss"].detach(), prog_bar=not self.two_stage)
-            if self.two_stage:
-                self.log("train/fine_ce", parts["fine_ce"], prog_bar=True)
-                self.log("train/coarse_kl", parts["coarse_kl"], prog_bar=True)
-                self.log("train/coarse_ce", parts["coarse_ce"])
-                self.log("train/alpha", float(self.model.alpha))
+            self._log_parts({name: value.detach() for name, value in parts.items()})
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return parts["loss"]
 
-    def _reduced_parts(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """The loss of a model with token reduction, and its parts."""
-        output: ReducedOutput = self.model.forward_reduced(x)
-        taught = None if self.teacher is None else self.teacher(x)
-        return self.criterion(output, y, self.model.reduction.penalties(output), taught)
+    def _log_parts(self, parts: dict[str, Tensor]) -> None:
+        for name, value in parts.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
 
     # ---- validation ----------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Runs each stage once; what the threshold makes of them follows from the logits."""
-        x, y = batch[0], batch[1]
-        self._val_size = (x.shape[-2], x.shape[-1])
-        if not isinstance(self.model, MambaScope):
-            logits = self._one_stage_logits(x).float()
-            self._update("loss", F.cross_entropy(logits, y, reduction="none"))
-            self._update_tops("", logits, y)
-            return
-        coarse, fine = (logits.float() for logits in self.model.forward_both(x, self.model.config.alpha))
-        self._update("coarse_loss", F.cross_entropy(coarse, y, reduction="none"))
-        self._update("fine_loss", F.cross_entropy(fine, y, reduction="none"))
-        conf = confidence(coarse)
-        # alpha = 0 selects nothing, so that every coarse answer stands, as in forward_scope
-        selects = num_selected(self.model.config.alpha, self._cells()) > 0
-        exited = exit_mask(conf, self.model.threshold if selects else 0.0)
-        self._update_tops("coarse_", coarse, y)
-        self._update_tops("fine_", fine, y)
-        self._update_tops("dynamic_", torch.where(exited.unsqueeze(1), coarse, fine), y)
-        self._update("share_refined", (~exited).float())
-        self.val_metrics["gate_ece"].update(conf, (coarse.argmax(1) == y).long())  # type: ignore[operator]
+    def stage_costs(self, results: dict[str, Any], img_size: tuple[int, int]) -> tuple[dict[str, StageCost], float]:
+        """Cost per convention, and the share of images that take a second stage.
 
-    def _one_stage_logits(self, x: Tensor) -> Tensor:
-        """Logits [B, C]; the share of scans that ran is noted where it differs between images."""
-        if not (self.reduced and switches_scans(self.model)):
-            return self.model(x)
-        output = self.model.forward_reduced(x)
-        assert output.switches is not None
-        for block, share in enumerate(output.switches.mean(2).unbind(1)):
-            self._update(f"scan_share_{block}", share)
-        return output.logits
-
-    def _cells(self) -> int:
-        assert self._val_size is not None
-        height, width = (math.ceil(side / (2 * self.model.config.patch_size)) for side in self._val_size)
-        return height * width
+        Args:
+            results: Means of the validation by name.
+            img_size: Height and width of its images in pixels.
+        """
+        del results
+        return costs_of(self.model, img_size), 1.0
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics over all processes, and the mean GFLOPs they imply."""
-        if self.two_stage and self._val_size is None:  # a process without an image: its lists are empty ones, not none
-            nothing = torch.zeros(0, device=self.device)
-            self.val_metrics["gate_ece"].update(nothing, nothing.long())  # type: ignore[operator]
         results = self._results()
         height, width = self._over_processes(self._val_size or (0, 0), "max")
-        share = float(results["val/share_refined"]) if self.two_stage else 1.0
-        switched = self.reduced and switches_scans(self.model)
-        blocks = range(self.model.config.depth if switched else 0)
-        ran = [float(results[f"val/scan_share_{block}"]) for block in blocks] or None
-        size = int(height), int(width)
-        costs = costs_of(self.model, size, self._alpha() if self.two_stage else None)
-        if ran:
-            costs = {c: reduced_cost(self.model.config, size, convention=c, scan_share=ran) for c in CONVENTIONS}
+        costs, share = self.stage_costs(results, (int(height), int(width)))
         results["val/gflops"] = costs["one_direction"].gflops(share)
         results["val/gflops_both_directions"] = costs["both_directions"].gflops(share)
         self._log_results(results)
 
-    def describe(self) -> dict[str, Any]:
-        """Description of the model as it will be used, whatever the phase of the training."""
-        description = super().describe()
-        if self.two_stage:
-            description["config"]["alpha"] = self._alpha()
-        return description
+
+class ClassifierModule(ImageModule):
+    """Trains a classifier with one stage: a Vim, or one of timm's.
+
+    Args:
+        net: The model.
+        loss: From logits [B, C] and targets to the loss, or to a mapping with ``loss`` and the parts to log.
+        optimizer: AdamW.
+        schedule: Learning rate over the steps.
+        mix: Mixup and CutMix.
+        grad_checkpointing: Recompute blocks in the backward pass instead of keeping their activations.
+        compile: Compile the training step's forward pass: true, or the name of a ``torch.compile`` backend.
+        seed: Of everything that is drawn during training.
+        data_facts: Fields of the model's config that follow from the data (``num_classes``, ``img_size``); they hold
+            where ``net.args`` does not say otherwise.
+    """
+
+    loss_class = ClassificationLoss
+    metrics = ("top1", "top5", "loss")
+    monitor = "val/top1"
+
+    def __init__(
+        self,
+        net: ModelArgs = ModelArgs("vim_nano_patch8_64"),  # noqa: B008 (frozen)
+        loss: nn.Module | None = None,
+        optimizer: OptimizerArgs = OptimizerArgs(),  # noqa: B008
+        schedule: ScheduleArgs = ScheduleArgs(),  # noqa: B008
+        mix: MixArgs = MixArgs(),  # noqa: B008
+        grad_checkpointing: bool = False,
+        compile: bool | str = False,
+        seed: int = 0,
+        data_facts: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(net, loss, optimizer, schedule, mix, grad_checkpointing, compile, seed, data_facts)
+        if is_two_stage(self.model):
+            raise ValueError(f"ClassifierModule trains models with one stage; ScopeModule trains {net.name}")
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [B, C] of validation images [B, C, H, W]."""
+        return self.model(x)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accuracy and cross entropy of a batch of images [B, C, H, W] and classes [B]."""
+        x, y = batch[0], batch[1]
+        self._val_size = (x.shape[-2], x.shape[-1])
+        logits = self.logits(x).float()
+        self._update("loss", F.cross_entropy(logits, y, reduction="none"))
+        self._update_tops("", logits, y)

@@ -14,10 +14,10 @@ from mambascope.models.cost import stage_macs
 from mambascope.models.losses import cross_entropy
 from mambascope.peers.cost import scan_share
 from mambascope.peers.loss import ReductionLoss
+from mambascope.peers.module import ReducedModule, TeacherArgs
 from mambascope.peers.teacher import Teacher
-from mambascope.training.args import ModelArgs, OptimizerArgs, ScheduleArgs, TeacherArgs
+from mambascope.training.args import ModelArgs, OptimizerArgs, ScheduleArgs
 from mambascope.training.ema import EmaWeights
-from mambascope.training.module import ClassifierModule
 from tests.training.helpers import tiny, train
 from tests.training.test_module import data, trainer
 
@@ -37,7 +37,7 @@ def vim(tmp_path):
 def module(reduction, checkpoint=None, teacher=TeacherArgs(), seed=0):  # noqa: B008
     torch.manual_seed(seed)
     net = ModelArgs("vim_nano_patch8_64", {**SMALL, "reduction": reduction}, checkpoint)
-    return ClassifierModule(
+    return ReducedModule(
         net, teacher=teacher, optimizer=OptimizerArgs(lr=1e-3, lr_batch=None), schedule=ScheduleArgs(warmup_epochs=0.5)
     )
 
@@ -155,7 +155,7 @@ def test_mistakes(vim, tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         module(MEETO, vim, TeacherArgs(str(tmp_path / "none.safetensors"), kl_weight=1.0))
     with pytest.raises(ValueError, match="compile is not available with reduction"):
-        ClassifierModule(ModelArgs("vim_nano_patch8_64", {**SMALL, "reduction": MEETO}), compile=True)
+        ReducedModule(ModelArgs("vim_nano_patch8_64", {**SMALL, "reduction": MEETO}), compile=True)
     net = module(MEETO, vim, TeacherArgs(token_weight=0.5))
     x = torch.randn(2, 3, 32, 32)
     with pytest.raises(ValueError, match="token_weight must be 0 where tokens are merged"):

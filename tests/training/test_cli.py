@@ -12,8 +12,10 @@ import mambascope
 from mambascope.commands.cost import model_config
 from mambascope.commands.train import TrainCLI, complete_args, main
 from mambascope.models.cost import count_parameters
+from mambascope.models.losses import ScopeLoss
 from mambascope.training.runs import find_checkpoint, find_config, leave_runs, new_run, run_of, shipped_configs
 from tests.training.helpers import tiny, train
+from tests.training.test_module import HingeLoss
 
 CONFIGS = shipped_configs()
 
@@ -90,6 +92,20 @@ def test_runs_without_arguments_on_the_builtin_data(here):
     assert built.run_dir.parts == ("runs", "scopedigits")
 
 
+def test_losses_are_named_by_class_path_or_by_the_options_of_the_default(here):
+    short = cli("--model.loss.coarse_ce_weight=0.5", "--model.loss.label_smoothing", "0.1").model.criterion
+    assert type(short) is ScopeLoss
+    assert (short.kl_weight, short.coarse_ce_weight, short.label_smoothing) == (0.5, 0.5, 0.1)  # the config has 0.5
+    path = "mambascope.models.losses.ScopeLoss"
+    (here / "path.yaml").write_text(f"model: {{loss: {{class_path: {path}, init_args: {{kl_weight: 0.25}}}}}}")
+    built = cli("--config", "scopedigits", "--config", "path.yaml")
+    assert (type(built.model.criterion), built.model.criterion.kl_weight) == (ScopeLoss, 0.25)
+    own = cli("--model.loss", "tests.training.test_module.HingeLoss", "--model.loss.margin=0.5")
+    assert (type(own.model.criterion), own.model.criterion.margin) == (HingeLoss, 0.5)
+    written = yaml.safe_load((own.run_dir / "config.yaml").read_text())["model"]["loss"]
+    assert written == {"class_path": "tests.training.test_module.HingeLoss", "init_args": {"margin": 0.5}}
+
+
 def test_overrides_and_seed(here):
     built = cli("--model.net.args.alpha=0.25", "--data.batch_size=7", "--seed_everything=5", "--ema.decay=0")
     assert (built.model.model.alpha, built.datamodule.batch_size) == (0.25, 7)
@@ -120,8 +136,11 @@ def test_print_config_is_a_config(here, capsys):
         (["--data.batchsize", "1"], "Option 'batchsize' is not accepted"),
         (["--model.net.args.alhpa", "0.5"], "unknown model argument alhpa"),
         (["--model.optimizer.lr", "fast"], "model.optimizer.lr"),
-        (["--model.net.name", "resnet51"], "net.name must be one of mambascope_base_patch16_224"),
-        (["--model.net.name", "resnet18", "--model.net.args.depth=3"], "resnet18 is not made with alpha, fine_cls"),
+        (["--model.net.name", "resnet51"], "net.name must be one of mambaeye_base, mambaeye_nano_patch16"),
+        (
+            ["--model.net.name", "resnet18", "--model.net.args.depth=3"],
+            "Option 'kl_weight' is not accepted",
+        ),
         (["--model.net.checkpoint", "no.pth"], "checkpoint no.pth does not exist"),
         (["--trainer.max_epoch", "3"], "--trainer.max_epoch"),
         (["--ckpt_path", "last"], "ckpt_path 'last': no run below runs/ has a last.ckpt"),

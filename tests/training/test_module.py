@@ -5,18 +5,23 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
+from torch import nn
 
 from mambascope.data import ScopeDigitsDataModule
 from mambascope.data.scopedigits_config import ScopeDigitsConfig
 from mambascope.evaluation.collect import collect
 from mambascope.evaluation.sweep import calibration_error, sweep
 from mambascope.models.cost import stage_macs
-from mambascope.training.args import LossArgs, MixArgs, ModelArgs, OptimizerArgs, ScheduleArgs
+from mambascope.models.losses import ClassificationLoss, ScopeLoss
+from mambascope.models.states import StageLogits
+from mambascope.training.args import MixArgs, ModelArgs, OptimizerArgs, ScheduleArgs
 from mambascope.training.checkpointing import RunCheckpoint
 from mambascope.training.ema import EmaWeights
 from mambascope.training.module import ClassifierModule
 from mambascope.training.rng import step_seed
+from mambascope.training.scope_module import ScopeModule
 from tests.conftest import FineCalls
 
 SMALL = {"img_size": 32, "embed_dim": 16, "depth": 2, "d_state": 4, "num_classes": 10, "alpha": 0.5}
@@ -27,7 +32,8 @@ def module(args=None, name="mambascope_nano_patch8_64", **options):
     options.setdefault("optimizer", OptimizerArgs(lr=1e-3, lr_batch=None))
     options.setdefault("schedule", ScheduleArgs(warmup_epochs=0.5))
     torch.manual_seed(0)
-    return ClassifierModule(ModelArgs(name, {**(SMALL if "scope" in name else VIM), **(args or {})}), **options)
+    kind, sizes = (ScopeModule, SMALL) if "scope" in name else (ClassifierModule, VIM)
+    return kind(ModelArgs(name, {**sizes, **(args or {})}), **options)
 
 
 def data(train=48, val=24, batch=4):
@@ -108,6 +114,39 @@ def test_groups_without_weight_decay_and_layer_decay(tmp_path):
     assert scale["patch_embed.proj.weight"] < scale["layers.0.norm.weight"] < scale["layers.1.norm.weight"] <= 1.0
 
 
+class HingeLoss(nn.Module):
+    """A loss of a user's own, which says its value alone."""
+
+    def __init__(self, margin: float = 1.0):
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, output, target):
+        logits = output.fine if isinstance(output, StageLogits) else output
+        return F.multi_margin_loss(logits, target, margin=self.margin)
+
+
+@pytest.mark.parametrize("name", ["mambascope_nano_patch8_64", "vim_nano_patch8_64"])
+def test_any_module_can_be_the_loss(tmp_path, name):
+    spy, net = Spy(), module(name=name, loss=HingeLoss(0.5))
+    fit = trainer(tmp_path, spy, max_epochs=1, log_every_n_steps=1)
+    fit.fit(net, data())
+    assert net.criterion.margin == 0.5
+    assert float(fit.callback_metrics["train/loss"]) == pytest.approx(spy.loss[-1])
+    parts = {key for key in fit.callback_metrics if key.startswith("train/")} - {"train/lr", "train/alpha"}
+    assert parts == {"train/loss"}
+
+
+def test_the_loss_by_default_and_its_parts(tmp_path):
+    net, fit = module(), trainer(tmp_path, max_epochs=1, log_every_n_steps=1)
+    fit.fit(net, data(train=8))
+    assert isinstance(net.criterion, ScopeLoss)
+    parts = {"train/loss", "train/fine_ce", "train/coarse_kl", "train/coarse_ce", "train/alpha", "train/lr"}
+    assert {key for key in fit.callback_metrics if key.startswith("train/")} == parts
+    assert {"train/fine_ce", "train/coarse_kl"} <= fit.progress_bar_metrics.keys()
+    assert isinstance(module(name="vim_nano_patch8_64").criterion, ClassificationLoss)
+
+
 def test_validation_metrics_equal_the_offline_sweep(tmp_path):
     net, images, spy = module(), data(), Spy()
     record = collect(net.model, images.val_dataloader(), progress=False).record
@@ -134,13 +173,13 @@ def test_validation_metrics_equal_the_offline_sweep(tmp_path):
 def test_validation_uses_the_models_alpha_in_every_phase(tmp_path):
     net = module(full_refine_epochs=5)
     seen = []
-    forward = net.model.forward_both
+    forward = net.model.forward_fine
 
-    def spy(x, alpha=None):
+    def spy(x, coarse, alpha=None):
         seen.append((net.training, alpha))
-        return forward(x, alpha)
+        return forward(x, coarse, alpha)
 
-    net.model.forward_both = spy
+    net.model.forward_fine = spy
     trainer(tmp_path, max_epochs=1).fit(net, data())
     assert set(seen) == {(True, None), (False, 0.5)}
     assert net.model.alpha == 1.0
@@ -259,20 +298,20 @@ def test_finetuning_at_another_resolution(tmp_path, capsys):
     source = module()
     save_safetensors(source.model, tmp_path / "start.safetensors")
     larger = ModelArgs("mambascope_nano_patch8_64", {**SMALL, "img_size": 64}, str(tmp_path / "start.safetensors"))
-    net = ClassifierModule(larger)
+    net = ScopeModule(larger)
     assert net.model.pos_embed.shape[1] == 65
     assert torch.equal(net.model.layers[0].mixer.in_proj.weight, source.model.layers[0].mixer.in_proj.weight)
     assert "resampled    2" in capsys.readouterr().out
     fewer = {**SMALL, "num_classes": 4}
     with pytest.raises(CheckpointError, match=r"head\.weight is \[10, 16\] in the file and \[4, 16\] in the model"):
-        ClassifierModule(ModelArgs(larger.name, fewer, larger.checkpoint))
-    ClassifierModule(ModelArgs(larger.name, fewer, larger.checkpoint, strict=False))
+        ScopeModule(ModelArgs(larger.name, fewer, larger.checkpoint))
+    ScopeModule(ModelArgs(larger.name, fewer, larger.checkpoint, strict=False))
 
 
 def test_what_the_data_say_about_the_model():
-    net = ClassifierModule(ModelArgs(args={"depth": 1}), data_facts={"num_classes": 4, "img_size": (32, 48)})
+    net = ScopeModule(ModelArgs(args={"depth": 1}), data_facts={"num_classes": 4, "img_size": (32, 48)})
     assert (net.model.num_classes, net.model.config.image_hw) == (4, (32, 48))
-    own = ClassifierModule(ModelArgs(args={"depth": 1, "num_classes": 7}), data_facts={"num_classes": 4})
+    own = ScopeModule(ModelArgs(args={"depth": 1, "num_classes": 7}), data_facts={"num_classes": 4})
     assert own.model.num_classes == 7
 
 
@@ -282,7 +321,7 @@ def test_what_the_data_say_about_the_model():
         ({"net": ModelArgs("resnet51")}, "net.name must be one of .*mambascope_tiny"),
         ({"net": ModelArgs(args={"alpah": 1})}, "unknown model argument alpah"),
         ({"net": ModelArgs(args={"num_classes": 0})}, "num_classes must be at least 2"),
-        ({"loss": LossArgs(temperature=-1)}, "temperature must be above 0"),
+        ({"net": ModelArgs("vim_nano_patch8_64")}, "ClassifierModule trains vim_nano_patch8_64"),
         ({"net": ModelArgs(args={"score_topk": "abc"})}, "score_topk must be a positive integer, got 'abc'"),
         ({"net": ModelArgs(args={"score_layers": 2.5})}, "score_layers must be a positive integer, got 2.5"),
         ({"mix": MixArgs(mixup=-1)}, "mix.mixup must be >= 0"),
@@ -293,7 +332,7 @@ def test_what_the_data_say_about_the_model():
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        ClassifierModule(**options)
+        ScopeModule(**options)
 
 
 @pytest.mark.parametrize(
