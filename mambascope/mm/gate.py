@@ -17,6 +17,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from mambascope.data.errors import DataError
+from mambascope.models.gate import Gate
 from mambascope.models.states import CoarseState
 from mambascope.utils import check_positive
 
@@ -146,7 +147,7 @@ def presence_from_labels(labels: Sequence[Tensor], num_classes: int, names: Sequ
     return torch.stack(rows)
 
 
-class DenseGate(nn.Module):
+class DenseGate(Gate):
     """How sure a segmentor or detector is after the coarse look: coarse state to confidence [B].
 
     It tells which classes are in the image (:meth:`logits`), how sure that is (:meth:`confidence`), and learns from the

@@ -22,7 +22,7 @@ from mambascope.models.cells import num_selected
 from mambascope.models.configs import SCOPE_CONFIGS
 from mambascope.models.gate import check_threshold, exit_mask
 from mambascope.models.scope import MambaScope
-from mambascope.models.states import CoarseState
+from mambascope.models.states import CoarseState, merge
 
 
 @dataclass
@@ -123,19 +123,20 @@ class ScopeBackbone(EncoderBackbone):
         """Maps [B, channels, H/s, W/s], see :meth:`forward_scope`."""
         return self.forward_scope(x, sizes).maps
 
-    def _decide(self, x: Tensor, confidence: Tensor | None, cells: int) -> Tensor:
-        """Which images [B] exit."""
-        everything = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    def _decide(self, coarse: CoarseState) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """The gate's logits [B, C] and confidence [B] (``None`` without one), and which images exit [B] bool."""
+        logits = None if self.gate is None else self.gate.logits(coarse)
+        confidence = None if self.gate is None or logits is None else self.gate.confidence(logits)
+        batch, cells = coarse.importance.shape
+        sure = coarse.importance.new_ones(batch)
         if num_selected(self.encoder.alpha, cells) == 0:
-            return everything  # alpha = 0 is the coarse model alone
+            return logits, confidence, exit_mask(sure, 0.0)  # alpha = 0 is the coarse model alone
         if self.training:
-            return torch.rand(x.shape[0], device=x.device) < self.exit_prob
+            return logits, confidence, torch.rand_like(sure, dtype=torch.float32) < self.exit_prob
         threshold = check_threshold(self.threshold)
-        if confidence is not None:
-            return exit_mask(confidence, threshold)
-        if 0 < threshold < 1:
+        if confidence is None and 0 < threshold < 1:
             raise ValueError(f"threshold must be 0 or 1 in a backbone without a gate, got {threshold:g}")
-        return everything if threshold <= 0 else ~everything
+        return logits, confidence, exit_mask(sure if confidence is None else confidence, threshold)
 
     def forward_scope(self, x: Tensor, sizes: Sequence[Sequence[int]] | None = None) -> ScopeFeatures:
         """Features of images with what was decided on the way; the fine pass reads refined images only.
@@ -168,28 +169,25 @@ class ScopeBackbone(EncoderBackbone):
         )
 
     def _part(self, x: Tensor) -> _Part:
-        """Both stages on images [n, 3, H, W] of whole cells."""
+        """Look, decide, refine, merge, as a MambaScope does, on images [n, 3, H, W] of whole cells."""
         coarse = self.encoder.forward_coarse(x, self.out_indices)
-        half, stem_maps = self.encoder.half_image(x), coarse.stem_maps
-        logits = confidence = None
-        if self.gate is not None:
-            logits = self.gate.logits(coarse)
-            confidence = self.gate.confidence(logits)
+        logits, confidence, exited = self._decide(coarse)
         batch, cells = coarse.importance.shape
-        exited = self._decide(x, confidence, cells)
         selected = torch.full((batch, num_selected(self.encoder.alpha, cells)), -1, dtype=torch.long, device=x.device)
         refined = exited.logical_not().nonzero().squeeze(1)
-        if refined.numel() == batch:
+        if len(refined) == batch:
             look, selected = self._fine_look(x, coarse)
-        elif refined.numel() == 0:
-            look = self._coarse_look(coarse, half, stem_maps)
-        else:
-            stayed = exited.nonzero().squeeze(1)
-            fine, cells_read = self._fine_look(x.index_select(0, refined), coarse.index_select(refined))
-            selected = selected.index_copy(0, refined, cells_read)
-            own = [] if self.detail is None else [m.index_select(0, stayed) for m in stem_maps]
-            kept = self._coarse_look(coarse.index_select(stayed), half.index_select(0, stayed), own)
-            look = join_looks([kept, fine], torch.cat([stayed, refined]).argsort())
+        elif len(refined) == 0:
+            look = self._coarse_look(x, coarse)
+        else:  # maps of the coarse look are made for the images that keep them only
+            fine, fine_cells = self._fine_look(x.index_select(0, refined), coarse.index_select(refined))
+            selected = merge(selected, fine_cells, refined)
+            exits = exited.nonzero().squeeze(1)
+            exit_state = coarse.index_select(exits)
+            exit_state.stem_maps = [m.index_select(0, exits) for m in coarse.stem_maps]
+            look = join_looks(
+                [self._coarse_look(x.index_select(0, exits), exit_state), fine], torch.cat([exits, refined]).argsort()
+            )
         return _Part(look, logits, confidence, exited, coarse.importance, selected, coarse.grid)
 
     def _coarse_grids(self, coarse: CoarseState) -> list[Tensor]:
@@ -203,12 +201,14 @@ class ScopeBackbone(EncoderBackbone):
             return maps
         return [m + up(grid) for m, up, grid in zip(maps, self.coarse_up, grids, strict=True)]
 
-    def _coarse_look(self, coarse: CoarseState, half: Tensor, stem_maps: Sequence[Tensor]) -> Look:
+    def _coarse_look(self, x: Tensor, coarse: CoarseState) -> Look:
         """Coarse tokens resized to the fine grid, with the detail of the half-size image."""
         grids = self._coarse_grids(coarse)
         at = cls_index(coarse.tokens.shape[1], self.encoder.config.cls_position)
         maps = self._with_places([double(g) for g in grids], grids)
-        detail = [] if self.detail is None else self.detail.forward_half(half, stem_maps)
+        detail = []
+        if self.detail is not None:
+            detail = self.detail.forward_half(self.encoder.half_image(x), coarse.stem_maps)
         return Look(maps, [t[:, at] for t in coarse.taken], detail)
 
     def _fine_look(self, x: Tensor, coarse: CoarseState) -> tuple[Look, Tensor]:

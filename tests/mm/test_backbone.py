@@ -136,7 +136,8 @@ def test_unrefined_cells_get_their_coarse_token_four_times():
 
 def test_exits_in_training_are_drawn_at_random():
     model = scope(exit_prob=0.25).train()
-    share = torch.stack([model._decide(torch.zeros(64, 1), None, 4).float().mean() for _ in range(30)]).mean()
+    coarse = model.encoder.forward_coarse(torch.zeros(64, 3, 16, 16))
+    share = torch.stack([model._decide(coarse)[2].float().mean() for _ in range(30)]).mean()
     assert 0.2 < float(share) < 0.3
 
 

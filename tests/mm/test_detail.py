@@ -23,7 +23,7 @@ def test_learned_resize_starts_as_bilinear_and_gives_every_place_its_own_map():
     for up in learned.coarse_up:
         torch.nn.init.normal_(up.weight)
     taken = learned.encoder.forward_coarse(x, take=learned.out_indices)
-    maps, bilinear = (m._coarse_look(taken, x, []).maps for m in (learned, plain))  # no detail: no image is read
+    maps, bilinear = (m._coarse_look(x, taken).maps for m in (learned, plain))
     for level, tokens in enumerate(taken.taken):
         token = remove_cls(tokens, "middle").unflatten(1, taken.grid)[1, 2, 3]  # second image, third row, fourth column
         for row in (0, 1):
@@ -47,7 +47,7 @@ def test_detail_is_of_the_image_that_was_read(stem):
     fine, _ = model._fine_look(x, coarse)
     half = torch.nn.functional.avg_pool2d(x, 2)
     levels = model.encoder.patch_embed.stem_maps
-    exits = model._coarse_look(coarse, half, levels(half))
+    exits = model._coarse_look(x, coarse)
     # each map of the half-size image is one level finer there, the finest is resized
     finer = model.detail(half, levels(half))
     for level in (1, 2, 3):
