@@ -28,7 +28,7 @@ from mambascope.models import MambaScope
 from mambascope.models.architectures import ARCHITECTURES, architecture_of_entry, import_object
 from mambascope.models.checkpoint import CheckpointError
 from mambascope.models.description import TRANSFORM
-from mambascope.models.retired import LAST_COMMIT, RETIRED_LOSS, without_retired_loss
+from mambascope.models.retired import LAST_COMMIT, RETIRED_LOSS, without_other_kinds, without_retired_loss
 from mambascope.training.args import ModelArgs, RunArgs
 from mambascope.training.base import TrainModule, is_main_process
 from mambascope.training.checkpointing import NonFiniteLossError, RunCheckpoint
@@ -71,7 +71,7 @@ class OneLineParser(LightningArgumentParser):
     def parse_string(self, content: str, path: str | os.PathLike[str] = "", **kwargs: Any) -> Any:
         """Parses a config."""
         try:
-            content = without_retired_loss(content)
+            content = without_other_kinds(without_retired_loss(content))
         except ValueError as error:
             self.error(f"{path or 'config'}: {error}")
         return super().parse_string(content, path, **kwargs)

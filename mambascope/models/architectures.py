@@ -120,8 +120,7 @@ def configured(config: Any, options: Mapping[str, Any]) -> Any:
     """
     accepted = {f.name for f in fields(config)}
     keywords = {kind.keyword: kind for kind in ARCHITECTURES.values() if kind.keyword not in (None, *accepted)}
-    own = {name: value for name, value in options.items() if name not in keywords}
-    config = with_overrides(config, own)
+    config = with_overrides(config, {name: value for name, value in options.items() if name not in keywords})
     for name, kind in keywords.items():
         if name is None or kind.extend is None or options.get(name) is None:
             continue

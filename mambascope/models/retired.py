@@ -78,6 +78,18 @@ def without_retired_loss(text: str) -> str:
     return re.sub(rf"^ *({'|'.join(RETIRED_LOSS)}):(.*)\n?", line, text, flags=re.MULTILINE)
 
 
+_IDLE_TEACHER = "  teacher:\n    checkpoint: null\n    kl_weight: 0.0\n    token_weight: 0.0\n"
+_IDLE_LOSS = "    kl_weight: 1.0\n    temperature: 1.0\n    coarse_ce_weight: 0.0\n"
+
+
+def without_other_kinds(text: str) -> str:
+    """The YAML of a run from when all kinds of models had one training module, without idle options of other kinds."""
+    if not re.search(r"^  teacher:\n", text, re.MULTILINE):
+        return text
+    text = text.replace(_IDLE_TEACHER, "").replace("  full_refine_epochs: 0\n", "")
+    return text.replace(f"  loss:\n{_IDLE_LOSS}", "  loss:\n")
+
+
 def _same(value: Any, default: Any) -> bool:
     """Whether a value is the default; numbers may be of another type, but no bool, save for how YAML reads "off"."""
     if default == "off" and value is False:

@@ -97,15 +97,15 @@ class DyVMConfig(ReductionConfig):
         """Multiply-adds of the predictors and of the switches."""
         del directions
         counts = self.patch_counts(patches, sizes.depth)
-        one = sum(a * b for a, b in self._predictor_widths(sizes.embed_dim))
-        predictors = sum(counts[layer - 1] * one for layer in self.ratios(sizes.depth))
+        predictor = sum(a * b for a, b in self._predictor_widths(sizes.embed_dim))
+        predictors = sum(counts[layer - 1] * predictor for layer in self.ratios(sizes.depth))
         return predictors + (sizes.depth * 2 * sizes.inner_dim * 2 if self.block_ratio < 1 else 0)
 
     def num_parameters(self, sizes: EncoderSizes) -> int:
         """Parameters of the predictors and of the switches."""
-        one = 2 * sizes.embed_dim + sum(a * b + b for a, b in self._predictor_widths(sizes.embed_dim))
+        predictor = 2 * sizes.embed_dim + sum(a * b + b for a, b in self._predictor_widths(sizes.embed_dim))
         switches = sizes.depth * (2 * sizes.inner_dim * 2 + 2) if self.block_ratio < 1 else 0
-        return len(self.ratios(sizes.depth)) * one + switches
+        return len(self.ratios(sizes.depth)) * predictor + switches
 
 
 class TokenPredictor(nn.Module):
@@ -129,13 +129,13 @@ class TokenPredictor(nn.Module):
             patches_BMd: Patches.
             kept_BM: 1 for those that count in the average; ``None`` for all.
         """
-        own, shared = self.local(patches_BMd).tensor_split([patches_BMd.shape[-1] // 2], dim=-1)
+        local, shared = self.local(patches_BMd).tensor_split([patches_BMd.shape[-1] // 2], dim=-1)
         if kept_BM is None:
             mean = shared.mean(1, keepdim=True)
         else:
             weight = kept_BM.unsqueeze(-1)
             mean = (shared * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1.0)
-        return self.head(torch.cat([own, mean.expand_as(shared)], dim=-1)).float().log_softmax(-1)
+        return self.head(torch.cat([local, mean.expand_as(shared)], dim=-1)).float().log_softmax(-1)
 
 
 @dataclass
@@ -300,8 +300,8 @@ class DyVM(Reducer):
         """Squared distances of the shares of tokens (per image, mean over the stages) and of scans from the wanted."""
         terms = {}
         if output.decisions:
-            wanted = self.ratios.values()
-            parts = [(d.mean(1) - ratio).square().mean() for d, ratio in zip(output.decisions, wanted, strict=True)]
+            stages = zip(output.decisions, self.ratios.values(), strict=True)
+            parts = [(decision.mean(1) - ratio).square().mean() for decision, ratio in stages]
             terms["token_ratio"] = (self.config.ratio_weight, torch.stack(parts).mean())
         if output.switches is not None:
             distance = output.switches.mean() - self.config.block_ratio

@@ -162,9 +162,9 @@ def aligned_scan(
     # the walk meets a gap before the token it leads to
     before = F.pad(gaps, (0, 1) if reverse else (1, 0)).to(wide).unsqueeze(-1)
     longer = step + before * F.softplus(bias)
-    # the longer step is for the decay alone: the input is scaled back to its own
-    own = step / longer.clamp_min(torch.finfo(wide).tiny)
-    y = selective_scan(x * own, longer, direction.A, b, c, dt_softplus=False, reverse=reverse, backend=backend)
+    # the longer step is for the decay alone: the input is scaled back
+    scale = step / longer.clamp_min(torch.finfo(wide).tiny)
+    y = selective_scan(x * scale, longer, direction.A, b, c, dt_softplus=False, reverse=reverse, backend=backend)
     return torch.addcmul(y, x, direction.D.to(wide))
 
 

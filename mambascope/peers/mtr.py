@@ -13,13 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mambascope.layers import BidirectionalMamba
-from mambascope.layers.plain import project
-from mambascope.ops import ScanDirection
-from mambascope.ops.selective_scan.common import step_sizes
+from mambascope.models.scores import mean_step
 from mambascope.peers.base import EncoderSizes, patch_rows
 from mambascope.peers.merging import Matching, MergeConfig, MergeReducer, MergeState, match_least
 
@@ -45,24 +42,13 @@ class MTRConfig(MergeConfig):
         return super().extra_macs(sizes, patches, directions) + directions * steps
 
 
-def mean_step(direction: ScanDirection) -> Tensor:
-    """Mean step size of every token over the channels [B, L], fp32."""
-    low = direction.proj[..., : direction.proj.shape[-1] - 2 * direction.A.shape[1]]
-    return step_sizes(low, direction.dt_weight, direction.dt_bias, True, torch.float32).mean(-1)
-
-
 class MTR(MergeReducer):
     """The block before a merge also gives the mean step sizes of its tokens."""
 
     def mix(self, layer: int, mixer: BidirectionalMamba, u_BLD: Tensor, state: Any) -> tuple[Tensor, MergeState]:
         """The mixer's output [B, L, d], and the score where the next block needs it."""
-        if layer + 1 not in self.layers:
-            return mixer(u_BLD)[0], state
-        x_BLE, z_BLE = mixer.project(u_BLD)
-        forward, backward = mixer.directions(x_BLE)
-        with torch.no_grad():
-            score = mean_step(forward) + mean_step(backward)
-        return project(mixer.out_proj, mixer.scan_both(forward, backward, z_BLE)), replace(state, score=score)
+        out, trace = mixer(u_BLD, ("steps",) if layer + 1 in self.layers else ())
+        return out, state if trace is None else replace(state, score=mean_step(trace))
 
     def match(self, metric_BMd: Tensor, state: MergeState) -> Matching:
         """Which patches are merged, from the block's input [B, M, d]."""

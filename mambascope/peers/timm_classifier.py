@@ -99,9 +99,9 @@ class TimmConfig:
     @classmethod
     def of(cls, name: str, options: dict[str, Any]) -> TimmConfig:
         """From options in one dictionary, as ``timm.create_model`` takes them."""
-        own = {f.name for f in fields(cls)} - {"name", "args"}
-        rest = {key: value for key, value in options.items() if key not in own}
-        return cls(name, **{key: value for key, value in options.items() if key in own}, args=rest)
+        sizes = {f.name for f in fields(cls)} - {"name", "args"}
+        args = {key: value for key, value in options.items() if key not in sizes}
+        return cls(name, **{key: value for key, value in options.items() if key in sizes}, args=args)
 
     @classmethod
     def read(cls, values: dict[str, Any], tensors: int) -> TimmConfig:
@@ -145,8 +145,8 @@ def create_timm_classifier(config: TimmConfig) -> Any:
     if not is_timm_classifier(config.name):
         raise ValueError(f"timm has no model {config.name!r}; timm.list_models() names those it has")
     options = {**config.args, "num_classes": config.num_classes, "in_chans": config.in_chans}
-    known = get_pretrained_cfg(config.name)
-    if known is not None and known.fixed_input_size:
+    published = get_pretrained_cfg(config.name)
+    if published is not None and published.fixed_input_size:
         options["img_size"] = config.image_hw
     try:
         model: nn.Module = timm.create_model(config.name, **options)

@@ -10,7 +10,7 @@ from tests.peers.common import images, small
 
 
 def states(model, upto, seed=0):
-    """The same sequence before block `upto` for both paths."""
+    """The same sequence before block `upto` for stays paths."""
     torch.manual_seed(seed)
     state = model.reduction.start(torch.randn(3, 65, 16), model.config.cls_position)
     for layer in range(upto):
@@ -27,9 +27,9 @@ def test_training_computes_what_the_test_computes(position):
     state = states(model, 2)
     first, second = torch.rand(3, 64), torch.rand(3, 64)
     kept = torch.zeros_like(first).scatter(1, first.topk(40).indices, 1.0)
-    # the second score belongs to places; both paths see the patches in another sequence
-    both = kept * second
-    left = torch.zeros_like(first).scatter(1, both.topk(17).indices, 1.0)
+    # the second score belongs to places; stays paths see the patches in another sequence
+    stays = kept * second
+    left = torch.zeros_like(first).scatter(1, stays.topk(17).indices, 1.0)
 
     short = keep_best(state, first, 40)
     long = keep_in_front(state, kept)
@@ -88,11 +88,11 @@ def test_predictors_and_switches_learn_from_the_answer_alone():
         if name.startswith("reduction.") and not name.endswith("switches.5.weight"):
             assert p.grad.abs().sum() > 0, name
     # decisions are samples: hard, and once dropped is dropped
-    one, two, three = output.decisions
-    assert one.unique().round().tolist() in ([0.0, 1.0], [0.0, 1.0, 1.0])
-    assert two.sum() < one.sum()
-    assert three.sum() < two.sum()
-    torch.testing.assert_close(output.kept.sum(1), three.sum(1))
+    first, second, third = output.decisions
+    assert first.unique().round().tolist() in ([0.0, 1.0], [0.0, 1.0, 1.0])
+    assert second.sum() < first.sum()
+    assert third.sum() < second.sum()
+    torch.testing.assert_close(output.kept.sum(1), third.sum(1))
     assert (output.kept.diff(dim=1) < 0.5).all()  # kept patches come first
 
 
@@ -157,9 +157,9 @@ def test_penalties():
     torch.manual_seed(0)
     output = model.forward_reduced(images())
     terms = model.reduction.penalties(output)
-    wanted = sum(((d.mean(1) - 0.5**stage) ** 2).mean().item() for stage, d in enumerate(output.decisions, start=1))
+    distance = sum(((d.mean(1) - 0.5**stage) ** 2).mean().item() for stage, d in enumerate(output.decisions, start=1))
     assert terms["token_ratio"][0] == terms["block_ratio"][0] == 3
-    assert terms["token_ratio"][1].item() == pytest.approx(wanted / 3, rel=1e-5)
+    assert terms["token_ratio"][1].item() == pytest.approx(distance / 3, rel=1e-5)
     assert terms["block_ratio"][1].item() == pytest.approx((output.switches.mean().item() - 0.8) ** 2, rel=1e-4)
     assert (
         small({"name": "dyvm", "keep": 1, "block_ratio": 1}).reduction.penalties(

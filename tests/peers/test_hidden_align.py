@@ -51,8 +51,8 @@ def test_aligned_scan_equals_the_loop_over_all_positions(reverse, backend):
         leaves = ScanDirection(*(t.clone().requires_grad_() for t in compact))
         y = run(leaves)
         grads.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
-    for found, wanted in zip(*grads, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    for aligned, looped in zip(*grads, strict=True):
+        torch.testing.assert_close(aligned, looped, rtol=1e-9, atol=1e-9)
 
 
 def test_without_gaps_it_is_the_plain_scan_and_with_gaps_it_is_not():
@@ -76,7 +76,7 @@ def test_wide_gaps_and_large_steps_stay_finite():
 
 
 @pytest.mark.parametrize(
-    ("places", "origin", "at", "wanted"),
+    ("places", "origin", "at", "gaps"),
     [
         ([0, 1, 2, 3], 2, 2, [0, 0, 0, 0]),  # nothing is pruned
         ([0, 3, 4, 5], 3, 2, [2, 0, 0, 0]),  # CLS stood before 3 and stands behind it: no gap is left on its way
@@ -86,8 +86,8 @@ def test_wide_gaps_and_large_steps_stay_finite():
         ([0, 3, 4, 5], 8, 4, [2, 0, 0, 2]),  # CLS last
     ],
 )
-def test_gaps(places, origin, at, wanted):
-    assert gaps_between(torch.tensor([places]), 8, origin, at).tolist() == [wanted]
+def test_gaps(places, origin, at, gaps):
+    assert gaps_between(torch.tensor([places]), 8, origin, at).tolist() == [gaps]
 
 
 @pytest.mark.parametrize("position", ["first", "middle", "last"])

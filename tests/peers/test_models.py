@@ -105,21 +105,21 @@ def test_a_trained_vim_starts_it(name, tmp_path, capsys):
     save_safetensors(plain, tmp_path / "vim.safetensors")
     model = timm.create_model("vim_nano_patch8_64", **SMALL, reduction=METHODS[name])
     report = load_checkpoint(model, tmp_path / "vim.safetensors")
-    own = {n for n in model.state_dict() if n.startswith("reduction.")}
-    assert set(report.new) == own
-    assert bool(own) == name.startswith("dyvm")
+    additions = {n for n in model.state_dict() if n.startswith("reduction.")}
+    assert set(report.new) == additions
+    assert bool(additions) == name.startswith("dyvm")
     assert set(report.matched) == plain.state_dict().keys()
-    assert f"new {len(own):4d}" in capsys.readouterr().out
+    assert f"new {len(additions):4d}" in capsys.readouterr().out
     # but a file with half of a method's parameters is a mistake
-    if own:
-        save_safetensors(model, tmp_path / "own.safetensors")
+    if additions:
+        save_safetensors(model, tmp_path / "reduced.safetensors")
         state = dict(model.state_dict())
-        state.pop(sorted(own)[0])
+        state.pop(sorted(additions)[0])
         torch.save(state, tmp_path / "half.pth")
         with pytest.raises(CheckpointError, match="is missing"):
             load_checkpoint(model, tmp_path / "half.pth", verbose=False)
         with pytest.raises(CheckpointError, match="no place in the model"):
-            load_checkpoint(plain, tmp_path / "own.safetensors", verbose=False)
+            load_checkpoint(plain, tmp_path / "reduced.safetensors", verbose=False)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -19,15 +19,15 @@ RESNET = {"name": "resnet50", "args": {"layers": [1, 1, 1, 1], "channels": [4, 8
 
 @pytest.mark.parametrize("net", [DEIT, RESNET], ids=lambda net: net["name"])
 def test_trains_reports_and_loads(net, here, capsys):
-    given = {k: v for k, v in TINY.items() if not k.startswith(("model.net", "model.full"))}
-    given |= {"run.report": "true", "trainer.max_epochs": 2, "run.name": "a", "data.img_size": 24}
+    settings = {k: v for k, v in TINY.items() if not k.startswith(("model.net", "model.full"))}
+    settings |= {"run.report": "true", "trainer.max_epochs": 2, "run.name": "a", "data.img_size": 24}
     (here / "net.yaml").write_text(yaml.safe_dump({"model": {"net": net}}))
     config = yaml.safe_load(shipped_configs()["scopedigits"].read_text())
     config["model"].pop("net")
     config["model"].pop("full_refine_epochs")
     config["model"].pop("loss")
     (here / "base.yaml").write_text(yaml.safe_dump(config))
-    options = [f"--{key}={value}" for key, value in given.items()]
+    options = [f"--{key}={value}" for key, value in settings.items()]
     assert main(["--config", "base.yaml", "--config", "net.yaml", *options]) == 0
     printed = capsys.readouterr().out
     assert f"{net['name']}: " in printed

@@ -126,8 +126,8 @@ def test_loss_adds_up(vim):
         for b in range(4):
             for m in range(64):
                 if output.kept[b, m] > 0.5:
-                    wanted = patches[b, output.places[b, m]].log_softmax(0)
-                    each.append((wanted.exp() * (wanted - output.patches[b, m].log_softmax(0))).sum())
+                    target = patches[b, output.places[b, m]].log_softmax(0)
+                    each.append((target.exp() * (target - output.patches[b, m].log_softmax(0))).sum())
         token = torch.stack(each).mean()
         total = cross_entropy(output.logits, y) + 0.5 * kl + 0.25 * token
         total += sum(10 * value for _, value in net.model.reduction.penalties(output).values())

@@ -5,7 +5,7 @@ import yaml
 
 from mambascope.commands import evaluate
 from mambascope.commands.train import main
-from mambascope.models.retired import RETIRED
+from mambascope.models.retired import RETIRED, without_other_kinds
 from tests.training.helpers import tiny
 
 OLD_LOSS = {
@@ -19,6 +19,22 @@ OLD_LOSS = {
 """The section of the loss that all runs of that time have."""
 
 
+OLD_TEACHER = {"checkpoint": None, "kl_weight": 0.0, "token_weight": 0.0}
+"""The section of the teacher, which was there for every kind of model."""
+
+
+def test_runs_of_every_kind_had_the_options_of_all():
+    kept = {"net": {"name": "vim_nano_patch8_64"}, "loss": {"label_smoothing": 0.1}, "mix": {"mixup": 0.8}}
+    loss = {**dict(list(OLD_LOSS.items())[:2]), "coarse_ce_weight": 0.0, "label_smoothing": 0.1}
+    older = {"model": {**kept, "loss": loss, "teacher": OLD_TEACHER, "full_refine_epochs": 0}}
+    text = yaml.safe_dump(older, sort_keys=False)
+    assert yaml.safe_load(without_other_kinds(text)) == {"model": kept}
+    taught = text.replace("token_weight: 0.0", "token_weight: 0.5")
+    assert yaml.safe_load(without_other_kinds(taught))["model"].keys() == {*kept, "teacher"}
+    today = yaml.safe_dump({"model": {"full_refine_epochs": 0}})
+    assert without_other_kinds(today) == today
+
+
 @pytest.fixture
 def run(here):
     """A finished epoch whose config names everything that was removed."""
@@ -26,6 +42,7 @@ def run(here):
     path = here / "runs" / "old" / "config.yaml"
     config = yaml.safe_load(path.read_text())
     config["model"]["loss"] = OLD_LOSS
+    config["model"]["teacher"] = OLD_TEACHER
     config["model"]["net"]["args"] |= RETIRED
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path.parent
