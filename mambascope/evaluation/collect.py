@@ -34,21 +34,24 @@ class Collected:
     index: Tensor
 
 
-def stage_answers(model: nn.Module, images: Tensor, alpha: float | None = None) -> tuple[Tensor, Tensor]:
-    """Coarse and fine logits [B, C] of every image; a one-stage model answers twice the same."""
+def stage_answers(model: nn.Module, images: Tensor, alpha: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Coarse and fine logits [B, C] of every image and the gate's confidence [B].
+
+    A one-stage model answers twice the same; its confidence is the largest class probability.
+    """
     if is_two_stage(model):
-        logits = model.forward_both(images, alpha)
-        return logits.coarse, logits.fine
+        output = model.forward_scope(images, 1.0, alpha)
+        return output.coarse_logits, output.logits, output.confidence
     logits = model(images)
-    return logits, logits
+    return logits, logits, confidence(logits)
 
 
-def _stage(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _stage(logits: Tensor, labels: Tensor, certainty: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Confidence, predicted class and top-5 hit of one stage."""
     logits = logits.float()
     label_logits = logits.gather(1, labels.unsqueeze(1))
     top5 = (logits > label_logits).sum(1) < 5
-    return confidence(logits).double().cpu().numpy(), logits.argmax(1).cpu().numpy(), top5.cpu().numpy()
+    return certainty.double().cpu().numpy(), logits.argmax(1).cpu().numpy(), top5.cpu().numpy()
 
 
 def collect(
@@ -86,7 +89,7 @@ def collect(
     with evaluating(model), tqdm(loader, desc=description, unit="batch", disable=not progress, leave=False) as bar:
         for batch in bar:
             images, labels = unpack(batch)
-            coarse, fine = stage_answers(model, images.to(device), alpha)
+            coarse, fine, certainty = stage_answers(model, images.to(device), alpha)
             classes = coarse.shape[1]
             unknown = labels[(labels < 0) | (labels >= classes)]
             if len(unknown):
@@ -98,7 +101,8 @@ def collect(
                     f"the model returned NaN or inf for an image among {offset}..{offset + len(labels) - 1}"
                 )
             y = labels.to(device).long()
-            (c_conf, c_pred, c_top5), (f_conf, f_pred, f_top5) = _stage(coarse, y), _stage(fine, y)
+            c_conf, c_pred, c_top5 = _stage(coarse, y, certainty)
+            f_conf, f_pred, f_top5 = _stage(fine, y, confidence(fine))
             parts.append(StageRecord(y.cpu().numpy(), c_conf, c_pred, c_top5, f_conf, f_pred, f_top5))
             _reservoir(sample, images, labels, offset, keep, rng)
             offset += len(labels)
