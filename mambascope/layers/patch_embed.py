@@ -97,8 +97,8 @@ class PatchEmbed(nn.Module):
         tokens = embed_patches(self.proj, _cells(x, self.patch_size, rows, cols), self.patch_size)
         if self.stem_proj is None:
             return tokens
-        found = (self.stem_maps(x) if stem_maps is None else stem_maps)[-1]
-        return tokens + embed_patches(self.stem_proj, _cells(found, 1, rows, cols), 1)
+        coarsest = (self.stem_maps(x) if stem_maps is None else stem_maps)[-1]
+        return tokens + embed_patches(self.stem_proj, _cells(coarsest, 1, rows, cols), 1)
 
 
 def _cells(x: Tensor, side: int, rows: Tensor, cols: Tensor) -> Tensor:

@@ -31,10 +31,10 @@ def is_plain(module: nn.Module, kind: type[_Layer]) -> TypeIs[_Layer]:
         return False
     if torch.compiler.is_compiling():  # weights are stand-ins then
         return True
-    own = module.__dict__  # this runs for every layer of every call: attributes of modules are slow to look up
-    if "forward" in own:  # replaced on the object, as accelerate does
+    attributes = module.__dict__  # runs for every layer of every call: looking them up on the module is slow
+    if "forward" in attributes:  # replaced on the object, as accelerate does
         return False
-    weights = own["_parameters"]
+    weights = attributes["_parameters"]
     return type(weights.get("weight")) in _TENSORS and type(weights.get("bias")) in _TENSORS
 
 

@@ -51,8 +51,8 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps [B, w, 4 h, 4 w'], [B, 2 w, 2 h, 2 w'] and [B, 2 w, h, w'] of images [B, C, P h, P w']."""
-        found = []
+        maps = []
         for level in self.levels:
             x = level(x)
-            found.append(x)
-        return found
+            maps.append(x)
+        return maps

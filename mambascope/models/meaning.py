@@ -80,20 +80,20 @@ def differences(file: Mapping[str, Any], model: Mapping[str, Any], names: Iterab
         model: Config of the model, as a mapping.
         names: Fields to compare.
     """
-    found = []
+    result = []
     model = {"reduction": None, **model}  # a plain Vim's config does not say that it computes every token
     for name in names:
         if name not in file or name not in model or file[name] == model[name]:
             continue
         if name == "global_pool" and (model.get("num_classes") == 0 or model[name] == ""):
             continue  # only a classifier of pooled tokens asks for it
-        theirs, ours = _effective(name, file), _effective(name, model)
-        if name == "reduction" and theirs is None:
+        file_value, model_value = _effective(name, file), _effective(name, model)
+        if name == "reduction" and file_value is None:
             continue  # a plain Vim is what every reduced one starts from
-        if name == "args" and isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-            given = sorted({*theirs, *ours} - {*_TRAINING_ARGS})
-            pairs = ((key, _listed(theirs.get(key)), _listed(ours.get(key))) for key in given)
-            found += [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
-        elif theirs != ours:
-            found.append(Difference(name, theirs, ours))
-    return found
+        if name == "args" and isinstance(file_value, Mapping) and isinstance(model_value, Mapping):
+            keys = sorted({*file_value, *model_value} - {*_TRAINING_ARGS})
+            pairs = ((key, _listed(file_value.get(key)), _listed(model_value.get(key))) for key in keys)
+            result += [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
+        elif file_value != model_value:
+            result.append(Difference(name, file_value, model_value))
+    return result

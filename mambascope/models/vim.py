@@ -195,11 +195,11 @@ class VisionMamba(nn.Module, HubMixin):
         taken: list[Tensor] = []
         traces: list[BlockTrace] = []
         for i, block in enumerate(self.layers[: None if stop_after is None else stop_after + 1]):
-            wanted = trace if i in trace_layers else ()
+            fields = trace if i in trace_layers else ()
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                hidden, residual, left = checkpoint(block, hidden, residual, wanted, use_reentrant=False)
+                hidden, residual, left = checkpoint(block, hidden, residual, fields, use_reentrant=False)
             else:
-                hidden, residual, left = block(hidden, residual, wanted)
+                hidden, residual, left = block(hidden, residual, fields)
             if left is not None:
                 traces.append(left)
             if i in take:
@@ -236,11 +236,11 @@ class VisionMamba(nn.Module, HubMixin):
         if self.global_pool != "lse" or self.num_classes == 0:
             return self.classify(self.pool(tokens, position))
         logits = self.classify(tokens)
-        own, patches = self.pool(logits, position), remove_cls(logits, position or self._cls_position())
-        if patches.shape[1] == 0:  # a fine sequence of nothing but CLS
-            return own
+        cls, patches = self.pool(logits, position), remove_cls(logits, position or self._cls_position())
+        if patches.shape[1] == 0:  # a sequence of nothing but CLS
+            return cls
         pooled = patches.to(torch.promote_types(patches.dtype, torch.float32)).logsumexp(1)
-        return own + (pooled - math.log(patches.shape[1])).to(own.dtype)
+        return cls + (pooled - math.log(patches.shape[1])).to(cls.dtype)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits [B, C] (or the pooled feature [B, d], see :meth:`pool`) from ``forward_features``' output."""
