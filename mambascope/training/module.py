@@ -12,7 +12,6 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-import mambascope  # noqa: F401  (registers the timm entries)
 from mambascope.models import load_checkpoint
 from mambascope.models.architectures import architecture_of_entry, entry_names
 from mambascope.models.cost import StageCost
