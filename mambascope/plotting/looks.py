@@ -139,7 +139,8 @@ def draw_looks(looks: Looks, path: str | os.PathLike[str]) -> Path:
         sequence = style.image_axes(middle.subplots())
         length = _sequence(sequence, looks)
         sequence.set_title(
-            f"4  fine sequence: CLS, four patches of each selected cell, one coarse token of each other: {length} tokens",
+            "4  fine sequence: CLS, four patches of each selected cell, one coarse token of each other: "
+            f"{length} tokens",
             fontsize=10,
         )
         first, second = bottom.subplots(1, 2)
@@ -152,7 +153,8 @@ def draw_looks(looks: Looks, path: str | os.PathLike[str]) -> Path:
             f"after the coarse look: {looks.classes[best]} with {confidence:.2f}; {sure}",
         )
         first.axhline(looks.threshold, color=style.INK, linewidth=1, linestyle="--")
-        first.text(len(looks.probabilities) - 0.5, looks.threshold, f"η = {looks.threshold:g} ", ha="right", va="bottom")
+        place = len(looks.probabilities) - 0.5, looks.threshold
+        first.text(*place, f"η = {looks.threshold:g} ", ha="right", va="bottom")
         title = f"after the fine look: {looks.classes[last]} with {looks.fine_probabilities[last]:.2f}"
         _probabilities(second, looks.fine_probabilities, looks.classes, style.FINE, title)
         return style.save(figure, path)
