@@ -24,8 +24,8 @@ def commands():
 
 
 def of_tool(name):
-    found = [shlex.split(line)[2:] for line in commands() if line.startswith(f"python tools/{name}.py")]
-    return found or [[]]
+    arguments = [shlex.split(line)[2:] for line in commands() if line.startswith(f"python tools/{name}.py")]
+    return arguments or [[]]
 
 
 TOOLS = sorted({line.split()[1] for line in commands() if line.startswith("python tools/")})
@@ -46,11 +46,11 @@ def test_options_of_tools_exist(tool, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
-    known = capsys.readouterr().out
+    help_text = capsys.readouterr().out
     for args in of_tool(Path(tool).stem):
         for option in (a.split("=")[0] for a in args if a.startswith("--")):
             if tool != "tools/train_cls.py":  # its parser is asked below
-                assert option in known, f"{tool} has no {option}"
+                assert option in help_text, f"{tool} has no {option}"
 
 
 @pytest.mark.parametrize("args", of_tool("train_cls"), ids=" ".join)
@@ -71,8 +71,29 @@ def test_make_targets_exist(line):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.8, 1.0])
+def test_the_method_in_ten_lines_is_what_the_model_does(threshold):
+    import torch
+
+    import mambascope
+    from mambascope.data import ScopeDigits
+
+    model = mambascope.load("scopedigits")
+    digits = ScopeDigits("cls", "val", 64)
+    images = torch.stack([model.transform()(digits[row][0]) for row in range(64)])
+    code = blocks("python")[0]
+    assert len(code.splitlines()) <= 10
+    names = {"model": model, "images": images, "threshold": threshold}
+    with torch.inference_mode():
+        exec(compile(code, "README.md", "exec"), names)
+        output = model.forward_scope(images, threshold, alpha=0.7)
+    torch.testing.assert_close(names["logits"], output.logits)
+    assert len(names["unsure"]) == output.exited.logical_not().sum()
+    assert 0 < len(names["unsure"]) < 64 or threshold in (0.0, 1.0)
+
+
 def test_the_first_example_runs(capsys):
-    exec(compile(blocks("python")[0], "README.md", "exec"), {})
+    exec(compile(blocks("python")[1], "README.md", "exec"), {})
     assert capsys.readouterr().out
 
 
@@ -89,15 +110,17 @@ def result(name):
 def test_precision_and_onnx_are_as_measured():
     """The figures of these sentences come from files that benchmarks/demo_model.py writes."""
     changes = [abs(float(row["change_points"])) for row in result("demo_precision.csv")]
-    said = re.search(r"`model\.bfloat16\(\)` moved the accuracies of the demo's table by at most ([\d.]+) points", TEXT)
-    assert float(said[1]) == round(max(changes), 2)
+    claim = re.search(
+        r"`model\.bfloat16\(\)` moved the accuracies of the demo's table by at most ([\d.]+) points", TEXT
+    )
+    assert float(claim[1]) == round(max(changes), 2)
     ratios = {}
     for row in result("demo_onnx.csv"):
         if row["runtime"] == "onnxruntime":
             ratios.setdefault(row["batch"], []).append(float(row["times_the_package"]))
-    said = re.search(r"takes ([\d.]+) times as long as the package at batch 64 and ([\d.]+) to ([\d.]+) times", TEXT)
-    wanted = [max(ratios["64"]), min(ratios["1"]), max(ratios["1"])]
-    assert [float(v) for v in said.groups()] == [round(v, 1) for v in wanted]
+    claim = re.search(r"takes ([\d.]+) times as long as the package at batch 64 and ([\d.]+) to ([\d.]+) times", TEXT)
+    measured = [max(ratios["64"]), min(ratios["1"]), max(ratios["1"])]
+    assert [float(v) for v in claim.groups()] == [round(v, 1) for v in measured]
 
 
 def test_the_number_of_cells_of_an_image_is_worth_what_its_rows_say():
@@ -105,5 +128,5 @@ def test_the_number_of_cells_of_an_image_is_worth_what_its_rows_say():
     gain = {
         name: float(re.search(rf"\| {name} \|.*\| ([-+][\d.]+) ±", table)[1]) for name in ("mass 0.98", "mass 0.95")
     }
-    said = re.search(r"([\d.]+) ± 0\.2 at a mass of 0\.98 and at 15 of 16 cells, (-[\d.]+) ± 0\.2 at 0\.95", TEXT)
-    assert [float(v) for v in said.groups()] == [round(v, 1) for v in gain.values()]
+    claim = re.search(r"([\d.]+) ± 0\.2 at a mass of 0\.98 and at 15 of 16 cells, (-[\d.]+) ± 0\.2 at 0\.95", TEXT)
+    assert [float(v) for v in claim.groups()] == [round(v, 1) for v in gain.values()]
