@@ -50,8 +50,8 @@ def differentiable(name: str, setup_context: Callable, backward: Callable) -> No
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
         with torch.no_grad():
-            found = backward(ctx, *grads)
-        return refusing(name, found, (*ctx.saved_tensors, *grads))
+            gradients = backward(ctx, *grads)
+        return refusing(name, gradients, (*ctx.saved_tensors, *grads))
 
     torch.library.register_autograd(f"mambascope::{name}", once, setup_context=setup_context, lib=_LIBRARY)
 
@@ -86,8 +86,8 @@ def refusing(name: str, grads: Sequence[Tensor | None], sources: Sequence[Tensor
         grads: The gradients.
         sources: What they were computed from: saved tensors and incoming gradients.
     """
-    found = [g for g in grads if g is not None]
-    marked = iter(_NoSecondDerivative.apply(name, len(found), *found, *(s for s in sources if s is not None)))
+    tensors = [g for g in grads if g is not None]
+    marked = iter(_NoSecondDerivative.apply(name, len(tensors), *tensors, *(s for s in sources if s is not None)))
     return tuple(None if g is None else next(marked) for g in grads)
 
 
@@ -134,7 +134,7 @@ def present(tensor: Tensor | None, like: Tensor) -> Tensor:
     return absent(like) if tensor is None else tensor
 
 
-def given(arguments: Sequence[Tensor | None], results: Sequence[Tensor]) -> list[Tensor | None]:
+def where_present(arguments: Sequence[Tensor | None], results: Sequence[Tensor]) -> list[Tensor | None]:
     """Gradients for autograd: ``None`` where the argument was ``None``."""
     return [None if a is None else r for a, r in zip(arguments, results, strict=True)]
 

@@ -113,25 +113,25 @@ def choose(request: Request, name: str | None = None) -> str:
     Raises:
         ValueError: an unknown backend, here or in the environment variable.
     """
-    wanted = name or os.environ.get(ENV) or None
-    if wanted is not None and wanted not in BACKENDS:
+    preferred = name or os.environ.get(ENV) or None
+    if preferred is not None and preferred not in BACKENDS:
         source = "backend" if name else ENV
-        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {wanted!r}")
-    what = f"{request.op} on {request.device}, {str(request.dtype).removeprefix('torch.')}"
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {preferred!r}")
+    call = f"{request.op} on {request.device}, {str(request.dtype).removeprefix('torch.')}"
     refused = None
-    if wanted is not None:
-        refused = why_not(wanted, request)
+    if preferred is not None:
+        refused = why_not(preferred, request)
         if refused is None:
-            return wanted
+            return preferred
     for backend in _REGISTRY.values():
         if request.device not in backend.auto and "*" not in backend.auto:
             continue
         reason = backend.why_not(request)
         if reason is None:
-            if wanted is not None:
-                _log_once(f"{what}: backend {wanted!r} refused ({refused}); using {backend.name!r}")
+            if preferred is not None:
+                _log_once(f"{call}: backend {preferred!r} refused ({refused}); using {backend.name!r}")
             return backend.name
-        _log_once(f"{what}: backend {backend.name!r} not used ({reason})")
+        _log_once(f"{call}: backend {backend.name!r} not used ({reason})")
     raise RuntimeError(f"no backend can serve {request}")
 
 
@@ -142,10 +142,10 @@ def resolve(op: str, name: str | None, device: str, dtype: torch.dtype, size: in
     Resolved before the operator runs, so that forward and backward of one call use the same backend.
     """
     key = (op, name, os.environ.get(ENV), device, dtype, size)
-    found = _chosen.get(key)
-    if found is None:
-        found = _chosen[key] = choose(Request(op, device, dtype, size), name)
-    return found
+    backend = _chosen.get(key)
+    if backend is None:
+        backend = _chosen[key] = choose(Request(op, device, dtype, size), name)
+    return backend
 
 
 def implementation(op: str, name: str, tensor: torch.Tensor, size: int = 0) -> ModuleType:
@@ -154,22 +154,22 @@ def implementation(op: str, name: str, tensor: torch.Tensor, size: int = 0) -> M
     A program that was exported elsewhere may name a backend that this machine does not have.
     """
     key = (op, name, tensor.device.type, tensor.dtype, size)
-    found = _modules.get(key)
-    if found is None:
+    module = _modules.get(key)
+    if module is None:
         chosen = resolve(op, name or None, *key[2:])
-        found = importlib.import_module(_REGISTRY[chosen].modules[op])
+        module = importlib.import_module(_REGISTRY[chosen].modules[op])
         if name:  # otherwise the environment decides, and it may change
-            _modules[key] = found
-    return found
+            _modules[key] = module
+    return module
 
 
 def report() -> str:
     """Which backend is used per device, and why the others are not. Several lines of text."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     lines = []
-    wanted = os.environ.get(ENV)
-    if wanted:
-        lines.append(f"{ENV}={wanted}")
+    forced = os.environ.get(ENV)
+    if forced:
+        lines.append(f"{ENV}={forced}")
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16):
             request = Request("scan", device, dtype, 16)

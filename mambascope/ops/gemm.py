@@ -41,14 +41,14 @@ def why_not_onednn() -> str | None:
     Raises:
         ValueError: If ``MAMBASCOPE_GEMM`` has an unknown value.
     """
-    wanted = os.environ.get(ENV, "auto")
-    if wanted not in CHOICES:
-        raise ValueError(f"{ENV} must be one of {', '.join(CHOICES)}, got {wanted!r}")
-    if wanted == "torch":
+    choice = os.environ.get(ENV, "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"{ENV} must be one of {', '.join(CHOICES)}, got {choice!r}")
+    if choice == "torch":
         return f"{ENV}=torch"
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return "this torch has no oneDNN"
-    if wanted == "onednn":
+    if choice == "onednn":
         return None
     if platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "only AVX-512 CPUs gain from it"

@@ -60,11 +60,11 @@ def _load(package: str) -> tuple[Callable[..., Tensor] | None, str | None]:
         return None, f"{package} is installed without its compiled extension {extension}; build it with {recipe}"
     for part in (extension, module):
         try:
-            found = importlib.import_module(part)
+            imported = importlib.import_module(part)
         except Exception as error:  # built for another torch, CUDA or Python: the ways to fail are many
             lines = str(error).splitlines() or [""]
             return None, f"importing {part} failed: {type(error).__name__}: {lines[0]}"
-    return getattr(found, name), None
+    return getattr(imported, name), None
 
 
 def why_unavailable(package: str = "mamba_ssm") -> str | None:
@@ -113,12 +113,12 @@ def even_length(length: int) -> int:
     return -(-length // _BLOCKS[-1]) * _BLOCKS[-1]
 
 
-def padding_wanted() -> bool:
+def padding_enabled() -> bool:
     """Whether ``MAMBASCOPE_MAMBA_SSM_PAD`` asks for padding L to :func:`even_length`."""
     return os.environ.get(PAD_ENV, "0").lower() in ("1", "true", "yes", "on")
 
 
-def _theirs(t: Tensor, reverse: bool, length: int) -> Tensor:
+def _walk_order(t: Tensor, reverse: bool, length: int) -> Tensor:
     """[B, L, *] as [B, *, length], contiguous, in the order of the walk, zeros after its end."""
     t = t.transpose(1, 2)
     if reverse:
@@ -126,8 +126,8 @@ def _theirs(t: Tensor, reverse: bool, length: int) -> Tensor:
     return F.pad(t, (0, length - t.shape[2])).contiguous() if length > t.shape[2] else t.contiguous()
 
 
-def _ours(t: Tensor, reverse: bool, length: int) -> Tensor:
-    """The inverse of :func:`_theirs`."""
+def _reading_order(t: Tensor, reverse: bool, length: int) -> Tensor:
+    """The inverse of :func:`_walk_order`."""
     t = t[..., :length]
     return (t.flip(2) if reverse else t).transpose(1, 2)
 
@@ -155,17 +155,17 @@ def operands(side: ScanSide, z: Tensor | None, *, pad: bool = False) -> Operands
     """
     length, dtype = side.x.shape[1], side.x.dtype
     to = even_length(length) if pad else length
-    delta = _theirs(side.dt.to(dtype), side.reverse, to)
+    delta = _walk_order(side.dt.to(dtype), side.reverse, to)
     if side.dt_weight is not None:
         delta = torch.matmul(side.dt_weight.to(dtype), delta)  # channels come out in front, as they are needed
     return Operands(
-        _theirs(side.x, side.reverse, to),
+        _walk_order(side.x, side.reverse, to),
         delta,
         side.A.float().contiguous(),
-        _theirs(side.B.to(dtype), side.reverse, to),
-        _theirs(side.C.to(dtype), side.reverse, to),
+        _walk_order(side.B.to(dtype), side.reverse, to),
+        _walk_order(side.C.to(dtype), side.reverse, to),
         None if side.D is None else side.D.float().contiguous(),
-        None if z is None else _theirs(z.to(dtype), side.reverse, to),
+        None if z is None else _walk_order(z.to(dtype), side.reverse, to),
         None if side.dt_bias is None else side.dt_bias.float().contiguous(),
     )
 
@@ -173,10 +173,10 @@ def operands(side: ScanSide, z: Tensor | None, *, pad: bool = False) -> Operands
 def _function(package: str, function: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
     if function is not None:
         return function
-    found, reason = _load(package)
-    if found is None:
+    function, reason = _load(package)
+    if function is None:
         raise ValueError(f"backend mamba_ssm cannot be used: {reason}")
-    return found
+    return function
 
 
 def scan_forward(
@@ -204,11 +204,11 @@ def scan_forward(
     Raises:
         ValueError: mamba_ssm cannot be used.
     """
-    call, x, pad = _function("mamba_ssm", function), sides[0].x, padding_wanted()
+    call, x, pad = _function("mamba_ssm", function), sides[0].x, padding_enabled()
     inside = None if return_score else z  # their kernel gates, but then the ungated sum is not to be had
     total: Tensor | None = None
     for side in sides:
-        y = _ours(call(*operands(side, inside, pad=pad), dt_softplus), side.reverse, x.shape[1]).float()
+        y = _reading_order(call(*operands(side, inside, pad=pad), dt_softplus), side.reverse, x.shape[1]).float()
         total = y if total is None else total + y
     assert total is not None
     score = total.amax(-1) if return_score else None
@@ -236,7 +236,7 @@ def scan_backward(
     Leaves are made in their layout and only their function is recorded: inside an operator the dispatcher has switched
     autograd off for everything else.
     """
-    call, pad, x = _function("mamba_ssm", function), padding_wanted(), sides[0].x
+    call, pad, x = _function("mamba_ssm", function), padding_enabled(), sides[0].x
     length = x.shape[1]
     grads: list[ScanGrads] = []
     dz: Tensor | None = None
@@ -244,30 +244,30 @@ def scan_backward(
         leaves = [None if t is None else t.detach().requires_grad_() for t in operands(side, z, pad=pad)]
         with torch.enable_grad():
             y = call(*leaves, dt_softplus)
-        dy = _theirs((grad * scale).to(y.dtype), side.reverse, y.shape[2])
-        wanted = [t for t in leaves if t is not None]
-        found = iter(torch.autograd.grad(y, wanted, dy))
-        du, ddelta, dA, dB, dC, dD, dgate, dbias = (None if t is None else next(found) for t in leaves)
+        dy = _walk_order((grad * scale).to(y.dtype), side.reverse, y.shape[2])
+        inputs = [t for t in leaves if t is not None]
+        gradients = iter(torch.autograd.grad(y, inputs, dy))
+        du, ddelta, dA, dB, dC, dD, dgate, dbias = (None if t is None else next(gradients) for t in leaves)
         assert du is not None
         assert ddelta is not None
         assert dA is not None
         assert dB is not None
         assert dC is not None
-        steps, d_weight = _ours(ddelta, side.reverse, length), None
+        steps, d_weight = _reading_order(ddelta, side.reverse, length), None
         if side.dt_weight is not None:
             rows = steps.reshape(-1, steps.shape[2])
             d_weight = (rows.float().T @ side.dt.reshape(rows.shape[0], -1).float()).to(side.dt_weight.dtype)
             steps = torch.matmul(steps, side.dt_weight.to(steps.dtype))
         if dgate is not None:
-            part = _ours(dgate, side.reverse, length).float()
+            part = _reading_order(dgate, side.reverse, length).float()
             dz = part if dz is None else dz + part
         grads.append(
             ScanGrads(
-                x=_ours(du, side.reverse, length).contiguous(),
+                x=_reading_order(du, side.reverse, length).contiguous(),
                 dt=steps.to(side.dt.dtype).contiguous(),
                 A=dA.to(side.A.dtype),
-                B=_ours(dB, side.reverse, length).to(side.B.dtype).contiguous(),
-                C=_ours(dC, side.reverse, length).to(side.C.dtype).contiguous(),
+                B=_reading_order(dB, side.reverse, length).to(side.B.dtype).contiguous(),
+                C=_reading_order(dC, side.reverse, length).to(side.C.dtype).contiguous(),
                 D=None if dD is None or side.D is None else dD.to(side.D.dtype),
                 dt_weight=d_weight,
                 dt_bias=None if dbias is None or side.dt_bias is None else dbias.to(side.dt_bias.dtype),
@@ -300,7 +300,7 @@ def conv_forward(
     outputs = []
     for side in sides:
         y = call(*_conv_operands(x, side), activation="silu" if silu else None)
-        outputs.append(_ours(y, side.reverse, x.shape[1]).contiguous())
+        outputs.append(_reading_order(y, side.reverse, x.shape[1]).contiguous())
     return outputs
 
 
@@ -321,11 +321,11 @@ def conv_backward(
         with torch.enable_grad():
             y = call(*leaves, activation="silu" if silu else None)
         dy = _image(grad.to(y.dtype), side.reverse)
-        found = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy))
-        du, dw, db = (None if t is None else next(found) for t in leaves)
+        gradients = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy))
+        du, dw, db = (None if t is None else next(gradients) for t in leaves)
         assert du is not None
         assert dw is not None
-        part = _ours(du, side.reverse, x.shape[1]).float()
+        part = _reading_order(du, side.reverse, x.shape[1]).float()
         dx = part if dx is None else dx + part
         d_bias = None if db is None or side.bias is None else db.to(side.bias.dtype)
         params.append((dw.to(side.weight.dtype), d_bias))

@@ -67,8 +67,8 @@ def _probabilities(ax: Axes, values: np.ndarray, classes: Sequence[str], color: 
 
 
 def _grid(ax: Axes, rows: int, cols: int, side: float) -> None:
-    lines = [((c * side, 0), (c * side, rows * side)) for c in range(cols + 1)]
-    lines += [((0, r * side), (cols * side, r * side)) for r in range(rows + 1)]
+    lines = [((c * side, 0.0), (c * side, rows * side)) for c in range(cols + 1)]
+    lines += [((0.0, r * side), (cols * side, r * side)) for r in range(rows + 1)]
     ax.add_collection(LineCollection(list(np.array(lines) - 0.5), colors="white", linewidths=1.2))
 
 
@@ -91,7 +91,8 @@ def _sequence(ax: Axes, looks: Looks) -> int:
         place += _GAP
     remaining = np.flatnonzero(~selected_mask(looks.selected, looks.importance.shape).ravel())
     for cell in remaining:
-        put(_token(half, *divmod(int(cell), cols), patch), place, style.MUTED)
+        row, col = divmod(int(cell), cols)
+        put(_token(half, row, col, patch), place, style.MUTED)
         place += 1
     ax.set_xlim(-0.1, place + 0.1)
     ax.set_ylim(-0.15, 1.15)
@@ -134,7 +135,7 @@ def draw_looks(looks: Looks, path: str | os.PathLike[str]) -> Path:
     confidence = float(looks.probabilities[best])
     with style.styled():
         figure = style.new_figure(10.0, 6.0)
-        top, middle, bottom = figure.subfigures(3, 1, height_ratios=(2.6, 0.9, 1.9))
+        top, middle, bottom = np.asarray(figure.subfigures(3, 1, height_ratios=(2.6, 0.9, 1.9)))
         _pictures(top, looks)
         sequence = style.image_axes(middle.subplots())
         length = _sequence(sequence, looks)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mambascope.ops._library import absent, define, dense, differentiable, given, present
+from mambascope.ops._library import absent, define, dense, differentiable, present, where_present
 from mambascope.ops.backends import implementation
 from mambascope.ops.causal_conv1d.common import ConvSide
 
@@ -50,7 +50,7 @@ def _conv_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _conv_autograd(ctx: Any, grad: Tensor) -> tuple:
     tensors = ctx.saved_tensors
     grads = CONV_BACKWARD(grad, *tensors, ctx.silu, ctx.reverse, ctx.backend)
-    return (*given(tensors, grads), None, None, None)
+    return (*where_present(tensors, grads), None, None, None)
 
 
 differentiable("causal_conv1d", _conv_context, _conv_autograd)
@@ -95,7 +95,7 @@ def _both_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> Non
 def _both_autograd(ctx: Any, grad_f: Tensor, grad_b: Tensor) -> tuple:
     tensors = ctx.saved_tensors
     grads = BOTH_BACKWARD(grad_f, grad_b, *tensors, ctx.silu, ctx.backend)
-    return (*given(tensors, grads), None, None)
+    return (*where_present(tensors, grads), None, None)
 
 
 differentiable("bidirectional_conv", _both_context, _both_autograd)

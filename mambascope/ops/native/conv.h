@@ -73,11 +73,11 @@ template <class S> class Conv {
     int used = 1;
     run_threads(threads, [&](int thread, int n) {
       if (thread == 0) used = n;
-      vf *own = &sums[thread * blocks * per_block];
-      memset(own, 0, blocks * per_block * sizeof(vf));
+      vf *sums_of_thread = &sums[thread * blocks * per_block];
+      memset(sums_of_thread, 0, blocks * per_block * sizeof(vf));
       const int64_t tasks = a.batch * blocks;
       for (int64_t task = tasks * thread / n; task < tasks * (thread + 1) / n; task++)
-        adjoint(task / blocks, task % blocks * W, own + task % blocks * per_block);
+        adjoint(task / blocks, task % blocks * W, sums_of_thread + task % blocks * per_block);
     });
     for (int64_t block = 0; block < blocks; block++) {
       vf *sum = &sums[block * per_block];

@@ -60,26 +60,26 @@ class Library:
 
 
 def _find() -> tuple[Library | None, str | None]:
-    wanted = os.environ.get(ENV, "").strip().lower()
-    if wanted in ("off", "none", "0"):
-        return None, f"switched off by {ENV}={wanted}"
+    level = os.environ.get(ENV, "").strip().lower()
+    if level in ("off", "none", "0"):
+        return None, f"switched off by {ENV}={level}"
     paths = {isa: _HERE / f"_kernels_{isa}.so" for isa in LEVELS}
     built = [isa for isa in LEVELS if paths[isa].exists()]
     if not built:
         log = _HERE / "_build_error.txt"
         why = log.read_text().strip() if log.exists() else "no C++ compiler was used when the package was installed"
         return None, f"not compiled: {why}"
-    if wanted and wanted not in built:
-        return None, f"{ENV}={wanted!r} is not one of the levels built here: {', '.join(built)}"
+    if level and level not in built:
+        return None, f"{ENV}={level!r} is not one of the levels built here: {', '.join(built)}"
     try:
         # The lowest level runs everywhere; only it may ask the CPU what it can do.
         lowest = Library(built[-1], paths[built[-1]])
         usable = [isa for isa in built if isa == "base" or int(isa[1:]) <= lowest.cpu_level()]
         if not usable:
             return None, f"this CPU cannot run the levels built here: {', '.join(built)}"
-        if wanted and wanted not in usable:
-            return None, f"{ENV}={wanted!r} is beyond this CPU, which runs {', '.join(usable)}"
-        isa = wanted or usable[0]
+        if level and level not in usable:
+            return None, f"{ENV}={level!r} is beyond this CPU, which runs {', '.join(usable)}"
+        isa = level or usable[0]
         return (lowest if isa == lowest.isa else Library(isa, paths[isa])), None
     except (OSError, AttributeError) as error:
         return None, f"the compiled kernels do not load: {error}"

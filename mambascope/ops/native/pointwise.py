@@ -102,8 +102,8 @@ def conv_backward(
     """
     x, taps = _rows(x), weight_f.shape[-1]
     two = weight_b is not None
-    given = (weight_f, bias_f, weight_b, bias_b)
-    params = [_float(p) for p in given]
+    arguments = (weight_f, bias_f, weight_b, bias_b)
+    params = [_float(p) for p in arguments]
     dparams = [None if p is None else torch.empty_like(p) for p in params]
     grads = [_rows(g.to(x.dtype)) for g in (grad_f, grad_b) if g is not None]
     if len(grads) != 1 + two:
@@ -117,7 +117,7 @@ def conv_backward(
     fields += [dx.data_ptr()] + [_pointer(dparams[i]) for i in (0, 2, 1, 3)]
     library.get().run("conv_backward", library.CONV.pack(*fields))
     dw_f, db_f, dw_b, db_b = (
-        None if d is None or p is None else d.to(p.dtype) for d, p in zip(dparams, given, strict=True)
+        None if d is None or p is None else d.to(p.dtype) for d, p in zip(dparams, arguments, strict=True)
     )
     assert dw_f is not None
     return dx, dw_f, db_f, dw_b, db_b

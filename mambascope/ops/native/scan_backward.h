@@ -275,7 +275,7 @@ template <class S> class BackwardScan {
       }
     }
 
-    vf *own = sums_of(thread, t.d, block);
+    vf *state_sums = sums_of(thread, t.d, block);
     if (N != s.states) {
       vi odd = (vi){};
       for (int k = 0; k < m; k++) odd |= not_finite(t.g[k]);
@@ -285,15 +285,15 @@ template <class S> class BackwardScan {
     vf *dBC = lanes == W ? t.dBC : t.edge;
     if (lanes < W) memset(t.edge, 0, m * 2 * N * sizeof(vf));
     if (__builtin_expect(care.odd, 0))
-      walk_back<1>(t, care.clamp, need_y, i, c, m, own, dBC);
+      walk_back<1>(t, care.clamp, need_y, i, c, m, state_sums, dBC);
     else
-      walk_back<NB>(t, care.clamp, need_y, i, c, m, own, dBC);
+      walk_back<NB>(t, care.clamp, need_y, i, c, m, state_sums, dBC);
     if (lanes < W) {
       clear_missing(t.edge, m * 2 * N, lanes);
       for (int64_t j = 0; j < m * 2 * N; j++) t.dBC[j] += t.edge[j];
     }
 
-    vf *ddelta = t.ddelta + i * round_up(chunks.size, 4), dD = own[N + R], dbias = own[N + R + 1];
+    vf *ddelta = t.ddelta + i * round_up(chunks.size, 4), dD = state_sums[N + R], dbias = state_sums[N + R + 1];
     for (int k = 0; k < m; k++) {
       if (need_y) store_lanes((S *)a.dz + token_at(k), ddelta[k] * t.y[k], lanes);
       const vf dx = t.dt[k] * t.du[k];
@@ -305,10 +305,10 @@ template <class S> class BackwardScan {
       ddelta[k] = dd;
     }
     clear_missing(ddelta, m, lanes);
-    own[N + R] = dD;
-    own[N + R + 1] = dbias;
+    state_sums[N + R] = dD;
+    state_sums[N + R + 1] = dbias;
     if (s.dt_rank) {
-      add_dt_weight_grad(own + N, ddelta, t.low, m);
+      add_dt_weight_grad(state_sums + N, ddelta, t.low, m);
     } else {
       const DirectionGrad &out = a.out[t.d];
       for (int k = 0; k < m; k++)
@@ -318,7 +318,7 @@ template <class S> class BackwardScan {
 
   // Replays the chunk and walks its adjoint states back, PASS states at a time.
   template <int PASS>
-  void walk_back(const Task &t, bool clamp, bool need_y, int64_t i, int64_t c, int m, vf *own, vf *dBC) {
+  void walk_back(const Task &t, bool clamp, bool need_y, int64_t i, int64_t c, int m, vf *state_sums, vf *dBC) {
     const int64_t block = t.first + i;
     const vf *start = chunk_start(t, c, i);
     for (int64_t n = 0; n < (PASS == 1 ? s.states : N); n += PASS) {
@@ -327,7 +327,7 @@ template <class S> class BackwardScan {
       else
         replay<PASS, false>(t, clamp, block, n, start + n, m);
       adjoint_states<PASS>(packed.A2(t.d, block) + n, t.e, t.h, t.g, t.dt, t.dtx, Rows{t.B + n, N}, Rows{t.C + n, N}, m,
-                           t.G + i * N + n, own + n, AdjointSums{t.du, t.ddt, dBC + n, 2 * N, N});
+                           t.G + i * N + n, state_sums + n, AdjointSums{t.du, t.ddt, dBC + n, 2 * N, N});
     }
   }
 

@@ -66,9 +66,9 @@ def scan_backward(
             _, _, kept = scan_forward(sides, z, scale=scale, dt_softplus=dt_softplus, save=True, return_score=False)
             assert kept is not None
         total, states = (t if t.numel() else None for t in (kept.total, kept.states))
-        *found, dz = native.bidirectional_backward(grad, *[*_joint(sides), z, scale, total, states])
+        *gradients, dz = native.bidirectional_backward(grad, *[*_joint(sides), z, scale, total, states])
         grads = []
-        for x, proj, weight, bias, A, D in (found[:6], found[6:]):
+        for x, proj, weight, bias, A, D in (gradients[:6], gradients[6:]):
             assert x is not None
             assert A is not None
             grads.append(ScanGrads(x, None, A, None, None, D, weight, bias, proj))

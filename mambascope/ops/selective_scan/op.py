@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambascope.ops._library import absent, define, dense, differentiable, given, present
+from mambascope.ops._library import absent, define, dense, differentiable, present, where_present
 from mambascope.ops.backends import implementation
 from mambascope.ops.selective_scan.common import STATE_INTERVAL, Kept, ScanGrads, ScanSide, new_kept, state_dtype
 
@@ -146,7 +146,7 @@ def _scan_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
         return (None,) * 13
     states, total, *tensors = ctx.saved_tensors
     grads = SCAN_BACKWARD(grad, states, total, *tensors, ctx.dt_softplus, ctx.reverse, ctx.backend)
-    return (*given(tensors, grads), None, None, None, None)
+    return (*where_present(tensors, grads), None, None, None, None)
 
 
 differentiable("selective_scan", _scan_context, _scan_autograd)
@@ -235,7 +235,7 @@ def _bidirectional_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
         return (None,) * 17
     states, total, *tensors = ctx.saved_tensors
     grads = BIDIRECTIONAL_BACKWARD(grad, states, total, *tensors, ctx.scale, ctx.backend)
-    return (*given(tensors, grads), None, None, None, None)
+    return (*where_present(tensors, grads), None, None, None, None)
 
 
 differentiable("bidirectional_scan", _bidirectional_context, _bidirectional_autograd)

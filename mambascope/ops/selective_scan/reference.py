@@ -93,8 +93,8 @@ def scan_backward(
 
     # vjp, not autograd.grad: inside an operator the dispatcher has switched autograd off
     pullback = torch.func.vjp(run, *primals)[1]
-    found = [g.contiguous() for g in pullback(grad)]
+    cotangents = [g.contiguous() for g in pullback(grad)]
     grads: list[dict[str, Tensor | None]] = [dict.fromkeys(_TENSORS) for _ in sides]
-    for (i, name), value in zip(slots, found, strict=False):
+    for (i, name), value in zip(slots, cotangents, strict=False):
         grads[i][name] = value
-    return [ScanGrads(**g) for g in grads], None if z is None else found[-1]  # type: ignore[arg-type]
+    return [ScanGrads(**g) for g in grads], None if z is None else cotangents[-1]  # type: ignore[arg-type]

@@ -26,8 +26,8 @@ SSD_BACKENDS = ("reference", "torch", "mamba_ssm")
 
 
 @cache
-def _log_fallback(wanted: str, reason: str) -> None:
-    _log.warning("ssd: backend %r refused (%s); using 'torch'", wanted, reason)
+def _log_fallback(choice: str, reason: str) -> None:
+    _log.warning("ssd: backend %r refused (%s); using 'torch'", choice, reason)
 
 
 def ssd_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -42,18 +42,18 @@ def ssd_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -
     Raises:
         ValueError: If the name is unknown.
     """
-    wanted = backend or os.environ.get(ENV) or None
-    if wanted is not None and wanted not in BACKENDS:
-        raise ValueError(f"{'backend' if backend else ENV} must be one of {', '.join(BACKENDS)}, got {wanted!r}")
-    if wanted is None:
+    choice = backend or os.environ.get(ENV) or None
+    if choice is not None and choice not in BACKENDS:
+        raise ValueError(f"{'backend' if backend else ENV} must be one of {', '.join(BACKENDS)}, got {choice!r}")
+    if choice is None:
         return "torch" if mamba_ssm.refusal(device, dtype) else "mamba_ssm"
-    if wanted not in SSD_BACKENDS:
-        _log_fallback(wanted, f"the Mamba-2 scan has {', '.join(SSD_BACKENDS)} only")
+    if choice not in SSD_BACKENDS:
+        _log_fallback(choice, f"the Mamba-2 scan has {', '.join(SSD_BACKENDS)} only")
         return "torch"
-    if wanted == "mamba_ssm" and (reason := mamba_ssm.refusal(device, dtype)):
-        _log_fallback(wanted, reason)
+    if choice == "mamba_ssm" and (reason := mamba_ssm.refusal(device, dtype)):
+        _log_fallback(choice, reason)
         return "torch"
-    return wanted
+    return choice
 
 
 def _step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dtype: torch.dtype) -> Tensor:

@@ -50,10 +50,10 @@ class _FirstOrder(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         leaves, outputs = ctx.inner
         # their graph goes with this node
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
         if torch.is_grad_enabled():
-            found = refusing("ssd_scan", found, (*ctx.saved_tensors, *grads))
-        return (None, *found)
+            gradients = refusing("ssd_scan", gradients, (*ctx.saved_tensors, *grads))
+        return (None, *gradients)
 
 
 def scan_mamba_ssm(

@@ -105,7 +105,7 @@ def conv_backward(
     sums = partial.sum((0, 1))
     params: list[tuple[Tensor, Tensor | None]] = []
     for side in sides:
-        own = sums[int(side.reverse)]
-        weight = own[:taps].T.to(side.weight.dtype, copy=True, memory_format=torch.contiguous_format)
-        params.append((weight, None if side.bias is None else own[taps].to(side.bias.dtype, copy=True)))
+        side_sums = sums[int(side.reverse)]
+        weight = side_sums[:taps].T.to(side.weight.dtype, copy=True, memory_format=torch.contiguous_format)
+        params.append((weight, None if side.bias is None else side_sums[taps].to(side.bias.dtype, copy=True)))
     return dx, params

@@ -107,7 +107,7 @@ def scan_forward_kernel(
 
         # everything that may come from far away is asked for before the walk
         gates = ()
-        others = ()
+        forward_ys = ()
         for t in tl.static_range(T):
             l_g = first + step * t
             ok_g = live & (l_g < hi) & in_e & second
@@ -116,7 +116,7 @@ def scan_forward_kernel(
                 gates = gates + (tl.load(at, mask=ok_g, other=0.0).to(tl.float32),)
             if DIRS == 2:
                 at = tl.max_contiguous(at_raw + l_g.to(tl.int64) * E + e, [1, CPT])
-                others = others + (tl.load(at, mask=ok_g, other=0.0).to(tl.float32),)
+                forward_ys = forward_ys + (tl.load(at, mask=ok_g, other=0.0).to(tl.float32),)
         ys = ()
         for t in tl.static_range(T):
             l = first + step * t
@@ -145,7 +145,7 @@ def scan_forward_kernel(
                 ok_s = live & (l_s < hi) & in_e
                 v = ys[t]
                 if DIRS == 2:
-                    v = v + others[t]
+                    v = v + forward_ys[t]
                 if SAVE_SUM:
                     at_s = tl.max_contiguous(at_raw + l_s.to(tl.int64) * E + e, [1, CPT])
                     tl.store(at_s, v.to(raw.dtype.element_ty), mask=ok_s)
@@ -256,6 +256,6 @@ def segment_carry_kernel(
         s = tl.where(from_end, S - 1 - i, i)
         row = (side * S + s).to(tl.int64) * B + image
         at = ends + (row * N + n) * E + e
-        own = tl.load(at, mask=in_e, other=0.0)
+        chunk_end = tl.load(at, mask=in_e, other=0.0)
         tl.store(at, carry, mask=in_e)
-        carry = tl.exp2(tl.load(dt_sums + row * E + e, mask=in_e, other=0.0) * A) * carry + own
+        carry = tl.exp2(tl.load(dt_sums + row * E + e, mask=in_e, other=0.0) * A) * carry + chunk_end

@@ -86,8 +86,8 @@ def _float32_pair(side: ScanSide) -> tuple[Tensor, Tensor]:
     b, c = side.B, side.C
     n = b.shape[2]
     if b.stride() == c.stride() and c.data_ptr() == b.data_ptr() + n * b.element_size():
-        both = torch.as_strided(b, (*b.shape[:2], 2 * n), b.stride()).float()
-        return both[..., :n], both[..., n:]
+        columns = torch.as_strided(b, (*b.shape[:2], 2 * n), b.stride()).float()
+        return columns[..., :n], columns[..., n:]
     return b.float(), c.float()
 
 
@@ -104,7 +104,7 @@ def _inputs(sides: Sequence[ScanSide], z: Tensor | None, dt_softplus: bool, conv
     pairs = [_float32_pair(s) if convert and s.B.dtype != torch.float32 else (s.B, s.C) for s in sides]
     has_d, has_bias = sides[0].D is not None, sides[0].dt_bias is not None
     if any((s.D is not None) != has_d or (s.dt_bias is not None) != has_bias for s in sides):
-        raise ValueError("both sides must have D and dt_bias, or neither")
+        raise ValueError("columns sides must have D and dt_bias, or neither")
     twice = 3 - len(sides)
     bc = same_strides(*(t for pair in pairs for t in pair))
     absent = sides[0].A  # never read: any pointer will do
