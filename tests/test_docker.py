@@ -45,7 +45,7 @@ def test_there_are_three_images():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_versions_come_from_the_constraints(path):
-    known, seen = pins(), set()
+    pinned, seen = pins(), set()
     for words in installs(path):
         assert words[:2] == ["--constraint", "constraints.txt"], words
         for word in words[2:]:
@@ -54,17 +54,17 @@ def test_versions_come_from_the_constraints(path):
                 continue
             if word.startswith("."):
                 extras = re.findall(r"[\w-]+", word[1:])
-                wanted = [r for extra in extras for r in PROJECT["optional-dependencies"][extra]]
-                names = [canonical(re.match(r"[\w-]+", r)[0]) for r in [*PROJECT["dependencies"], *wanted]]
+                requirements = [r for extra in extras for r in PROJECT["optional-dependencies"][extra]]
+                names = [canonical(re.match(r"[\w-]+", r)[0]) for r in [*PROJECT["dependencies"], *requirements]]
                 loose = {"ftfy", "regex"}
-                assert set(names) - loose <= set(known), set(names) - set(known)
+                assert set(names) - loose <= set(pinned), set(names) - set(pinned)
                 continue
             name = canonical(re.match(r"[\w.-]+", word)[0])
             seen.add(name)
             if re.search(r"[<>=]", word):
-                assert word == known[name], f"{word} in {path.name}, {known[name]} in constraints.txt"
+                assert word == pinned[name], f"{word} in {path.name}, {pinned[name]} in constraints.txt"
             elif name not in {"wheel", "ninja", "psutil", "packaging"}:  # tools of the build only
-                assert "==" in known[name], name
+                assert "==" in pinned[name], name
     assert {"torch", "torchvision"} <= seen
     assert seen >= {"cuda": {"causal-conv1d", "mamba-ssm"}, "mm": {"mmcv"}}.get(path.stem, set())
 

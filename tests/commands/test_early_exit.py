@@ -95,7 +95,7 @@ def test_the_same_tensors_and_answers_file_by_file(exported, tmp_path, capsys, m
     bad = [tmp_path / "nowhere.png", tmp_path / "text.png", tmp_path / "end.png"]
     bad[1].write_text("no image")
     bad[2].write_bytes(files[0].read_bytes()[:600])
-    given = [bad[0], *files[:5], bad[1], *files[5:], bad[2]]
+    arguments = [bad[0], *files[:5], bad[1], *files[5:], bad[2]]
     module = runpy.run_path(str(exported / "early_exit.py"))
     sizes = []
     run = module["EarlyExit"].__call__
@@ -106,7 +106,7 @@ def test_the_same_tensors_and_answers_file_by_file(exported, tmp_path, capsys, m
 
     monkeypatch.setattr(module["EarlyExit"], "__call__", counted)
     monkeypatch.setitem(module["main"].__globals__, "BATCH", 4)
-    assert module["main"]([str(file) for file in given]) == 1
+    assert module["main"]([str(file) for file in arguments]) == 1
     printed = capsys.readouterr()
     rows = [line.split("\t") for line in printed.out.splitlines()]
     assert [row[3] for row in rows] == [str(file) for file in files]

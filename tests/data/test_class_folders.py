@@ -77,8 +77,8 @@ def written(kind, path):
 
 
 def test_every_ending_that_can_be_read_and_no_other(tmp_path):
-    known = Image.registered_extensions()
-    seen = {known[ending] for ending in image_endings() if written(known[ending], tmp_path / f"a{ending}")}
+    extensions = Image.registered_extensions()
+    seen = {extensions[ending] for ending in image_endings() if written(extensions[ending], tmp_path / f"a{ending}")}
     assert {"AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"} <= seen
     for path in tmp_path.iterdir():
         assert open_image(path).mode == "RGB", path
@@ -130,9 +130,9 @@ def test_what_is_left_out_is_counted_in_one_line(mess, archived, tmp_path_factor
 
 def test_prediction_sees_the_same_images(mess):
     left_out = LeftOut()
-    found = list(find_images([str(mess / "val")], left_out))
+    matches = list(find_images([str(mess / "val")], left_out))
     reader = open_folder(mess / "val")[0].reader
-    assert sorted(str(source.path) for source in found) == sorted(path for path, _ in reader.samples)
+    assert sorted(str(source.path) for source in matches) == sorted(path for path, _ in reader.samples)
     assert left_out.endings.total() == 7
     assert left_out.hidden == 6
 
@@ -198,8 +198,8 @@ def test_a_name_has_one_spelling(tmp_path):
 def test_class_maps_from_text_files(tmp_path):
     put(tmp_path / "val", "ant/1.png", "bee/1.png")
     (tmp_path / "names.txt").write_bytes("\ufeffbee\r\nant\r\n\r\n".encode())  # a byte order mark, an empty line
-    for given in (str(tmp_path / "names.txt"), "names.txt"):
-        data = module(tmp_path, class_map=given)
+    for spelling in (str(tmp_path / "names.txt"), "names.txt"):
+        data = module(tmp_path, class_map=spelling)
         data.setup("validate")
         assert data.class_names == ["bee", "ant"]
     (tmp_path / "names.txt").write_text("ant\nbee\nant\n")
@@ -297,8 +297,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "set" / "ant" / "up").symlink_to("..")
     (tmp_path / "set" / "bee" / "other").symlink_to(tmp_path / "set")
     left_out = LeftOut()
-    found = [os.path.relpath(path, tmp_path / "set") for path in walk(str(tmp_path / "set"), left_out)]
-    assert found == ["ant/1.png", "bee/1.png", "cat/1.png"]
+    matches = [os.path.relpath(path, tmp_path / "set") for path in walk(str(tmp_path / "set"), left_out)]
+    assert matches == ["ant/1.png", "bee/1.png", "cat/1.png"]
     assert "2 links back to a folder above" in str(left_out)
 
 

@@ -35,8 +35,8 @@ WORDS = (datasets.Value("string"), ["ant", "bee", "cat"] * 2)
 
 def module(root, reader="hfds", kind=ImageDataModule, **options):
     size = {"img_size": 8} if kind is ImageDataModule else {"length": 4, "patch_size": 4}
-    given = {"batch_size": 2, "num_workers": 0, "train_split": "train", "val_split": "validation", **size, **options}
-    return kind(str(root / "cache"), f"{reader}/{root / 'set'}", **given)
+    settings = {"batch_size": 2, "num_workers": 0, "train_split": "train", "val_split": "validation", **size, **options}
+    return kind(str(root / "cache"), f"{reader}/{root / 'set'}", **settings)
 
 
 def labels(data):

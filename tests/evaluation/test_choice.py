@@ -130,12 +130,12 @@ def test_eval_and_predict_say_which_rule(model, tmp_path, capsys, target, stays)
     assert eval_cli.main([str(a) for a in args]) == 0
     stored = load_model(out / "model.safetensors")
     assert (stored.threshold == 0.7) is stays
-    said = capsys.readouterr().out
-    assert ("stays: 30 images are too few" in said) is stays
+    output = capsys.readouterr().out
+    assert ("stays: 30 images are too few" in output) is stays
     assert predict_cli.main([str(out / "model.safetensors"), str(folder / "a")]) == 0
-    told = capsys.readouterr().err
-    assert ("the model's own 0.7 stays: 30 images" if stays else "(threshold") in told
-    assert "points below refining every image" in told
+    warning = capsys.readouterr().err
+    assert ("the model's own 0.7 stays: 30 images" if stays else "(threshold") in warning
+    assert "points below refining every image" in warning
     # a threshold that is given is not one that was chosen
     assert predict_cli.main([str(out / "model.safetensors"), str(folder / "a"), "--threshold", "0.4"]) == 0
     assert "(threshold 0.4: given)" in capsys.readouterr().err

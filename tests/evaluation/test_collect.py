@@ -12,15 +12,15 @@ from mambascope.models import VimConfig, VisionMamba
 
 def test_collect_equals_the_stages_run_by_hand(tiny_scope, images, labels):
     loader = DataLoader(TensorDataset(images, labels), batch_size=7)
-    found = collect(tiny_scope, loader, progress=False)
+    answers = collect(tiny_scope, loader, progress=False)
     with torch.no_grad():
         both = tiny_scope.forward_both(images)
     expected = StageRecord.from_logits(both.coarse, both.fine, labels)
-    assert len(found.record) == 30
+    assert len(answers.record) == 30
     for name in ("labels", "coarse_pred", "fine_pred", "coarse_top5", "fine_top5"):
-        assert np.array_equal(getattr(found.record, name), getattr(expected, name)), name
-    assert found.record.confidence == pytest.approx(expected.confidence, abs=1e-5)
-    assert found.record.fine_confidence == pytest.approx(expected.fine_confidence, abs=1e-5)
+        assert np.array_equal(getattr(answers.record, name), getattr(expected, name)), name
+    assert answers.record.confidence == pytest.approx(expected.confidence, abs=1e-5)
+    assert answers.record.fine_confidence == pytest.approx(expected.fine_confidence, abs=1e-5)
 
 
 def test_the_sweep_predicts_dynamic_inference(tiny_scope, images, labels, eta):

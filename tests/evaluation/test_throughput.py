@@ -8,11 +8,11 @@ from mambascope.models import VimConfig, VisionMamba
 from mambascope.models.engine import ScopePredictor
 
 
-def assert_same(found, expected):
-    assert torch.allclose(found.logits, expected.logits, atol=1e-4)
+def assert_same(result, expected):
+    assert torch.allclose(result.logits, expected.logits, atol=1e-4)
     for name in ("exited", "selected", "tokens"):
-        assert torch.equal(getattr(found, name), getattr(expected, name)), name
-    assert torch.allclose(found.importance, expected.importance, atol=1e-5)
+        assert torch.equal(getattr(result, name), getattr(expected, name)), name
+    assert torch.allclose(result.importance, expected.importance, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

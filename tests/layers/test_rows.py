@@ -10,11 +10,11 @@ def test_rows_and_gradients_are_those_of_plain_indexing(shape, count):
     torch.manual_seed(0)
     rows = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     index = torch.stack([torch.randperm(shape[1])[:count] for _ in range(shape[0])])
-    found = gather_rows(rows, index)
+    gathered = gather_rows(rows, index)
     expected = rows[torch.arange(shape[0]).unsqueeze(1), index]
-    assert torch.equal(found, expected)
+    assert torch.equal(gathered, expected)
     weights = torch.randn_like(expected)
-    grads = [torch.autograd.grad((out * weights).sum(), rows, retain_graph=True)[0] for out in (found, expected)]
+    grads = [torch.autograd.grad((out * weights).sum(), rows, retain_graph=True)[0] for out in (gathered, expected)]
     assert torch.equal(*grads)
 
 

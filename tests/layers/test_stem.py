@@ -18,8 +18,8 @@ def test_maps_lie_at_a_quarter_half_and_the_whole_stride(patch_size):
     torch.manual_seed(0)
     stem = ConvStem(3, patch_size, 6).double()
     x = torch.randn(2, 3, 2 * patch_size, 3 * patch_size, dtype=torch.float64)
-    found = stem(x)
-    assert [tuple(m.shape[1:]) for m in found] == [(6, 8, 12), (12, 4, 6), (12, 2, 3)]
+    result = stem(x)
+    assert [tuple(m.shape[1:]) for m in result] == [(6, 8, 12), (12, 4, 6), (12, 2, 3)]
     # written out: every second place of a convolution over the map with a border of zeros
     seen, maps = x, []
     for conv, norm in zip(
@@ -38,7 +38,7 @@ def test_maps_lie_at_a_quarter_half_and_the_whole_stride(patch_size):
         normed = (total - mean) / (var + norm.eps).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
         seen = F.gelu(normed)
         maps.append(seen)
-    for mine, expected in zip(found, maps[-3:], strict=True):
+    for mine, expected in zip(result, maps[-3:], strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-9)
     assert len(maps) == len(stem_convs(3, patch_size, 6)) == patch_size.bit_length() - 1
 
@@ -54,14 +54,14 @@ def test_tokens_are_the_linear_ones_and_the_projected_map():
     assert torch.equal(embed(x, levels), embed(x))
     # cells: the same tokens, four at a time
     rows, cols = torch.tensor([[0, 2, 1], [2, 0, 0]]), torch.tensor([[3, 1, 2], [0, 0, 3]])
-    own = embed.embed_cells(padded, rows, cols)
+    cells = embed.embed_cells(padded, rows, cols)
     whole = embed(padded).unflatten(1, (6, 8))
     for b in range(2):
         for k in range(3):
             for child in range(4):
                 row, col = 2 * rows[b, k] + child // 2, 2 * cols[b, k] + child % 2
-                torch.testing.assert_close(own[b, k, child], whole[b, row, col], rtol=1e-9, atol=1e-9)
-    assert torch.equal(embed.embed_cells(padded, rows, cols, levels), own)
+                torch.testing.assert_close(cells[b, k, child], whole[b, row, col], rtol=1e-9, atol=1e-9)
+    assert torch.equal(embed.embed_cells(padded, rows, cols, levels), cells)
     assert PatchEmbed(8, 8, 3, 16).stem_maps(x) == []
 
 
@@ -126,11 +126,11 @@ def test_timm_adapts_both_first_convolutions(tmp_path):
     name = "mambascope_nano_patch8_64"
     grey = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=file, in_chans=1, num_classes=3)
     assert grey.config.stem_width == 6
-    for own, theirs in (
+    for grey_conv, reference in (
         (grey.patch_embed.proj, model.patch_embed.proj),
         (grey.patch_embed.stem.levels[0][0][0], model.patch_embed.stem.levels[0][0][0]),
     ):
-        torch.testing.assert_close(own.weight, theirs.weight.sum(1, keepdim=True))
+        torch.testing.assert_close(grey_conv.weight, reference.weight.sum(1, keepdim=True))
     assert grey.eval()(torch.randn(1, 1, 64, 64)).shape == (1, 3)
 
 

@@ -79,8 +79,8 @@ def test_all_exit_and_none_exit():
 
 
 def copy_encoder(source, target):
-    own = target.encoder.state_dict()
-    target.encoder.load_state_dict({k: source.encoder.state_dict()[k] for k in own})
+    tensors = target.encoder.state_dict()
+    target.encoder.load_state_dict({k: source.encoder.state_dict()[k] for k in tensors})
     target.pyramid.load_state_dict(source.pyramid.state_dict())
     if source.detail is not None:
         target.detail.load_state_dict(source.detail.state_dict())
@@ -90,11 +90,11 @@ def copy_encoder(source, target):
 @pytest.mark.parametrize("options", [{}, {"readout": True}, {"detail": True}])
 def test_everything_refined_equals_plain_vim(options, stem):
     exact = {"alpha": 1.0, "reuse": "off", "cell_order": "raster", "fine_cls": "middle", "stem_width": stem}
-    ours = scope(arch_options=exact, threshold=1.0, **options).double().eval()
+    exact_model = scope(arch_options=exact, threshold=1.0, **options).double().eval()
     plain = vim(arch_options={"stem_width": stem}, **options).double().eval()
-    copy_encoder(ours, plain)
+    copy_encoder(exact_model, plain)
     x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
-    for a, b in zip(ours(x), plain(x), strict=True):
+    for a, b in zip(exact_model(x), plain(x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 

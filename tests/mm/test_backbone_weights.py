@@ -26,8 +26,8 @@ def test_starts_from_our_files_with_a_report(tmp_path, classifier, caplog):
     torch.save({"state_dict": {f"model.{k}": v for k, v in classifier.state_dict().items()}}, tmp_path / "a.ckpt")
     for name in ("a.safetensors", "a.ckpt"):
         model = start(tmp_path / name, arch_options={"fine_cls": "middle"})
-        own = dict(classifier.state_dict())
-        assert all(torch.equal(v, own[k]) for k, v in model.encoder.state_dict().items())
+        state = dict(classifier.state_dict())
+        assert all(torch.equal(v, state[k]) for k, v in model.encoder.state_dict().items())
     bigger = start(tmp_path / "a.safetensors", img_size=96, arch_options={"fine_cls": "middle"})
     assert bigger.encoder.pos_embed.shape[1] == 12 * 12 + 1
 

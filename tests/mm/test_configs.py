@@ -33,14 +33,14 @@ def build(cfg):
 
 
 def test_all_named_configs_exist():
-    wanted = {
+    names = {
         f"{task}_{kind}_{size}.py"
         for task in ("upernet", "cascade")
         for kind in ("scope", "vim")
         for size in ("ti", "s")
     }
-    wanted |= {"upernet_deit_ti.py", "upernet_r50.py", "upernet_scope_demo.py", "cascade_scope_demo.py"}
-    assert wanted <= set(CONFIGS)
+    names |= {"upernet_deit_ti.py", "upernet_r50.py", "upernet_scope_demo.py", "cascade_scope_demo.py"}
+    assert names <= set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

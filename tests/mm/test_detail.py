@@ -28,8 +28,8 @@ def test_learned_resize_starts_as_bilinear_and_gives_every_place_its_own_map():
         token = remove_cls(tokens, "middle").unflatten(1, taken.grid)[1, 2, 3]  # second image, third row, fourth column
         for row in (0, 1):
             for col in (0, 1):
-                own = token @ learned.coarse_up[level].weight[:, :, row, col]
-                expected = bilinear[level][1, :, 4 + row, 6 + col] + own
+                summand = token @ learned.coarse_up[level].weight[:, :, row, col]
+                expected = bilinear[level][1, :, 4 + row, 6 + col] + summand
                 torch.testing.assert_close(maps[level][1, :, 4 + row, 6 + col], expected, rtol=1e-4, atol=1e-4)
     refined, copied = learned._fine_look(x, taken)[0].maps, plain._fine_look(x, taken)[0].maps
     for level in range(4):
@@ -58,15 +58,15 @@ def test_detail_is_of_the_image_that_was_read(stem):
     assert (model.detail.stem is None) == (stem > 0)
     convs = (model.encoder.patch_embed if stem else model.detail).stem
     seen = x
-    for level, out, found in zip([*convs.levels, model.detail.last], model.detail.outs, fine.detail, strict=True):
+    for level, out, addition in zip([*convs.levels, model.detail.last], model.detail.outs, fine.detail, strict=True):
         conv, norm, _ = level if len(level) == 3 else level[0]
         seen = F.gelu(norm(F.conv2d(seen, conv.weight, conv.bias, stride=2, padding=1)))
-        torch.testing.assert_close(found, out(seen))
+        torch.testing.assert_close(addition, out(seen))
     # it is added to the encoder's levels
     for look in (fine, exits):
         levels = zip(model.pyramid(*look), model.pyramid(look.maps, look.cls), look.detail, strict=True)
-        for both, own, detail in levels:
-            torch.testing.assert_close(both, own + detail)
+        for joined, summand, detail in levels:
+            torch.testing.assert_close(joined, summand + detail)
 
 
 def test_detail_of_other_patch_sizes():

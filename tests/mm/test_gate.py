@@ -57,9 +57,9 @@ def test_skipped_classes_must_leave_one(skipped):
 
 def test_presence_from_masks_leaves_the_ignored_label_out():
     masks = [torch.tensor([[[0, 2], [255, 2]]]), torch.full((1, 2, 2), 255), torch.zeros(1, 2, 2, dtype=torch.uint8)]
-    presence, known = presence_from_masks(masks, 4)
+    presence, valid = presence_from_masks(masks, 4)
     assert presence.tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
-    assert known.tolist() == [True, False, True]
+    assert valid.tolist() == [True, False, True]
 
 
 def test_presence_names_the_file_of_a_wrong_label():
@@ -70,8 +70,8 @@ def test_presence_names_the_file_of_a_wrong_label():
 
 
 def test_presence_of_an_image_without_boxes():
-    found = presence_from_labels([torch.tensor([], dtype=torch.long), torch.tensor([1, 1])], 3)
-    assert found.tolist() == [[0, 0, 0], [0, 1, 0]]
+    labels = presence_from_labels([torch.tensor([], dtype=torch.long), torch.tensor([1, 1])], 3)
+    assert labels.tolist() == [[0, 0, 0], [0, 1, 0]]
 
 
 def test_loss_leaves_unknown_images_out():

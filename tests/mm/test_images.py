@@ -64,9 +64,9 @@ def test_every_config_reads_in_training_and_test_as_the_classifier_does(name, od
     loading.register(cfg.default_scope)
     for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
         step = TRANSFORMS.build(cfg[loader].dataset.pipeline[0])
-        found = step({"img_path": str(odd)})
-        assert np.array_equal(found["img"][..., ::-1], np.asarray(open_image(odd)))
-        assert found["img_shape"] == found["ori_shape"] == found["img"].shape[:2]
+        result = step({"img_path": str(odd)})
+        assert np.array_equal(result["img"][..., ::-1], np.asarray(open_image(odd)))
+        assert result["img_shape"] == result["ori_shape"] == result["img"].shape[:2]
 
 
 @pytest.mark.parametrize("kind", ["seg", "det"])
@@ -126,8 +126,8 @@ def test_values_of_12_bits(tmp_path):
     values = np.linspace(0, 4095, 32 * 48).reshape(32, 48).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
     for value_range in (None, [0, 4095], "file"):
-        found = TRANSFORMS.build({"type": "LoadAnyImage", "value_range": value_range})
-        image = found({"img_path": str(tmp_path / "a.png")})["img"]
+        result = TRANSFORMS.build({"type": "LoadAnyImage", "value_range": value_range})
+        image = result({"img_path": str(tmp_path / "a.png")})["img"]
         assert np.array_equal(image, np.asarray(open_image(tmp_path / "a.png", value_range=value_range))[..., ::-1])
         assert int(image.max()) == (16 if value_range is None else 255)
     with pytest.raises(ValueError, match="value_range must be the values that become 0 and 255"):
@@ -218,9 +218,9 @@ def broken_mask(image, mask):
 
 def read_all(loader):
     """Reads a whole epoch, as training, test and eval_dense do."""
-    found = ScopeRunner.build_dataloader(loader)
+    result = ScopeRunner.build_dataloader(loader)
     with one_line():
-        for _ in zip(range(len(found.dataset)), found, strict=False):
+        for _ in zip(range(len(result.dataset)), result, strict=False):
             pass
 
 

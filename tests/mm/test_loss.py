@@ -11,15 +11,18 @@ def test_equals_mmsegs_where_that_works_and_leaves_ignored_pixels_out():
     from mmseg.models.losses import CrossEntropyLoss
 
     weights = [0.3, 1.0, 2.0]
-    ours, theirs = ClassWeightedCrossEntropy(weights, 0.5), CrossEntropyLoss(class_weight=weights, loss_weight=0.5)
+    weighted, reference = (
+        ClassWeightedCrossEntropy(weights, 0.5),
+        CrossEntropyLoss(class_weight=weights, loss_weight=0.5),
+    )
     logits = torch.randn(2, 3, 4, 5, requires_grad=True)
     labels = torch.randint(0, 3, (2, 4, 5))
-    torch.testing.assert_close(ours(logits, labels), theirs(logits, labels))
+    torch.testing.assert_close(weighted(logits, labels), reference(logits, labels))
     labels[0] = 255
-    torch.testing.assert_close(ours(logits, labels), theirs(logits[1:], labels[1:]))
-    ours(logits, labels).backward()
+    torch.testing.assert_close(weighted(logits, labels), reference(logits[1:], labels[1:]))
+    weighted(logits, labels).backward()
     assert logits.grad[0].abs().max() == 0
-    assert float(ours(logits, torch.full_like(labels, 255))) == 0
+    assert float(weighted(logits, torch.full_like(labels, 255))) == 0
 
 
 def test_weights_are_checked():

@@ -38,8 +38,8 @@ def test_every_image_has_a_picture_of_its_own(checkpoint, tmp_path, capsys):
     put(tmp_path, "in/sheet.png")
     assert run(checkpoint, tmp_path / "in", "--out", tmp_path / "out", "--sheet") == 0
     made = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png"))
-    own = ["A/a.png", "A/sub/b.png", "B/$5_vs_$6.png", "B/a-2.png", "B/a.png", f"B/{latin}", "sheet-2.png"]
-    assert made == sorted([*own, "sheet.png"])
+    outputs = ["A/a.png", "A/sub/b.png", "B/$5_vs_$6.png", "B/a-2.png", "B/a.png", f"B/{latin}", "sheet-2.png"]
+    assert made == sorted([*outputs, "sheet.png"])
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 7
     assert "left out: 1 file of no image format (1 .h5), 1 hidden name (._a.png)" in captured.err

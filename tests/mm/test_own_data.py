@@ -191,8 +191,8 @@ def test_a_text_is_no_list_of_classes(det):
         DataError, match=r"is the text 'cat', which would be 3 classes; write classes=\('cat',\)"
     ) as error:
         check_data(common.demo_config("det", det, **options), LOADERS)
-    wanted = str(error.value).rpartition("command line ")[2].replace('"', "")
-    assert parse_options([wanted]) == {"train_dataloader.dataset.metainfo.classes": ("cat",)}
+    option = str(error.value).rpartition("command line ")[2].replace('"', "")
+    assert parse_options([option]) == {"train_dataloader.dataset.metainfo.classes": ("cat",)}
 
 
 @pytest.mark.parametrize("kept", [("7", "3"), ("9", "8", "7", "6", "5", "4", "3", "2", "1", "0"), ("x", "3", "7")])
@@ -216,12 +216,12 @@ def test_labels_follow_names_whatever_categories_a_file_has(kept, det, tmp_path)
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     [metric] = [METRICS.build({**m, "classwise": True}) for m in cfg.test_evaluator if m.type == "CocoMetric"]
     metric.dataset_meta = dataset.metainfo
-    found = 0
+    total = 0
     for sample in (dataset[i]["data_samples"] for i in range(len(dataset))):
-        own = [a for a in table["annotations"] if a["image_id"] == sample.img_id and names[a["category_id"]] != "x"]
+        objects = [a for a in table["annotations"] if a["image_id"] == sample.img_id and names[a["category_id"]] != "x"]
         labels = sample.gt_instances.labels
-        assert [dataset.metainfo["classes"][i] for i in labels] == [names[a["category_id"]] for a in own]
-        found += len(own)
+        assert [dataset.metainfo["classes"][i] for i in labels] == [names[a["category_id"]] for a in objects]
+        total += len(objects)
         truth = sample.gt_instances
         prediction = {
             "bboxes": truth.bboxes.tensor,
@@ -230,7 +230,7 @@ def test_labels_follow_names_whatever_categories_a_file_has(kept, det, tmp_path)
             "masks": torch.from_numpy(truth.masks.to_ndarray()).bool(),
         }
         metric.process({}, [{"pred_instances": prediction, "img_id": sample.img_id, "ori_shape": sample.ori_shape}])
-    assert found > 3
+    assert total > 3
     figures = metric.compute_metrics(metric.results)
     assert figures["bbox_mAP"] == pytest.approx(1, abs=0.02)
     assert figures["segm_mAP"] == pytest.approx(1, abs=0.02)
@@ -250,8 +250,8 @@ def test_boxes_without_masks(det, tmp_path, capsys):
     assert "\n" not in str(e.value)
     options = parse_options(str(e.value).partition("for boxes only, set ")[2].split())
     assert options["test_evaluator.0.metric"] == "bbox"
-    own = runner("det", det, tmp_path / "b", **options)
-    own.train()
+    training = runner("det", det, tmp_path / "b", **options)
+    training.train()
     assert "have no mask" in dense_command(common.demo_config("det", det), tmp_path, capsys)
     cfg = common.demo_config("det", det, **options)
     cfg.dump(tmp_path / "own.py")

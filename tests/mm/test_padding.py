@@ -82,20 +82,20 @@ def test_no_cell_of_padding_is_read_again_or_counted():
     model.threshold = 0.0
     sure = model.forward_scope(canvas(parts, CANVAS), SIZES).confidence.sort().values
     model.threshold = float(sure[2:4].mean())
-    found = model.forward_scope(canvas(parts, CANVAS), SIZES)
-    assert 0 < int(found.exited.sum()) < len(parts)
-    assert found.grid == (7, 9)
-    costs = model.image_gflops(found)["both_directions"]
+    result = model.forward_scope(canvas(parts, CANVAS), SIZES)
+    assert 0 < int(result.exited.sum()) < len(parts)
+    assert result.grid == (7, 9)
+    costs = model.image_gflops(result)["both_directions"]
     for i, (part, size) in enumerate(zip(parts, SIZES, strict=True)):
         alone = model.forward_scope(part[None])
-        assert bool(alone.exited) == bool(found.exited[i])
-        assert cells(found.selected[i], found.grid) == cells(alone.selected[0], alone.grid)
-        torch.testing.assert_close(found.confidence[i], alone.confidence[0])
-        torch.testing.assert_close(found.gate_logits[i], alone.gate_logits[0])
-        importance = found.importance[i].view(found.grid)[: alone.grid[0], : alone.grid[1]]
+        assert bool(alone.exited) == bool(result.exited[i])
+        assert cells(result.selected[i], result.grid) == cells(alone.selected[0], alone.grid)
+        torch.testing.assert_close(result.confidence[i], alone.confidence[0])
+        torch.testing.assert_close(result.gate_logits[i], alone.gate_logits[0])
+        importance = result.importance[i].view(result.grid)[: alone.grid[0], : alone.grid[1]]
         torch.testing.assert_close(importance.flatten(), alone.importance[0])
-        assert float(found.importance[i].sum()) == pytest.approx(float(alone.importance.sum()))
-        assert costs[i] == model.cost(*size)[0 if found.exited[i] else 1]
+        assert float(result.importance[i].sum()) == pytest.approx(float(alone.importance.sum()))
+        assert costs[i] == model.cost(*size)[0 if result.exited[i] else 1]
 
 
 @pytest.mark.parametrize("make", [scope, vim])
@@ -110,11 +110,11 @@ def test_training_sees_what_testing_sees(make, options):
     for alone in (True, False):
         model.zero_grad()
         if alone:
-            found = [model(part[None]) for part in parts]
+            result = [model(part[None]) for part in parts]
         else:
             x = canvas(parts, CANVAS).requires_grad_()
-            found = [model(x, SIZES[:3])]
-        sum(level.square().sum() for levels in found for level in levels).backward()
+            result = [model(x, SIZES[:3])]
+        sum(level.square().sum() for levels in result for level in levels).backward()
         assert [n for n, p in model.named_parameters() if p.grad is None] == []
         grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
     for i, (rows, cols) in enumerate(SIZES[:3]):
@@ -155,8 +155,8 @@ def batch(kind, parts, size=None):
         facts = {"ori_shape": shape, "img_shape": shape, "scale_factor": (1.0, 1.0), "img_path": "x.png"}
         if size is not None:
             right, below = size[1] - shape[1], size[0] - shape[0]
-            own = {"padding_size": (0, right, 0, below)} if kind == "seg" else {"batch_input_shape": size}
-            facts |= {"pad_shape": size, **own}
+            meta = {"padding_size": (0, right, 0, below)} if kind == "seg" else {"batch_input_shape": size}
+            facts |= {"pad_shape": size, **meta}
         samples.append(Sample(metainfo=facts))
     if size is None:
         return {"inputs": [part.mul(40).add(120).clamp(0, 255).byte() for part in parts], "data_samples": samples}
@@ -254,7 +254,7 @@ def test_training_pads_without_effect_on_the_backbone(kind, plain, tmp_path):
         else:
             model.data_preprocessor.pad_size_divisor = size[1] if size[1] > 96 else 96
         losses.append(model(**model.data_preprocessor(data, True), mode="loss"))
-    first, second = (found if plain else found.maps for found in seen)
+    first, second = (result if plain else result.maps for result in seen)
     assert first[0].shape != second[0].shape
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(b[..., : a.shape[-2], : a.shape[-1]], a, rtol=1e-4, atol=1e-4)
@@ -294,12 +294,12 @@ def test_large_scale_jitter_keeps_the_images_own_shape(tmp_path):
     for step in options.pipeline:
         if step["type"] == "RandomResize":
             step["ratio_range"] = (0.25, 0.25)
-    found = DATASETS.build(options)[0]
-    sample = found["data_samples"]
-    assert tuple(found["inputs"].shape[-2:]) == (1024, 1024)
+    result = DATASETS.build(options)[0]
+    sample = result["data_samples"]
+    assert tuple(result["inputs"].shape[-2:]) == (1024, 1024)
     assert sample.img_shape == (256, 256)
     assert sample.gt_instances.masks.masks.shape[1:] == (1024, 1024)
-    assert image_sizes(found["inputs"][None], [sample]) == [(256, 256)]
+    assert image_sizes(result["inputs"][None], [sample]) == [(256, 256)]
 
 
 @torch.no_grad()

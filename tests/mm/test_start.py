@@ -52,8 +52,8 @@ def segmentor(tmp_path):
 
 
 def same(part, other):
-    own = part.state_dict()
-    return all(torch.equal(v, own[k]) for k, v in other.state_dict().items())
+    state = part.state_dict()
+    return all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
 
 
 @pytest.mark.parametrize("prefix", [None, "backbone.", "backbone"])

@@ -22,8 +22,8 @@ def test_four_threads_get_their_own_images_results(kind):
     alone = [predict(number) for number in range(len(SIZES))]
     assert len({sample.metainfo["scope"]["size"] for sample in alone}) == len(SIZES)
     with ThreadPoolExecutor(4) as pool:
-        for number, found in enumerate(pool.map(predict, range(160))):
-            same_result(kind, alone[number % len(SIZES)], found)
+        for number, result in enumerate(pool.map(predict, range(160))):
+            same_result(kind, alone[number % len(SIZES)], result)
 
 
 @pytest.mark.parametrize("kind", ["seg", "det"])
@@ -32,8 +32,8 @@ def test_predictions_outside_no_grad(kind):
     parts = images([(32, 48)])
     with torch.no_grad():
         [expected] = model.test_step(batch(kind, parts))
-    [found] = model.test_step(batch(kind, parts))
-    fact = found.metainfo["scope"]
+    [result] = model.test_step(batch(kind, parts))
+    fact = result.metainfo["scope"]
     assert fact["presence"].shape == (model.num_classes,)
     for name, value in expected.metainfo["scope"].items():
         assert torch.equal(torch.as_tensor(fact[name]), torch.as_tensor(value)), name

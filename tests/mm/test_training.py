@@ -59,11 +59,11 @@ def test_a_detector_trains_in_bfloat16(plain, data, tmp_path):
     if plain:
         cfg = loading.plain_config(cfg)
         cfg.val_evaluator = cfg.test_evaluator = cfg.val_evaluator[:1]  # without the gate's
-    own = common.named_runner(cfg)
+    named = common.named_runner(cfg)
     seen = []
-    heads = own.model.roi_head.bbox_head
+    heads = named.model.roi_head.bbox_head
     heads[0].register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output[0].dtype)))
-    own.train()
+    named.train()
     assert (torch.float32, torch.bfloat16) in seen  # regions in float32, layers in bfloat16
     facts = logged(tmp_path)
     assert all(np.isfinite(facts[name]) for name in ("loss", "loss_rpn_bbox", "s2.loss_bbox", "loss_rpn_cls"))
@@ -77,9 +77,9 @@ def test_boxes_are_suppressed_in_float32_under_autocast():
     scores, groups = torch.linspace(0.1, 0.9, 50).bfloat16(), torch.arange(50) % 2
     expected, kept = batched_nms(boxes, scores.float(), groups, {"type": "nms", "iou_threshold": 0.3})
     with torch.autocast("cpu", torch.bfloat16):
-        found, same = batched_nms(boxes, scores, groups, {"type": "nms", "iou_threshold": 0.3})
+        boxes_left, same = batched_nms(boxes, scores, groups, {"type": "nms", "iou_threshold": 0.3})
     assert torch.equal(kept, same)
-    assert torch.equal(found[:, :4], expected[:, :4])
+    assert torch.equal(boxes_left[:, :4], expected[:, :4])
 
 
 def test_threshold_decides_what_test_refines(data, tmp_path):
@@ -92,12 +92,12 @@ def test_threshold_decides_what_test_refines(data, tmp_path):
 
 @pytest.mark.parametrize("type_", ["EncoderDecoder", "VimEncoderDecoder"])
 def test_models_that_read_padding_are_named(type_, data, tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr("mambascope.mm.runner.print_log", lambda text, **_: said.append(text))
+    messages = []
+    monkeypatch.setattr("mambascope.mm.runner.print_log", lambda text, **_: messages.append(text))
     cfg = plain_config(common.demo_config("seg", data["seg"], tmp_path / "w"))
     cfg.model.type = type_
     RUNNERS.build(cfg)
-    assert [text.split(":")[0] for text in said] == [
+    assert [text.split(":")[0] for text in messages] == [
         f"{type_} takes padding for a part of the image" for _ in range(type_ == "EncoderDecoder")
     ]
 
@@ -257,7 +257,7 @@ def test_batch_predictions_equal_single_ones(kind, threshold, data, models):
 
 
 @pytest.mark.parametrize(
-    ("said", "line"),
+    ("messages", "line"),
     [
         (
             "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are "
@@ -267,6 +267,6 @@ def test_batch_predictions_equal_single_ones(kind, threshold, data, models):
         ("DataLoader worker (pid(s) 7) exited unexpectedly", r"^DataLoader worker \(pid\(s\) 7\) exited unexpectedly"),
     ],
 )
-def test_workers_that_die_end_in_one_line(said, line):
+def test_workers_that_die_end_in_one_line(messages, line):
     with pytest.raises(DataError, match=line), one_line():
-        raise RuntimeError(said)
+        raise RuntimeError(messages)

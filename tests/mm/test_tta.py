@@ -18,12 +18,12 @@ VIEWS = [(32, 32), (48, 48)]
 
 def views(kind, count=2):
     """A batch of ``count`` images with two views."""
-    found = [batch(kind, images([size] * count)) for size in VIEWS]
-    for own in found:
-        for sample in own["data_samples"]:
+    batches = [batch(kind, images([size] * count)) for size in VIEWS]
+    for single in batches:
+        for sample in single["data_samples"]:
             sample.set_metainfo({"ori_shape": (32, 32), "flip": False, "flip_direction": None})
             sample.set_metainfo({"scale_factor": tuple(side / 32 for side in sample.img_shape)})
-    return {name: [own[name] for own in found] for name in ("inputs", "data_samples")}
+    return {name: [single[name] for single in batches] for name in ("inputs", "data_samples")}
 
 
 def build(kind, type_):
@@ -33,8 +33,8 @@ def build(kind, type_):
     module = model_of(kind, **options)
     registry = importlib.import_module({"seg": "mmseg", "det": "mmdet"}[kind] + ".registry").MODELS
     nms = ConfigDict(nms={"type": "nms", "iou_threshold": 0.5}, max_per_img=10)
-    own = {"tta_cfg": nms} if kind == "det" else {}
-    return registry.build({"type": type_, "module": module, **own}).eval()
+    single = {"tta_cfg": nms} if kind == "det" else {}
+    return registry.build({"type": type_, "module": module, **single}).eval()
 
 
 @pytest.mark.parametrize("kind", ["seg", "det"])
@@ -50,8 +50,8 @@ def test_the_cost_is_that_of_all_views(kind):
     metric = GateMetric()
     merged = model.test_step(copy.deepcopy(data))
     metric.process(data, [sample.to_dict() for sample in merged])
-    for sample, own in zip(merged, alone, strict=True):
-        fact, facts = sample.metainfo["scope"], [s.metainfo["scope"] for s in own]
+    for sample, single in zip(merged, alone, strict=True):
+        fact, facts = sample.metainfo["scope"], [s.metainfo["scope"] for s in single]
         assert fact["views"] == 2
         for name in ("gflops_both_directions", "gflops_one_direction"):
             assert fact[name] == pytest.approx(sum(f[name] for f in facts))
@@ -69,10 +69,10 @@ def test_one_view_is_left_out(kind, monkeypatch):
     data = views(kind)
     metric = GateMetric()
     metric.process(data, [sample.to_dict() for sample in model.test_step(copy.deepcopy(data))])
-    said = []
-    monkeypatch.setattr("mambascope.mm.metrics.print_log", lambda text, **_: said.append(text))
+    messages = []
+    monkeypatch.setattr("mambascope.mm.metrics.print_log", lambda text, **_: messages.append(text))
     assert metric.compute_metrics(metric.results) == {}
-    assert said == [
+    assert messages == [
         "gate: left out, as the merged predictions have one view's decisions only; set tta_model.type to "
         "ScopeSegTTAModel or ScopeDetTTAModel"
     ]

@@ -78,6 +78,6 @@ def test_inductor_gives_the_same_answers():
     model = MambaScope(**SMALL).eval()
     module, inputs = stages(model, torch.randn(4, 3, 32, 32))["fine"]
     with torch.no_grad():
-        found, expected = torch.compile(module, fullgraph=True)(*inputs), module(*inputs)
-    assert torch.allclose(found[0], expected[0], atol=1e-5)
-    assert torch.equal(found[1], expected[1])
+        result, expected = torch.compile(module, fullgraph=True)(*inputs), module(*inputs)
+    assert torch.allclose(result[0], expected[0], atol=1e-5)
+    assert torch.equal(result[1], expected[1])

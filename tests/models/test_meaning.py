@@ -29,11 +29,11 @@ def saved(model, path):
 
 def test_every_field_of_every_config_is_in_one_list():
     listed = [*SIZES, *MEANING, *CHOICES, *SILENT]
-    known = {
+    lists = {
         f.name for kind in (VimConfig, ScopeConfig, MambaEyeConfig, TimmConfig, ReducedConfig) for f in fields(kind)
     }
     assert len(listed) == len(set(listed))
-    assert known == set(listed)
+    assert lists == set(listed)
 
 
 def test_the_shipped_weights_do_not_load_into_a_model_of_other_answers():
@@ -45,7 +45,8 @@ def test_the_shipped_weights_do_not_load_into_a_model_of_other_answers():
     assert "\n" not in str(caught.value)
     assert torch.equal(model.head.weight, before)
     report = load_checkpoint(timm.create_model(NANO, num_classes=10, fine_cls="middle"), "scopedigits", verbose=False)
-    assert {found.name for found in report.differs} == {"alpha", "threshold"}  # free, but results depend on them
+    # free, but results depend on them
+    assert {difference.name for difference in report.differs} == {"alpha", "threshold"}
 
 
 @pytest.mark.parametrize(
@@ -67,14 +68,14 @@ def test_each_is_named_and_reported(kind, field, value, tmp_path, capsys):
     model = kind(**SMALL)
     with pytest.raises(CheckpointError, match=rf"with {field}={value!r}.*: {field} is {value!r} in the file and "):
         load_checkpoint(model, path)
-    assert [found.name for found in load_checkpoint(model, path, strict=False).differs] == [field]
+    assert [difference.name for difference in load_checkpoint(model, path, strict=False).differs] == [field]
     assert f"differs    1: {field} is {value!r} in the file" in capsys.readouterr().out
     same = load_checkpoint(kind(**SMALL, **{field: value}), path)
     assert (same.differs, same.new, same.unused) == ([], [], [])
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours"),
+    ("stored", "current"),
     [
         ({"stride": 8}, {}),
         ({"score_layers": 2}, {}),
@@ -82,9 +83,9 @@ def test_each_is_named_and_reported(kind, field, value, tmp_path, capsys):
         ({"drop_rate": 0.5, "drop_path_rate": 0.1, "scan_backend": "torch"}, {}),
     ],
 )
-def test_two_ways_to_say_the_same_are_equal(theirs, ours, tmp_path):
-    path = saved(MambaScope(**SMALL, **theirs), tmp_path / "a.safetensors")
-    assert load_checkpoint(MambaScope(**SMALL, **ours), path, verbose=False).differs == []
+def test_two_ways_to_say_the_same_are_equal(stored, current, tmp_path):
+    path = saved(MambaScope(**SMALL, **stored), tmp_path / "a.safetensors")
+    assert load_checkpoint(MambaScope(**SMALL, **current), path, verbose=False).differs == []
 
 
 def test_a_choice_stays_the_models_and_is_reported(tmp_path, capsys):
@@ -94,7 +95,7 @@ def test_a_choice_stays_the_models_and_is_reported(tmp_path, capsys):
     model = MambaScope(**SMALL, alpha=0.5)
     report = load_checkpoint(model, path)
     assert (model.threshold, model.alpha) == (0.8, 0.5)
-    assert {found.name for found in report.differs} == {"alpha", "score_metric", "threshold"}
+    assert {difference.name for difference in report.differs} == {"alpha", "score_metric", "threshold"}
     assert "alpha is 0.7 in the file and 0.5 in the model" in capsys.readouterr().out
 
 

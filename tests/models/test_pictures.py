@@ -70,12 +70,12 @@ STORED = {
 @pytest.mark.parametrize("kind", STORED)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_range_of_values_becomes_0_to_255(kind, channels):
-    content, given = STORED[kind]
-    for value_range in (given, "file"):
+    content, values_given = STORED[kind]
+    for value_range in (values_given, "file"):
         picture = np.asarray(open_image(io.BytesIO(content), kind, channels, value_range), int)
         assert picture.shape == (48, 64, channels)
         assert np.abs(picture - EIGHT[..., None]).max() <= 1, value_range
-    low, high = given
+    low, high = values_given
     window = (low + (high - low) / 4, low + (high - low) / 2)  # what lies beyond is cut
     picture = np.asarray(open_image(io.BytesIO(content), kind, channels, window), int)[..., 0]
     expected = ((RAMP - 0.25) * 4 * 255).clip(0, 255)
@@ -138,9 +138,14 @@ def test_arrays_have_their_channels_first_or_last():
     values = np.random.default_rng(0).integers(0, 256, (20, 30, 13)).astype(np.uint8)
     for stored in (values, values.transpose(2, 0, 1)):
         assert np.array_equal(open_image(io.BytesIO(numpy_file(stored)), "a", 13), values)
-    for stored, channels, found in ((values, 3, 13), (values.transpose(2, 0, 1), 3, 13), (values[..., 0], 4, 1)):
-        told = f"a: it has {found} channels, the model takes {channels} .*--model.net.args.in_chans {found}"
-        with pytest.raises(DataError, match=told):
+    for stored, channels, stored_channels in (
+        (values, 3, 13),
+        (values.transpose(2, 0, 1), 3, 13),
+        (values[..., 0], 4, 1),
+    ):
+        option = f"--model.net.args.in_chans {stored_channels}"
+        message = f"a: it has {stored_channels} channels, the model takes {channels} .*{option}"
+        with pytest.raises(DataError, match=message):
             open_image(io.BytesIO(numpy_file(stored)), "a", channels)
     with pytest.raises(DataError, match=r"must be an array \[H, W\] or \[H, W, channels\], got \[2, 3, 4, 5\]"):
         open_image(io.BytesIO(numpy_file(np.zeros((2, 3, 4, 5)))), "a")
@@ -246,8 +251,8 @@ def test_a_stored_transform_without_a_crop_is_of_whole_images():
     """As the digits' weights have it, whatever their size."""
     model = MambaScope(ScopeConfig(img_size=224, patch_size=16, embed_dim=16, depth=1, num_classes=3))
     model.description = {"transform": {"mean": [0.4] * 3, "std": [0.2] * 3}}
-    known = preprocessing(model)
-    assert (known["mean"], known["crop_pct"]) == ((0.4,) * 3, 1.0)
+    stored_facts = preprocessing(model)
+    assert (stored_facts["mean"], stored_facts["crop_pct"]) == ((0.4,) * 3, 1.0)
     frame = np.zeros((300, 300, 3), np.uint8)
     frame[:3] = 255
     assert model.transform()(frame)[0, 0].max() > 1

@@ -21,11 +21,11 @@ def pooled_by_hand(model, tokens, at):
     """``z_cls + log mean_i exp z_i``, image by image and class by class."""
     rows = []
     for image in tokens:
-        own, others = [], []
+        pooled, neighbours = [], []
         for i, token in enumerate(image):
             logits = model.head.weight @ token + model.head.bias
-            (own if i == at else others).append(logits)
-        rows.append(own[0] + torch.stack(others).exp().mean(0).log())
+            (pooled if i == at else neighbours).append(logits)
+        rows.append(pooled[0] + torch.stack(neighbours).exp().mean(0).log())
     return torch.stack(rows)
 
 
@@ -108,15 +108,15 @@ def test_a_sequence_of_cls_alone_and_a_refused_head():
 @torch.no_grad()
 def test_a_teacher_and_a_named_model_read_what_their_weights_were_trained_with(tmp_path):
     torch.manual_seed(0)
-    own = VisionMamba(**SMALL, global_pool="lse", stem_width=6).eval()
-    own.head.weight.mul_(40)
-    save_safetensors(own, tmp_path / "vim.safetensors")
+    pooled = VisionMamba(**SMALL, global_pool="lse", stem_width=6).eval()
+    pooled.head.weight.mul_(40)
+    save_safetensors(pooled, tmp_path / "vim.safetensors")
     x = torch.randn(2, 3, 48, 48)
-    logits, _ = Teacher(replace(own.config, global_pool="token", stem_width=0), str(tmp_path / "vim.safetensors"))(x)
-    torch.testing.assert_close(logits, own(x))
-    torch.save({"model": own.state_dict()}, tmp_path / "vim.pth")  # says nothing of itself
-    logits, _ = Teacher(replace(own.config, stem_width=0), str(tmp_path / "vim.pth"))(x)
-    torch.testing.assert_close(logits, own(x))
+    logits, _ = Teacher(replace(pooled.config, global_pool="token", stem_width=0), str(tmp_path / "vim.safetensors"))(x)
+    torch.testing.assert_close(logits, pooled(x))
+    torch.save({"model": pooled.state_dict()}, tmp_path / "vim.pth")  # says nothing of itself
+    logits, _ = Teacher(replace(pooled.config, stem_width=0), str(tmp_path / "vim.pth"))(x)
+    torch.testing.assert_close(logits, pooled(x))
     shipped = mambascope.load("scopedigits_dense")
     named = ready_model("scopedigits_dense", name="mambascope_nano_patch8_64")
     assert (named.config.global_pool, named.config.fine_cls, named.config.stem_width) == ("lse", "middle", 32)

@@ -23,9 +23,9 @@ def scope(**kwargs) -> MambaScope:
 def twin(model: MambaScope, **kwargs) -> VisionMamba:
     """A plain Vim that shares the encoder's weights."""
     vim = VisionMamba(**{**SMALL, **kwargs}).eval()
-    own = vim.state_dict()
+    state = vim.state_dict()
     vim.load_state_dict(
-        {k: v for k, v in model.state_dict().items() if k in own and v.shape == own[k].shape}, strict=False
+        {k: v for k, v in model.state_dict().items() if k in state and v.shape == state[k].shape}, strict=False
     )
     return vim
 
@@ -164,9 +164,9 @@ def test_any_size(size):
 def test_every_option_changes_the_fine_logits(options):
     x = torch.randn(4, 3, 48, 48)
     base, model = scope(alpha=0.4), scope(alpha=0.4, **options)
-    own = model.state_dict()
+    state = model.state_dict()
     model.load_state_dict(
-        {k: v for k, v in base.state_dict().items() if k in own and own[k].shape == v.shape}, strict=False
+        {k: v for k, v in base.state_dict().items() if k in state and state[k].shape == v.shape}, strict=False
     )
     expected, out = base.forward_both(x).fine, model.forward_both(x).fine
     assert out.shape == expected.shape

@@ -23,7 +23,7 @@ def official(path, **options):
 
 
 @pytest.mark.parametrize(
-    ("size", "patch", "stride", "own"),
+    ("size", "patch", "stride", "patch_stride"),
     [
         (224, 16, 8, None),
         (224, 16, 4, None),
@@ -33,17 +33,19 @@ def official(path, **options):
         (32, 8, 8, 4),
     ],
 )
-def test_a_table_of_another_stride_is_named(size, patch, stride, own, tmp_path):
+def test_a_table_of_another_stride_is_named(size, patch, stride, patch_stride, tmp_path):
     sizes = {**TINY, "img_size": size, "patch_size": patch}
     official(tmp_path / "vim.pth", **sizes, stride=stride)
-    model = VisionMamba(**sizes, stride=own)
+    model = VisionMamba(**sizes, stride=patch_stride)
     before = model.pos_embed.clone()
-    with pytest.raises(CheckpointError, match=f"is {stride} in the file and {own or patch} .*pass stride={stride}"):
+    with pytest.raises(
+        CheckpointError, match=f"is {stride} in the file and {patch_stride or patch} .*pass stride={stride}"
+    ):
         load_checkpoint(model, tmp_path / "vim.pth")
     assert torch.equal(model.pos_embed, before)
     report = load_checkpoint(model, tmp_path / "vim.pth", strict=False, verbose=False)  # for who wants it resampled
     assert report.resampled == ["pos_embed"]
-    assert [found.argument for found in report.differs] == [f"stride={stride}"]
+    assert [difference.argument for difference in report.differs] == [f"stride={stride}"]
     assert load_checkpoint(VisionMamba(**sizes, stride=stride), tmp_path / "vim.pth", verbose=False).resampled == []
 
 

@@ -87,10 +87,10 @@ def both_stages(model):
 
 def wrap(model, names, wrapper):
     """Replaces every submodule whose last name is one of `names`; returns how many."""
-    found = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in names]
-    for path in found:
+    result = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in names]
+    for path in result:
         model.set_submodule(path, wrapper(model.get_submodule(path)))
-    return len(found)
+    return len(result)
 
 
 READ = ("in_proj", "conv1d", "conv1d_b", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b", "out_proj", "proj", "head")
@@ -177,10 +177,10 @@ def test_what_hangs_on_a_layer_is_used(way, name):
             inner = layer.forward
             layer.forward = lambda x, inner=inner: inner(2 * x)
             other.weight.data.mul_(2)
-    found = both_stages(model)
-    torch.testing.assert_close(found, both_stages(changed), rtol=1e-3, atol=1e-4)
+    result = both_stages(model)
+    torch.testing.assert_close(result, both_stages(changed), rtol=1e-3, atol=1e-4)
     if way == "backward hook":
-        found.sum().backward()
+        result.sum().backward()
         assert len(calls) >= len(paths)
 
 
@@ -190,9 +190,9 @@ def test_scores_with_wrapped_steps():
         model = model_of("scope", alpha=0.5, **options)
         expected = model.forward_scope(images(), 1.0)
         wrap(model, ("dt_proj", "conv1d_b"), Lora)
-        found = model.forward_scope(images(), 1.0)
-        torch.testing.assert_close(found.importance, expected.importance, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-3, atol=1e-4)
+        result = model.forward_scope(images(), 1.0)
+        torch.testing.assert_close(result.importance, expected.importance, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.logits, expected.logits, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("reduction", ["dyvm", "mtr", "tome", "r_meeto", "hidden_align"])
@@ -227,17 +227,17 @@ def test_mambaeye(name, steps):
 
 def test_dynamic_quantisation_converts_every_linear_layer():
     model = timm.create_model("mambascope_nano_patch8_64", pretrained=True).eval()
-    wanted = sum(isinstance(m, nn.Linear) for m in model.modules())
+    linears = sum(isinstance(m, nn.Linear) for m in model.modules())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         small = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, torch.qint8)
     kinds = [type(m) for m in small.modules()]
-    assert kinds.count(torch.ao.nn.quantized.dynamic.Linear) == wanted > 30
+    assert kinds.count(torch.ao.nn.quantized.dynamic.Linear) == linears > 30
     x = torch.randn(4, 3, 64, 64)
     with torch.no_grad():
-        expected, found = model.forward_both(x), small.forward_both(x)
-    assert not torch.equal(found.coarse, expected.coarse)
-    assert (found.coarse - expected.coarse).norm() < 0.2 * expected.coarse.norm()
+        expected, result = model.forward_both(x), small.forward_both(x)
+    assert not torch.equal(result.coarse, expected.coarse)
+    assert (result.coarse - expected.coarse).norm() < 0.2 * expected.coarse.norm()
 
 
 def test_patch_size_is_not_changed_under_a_wrapper():
@@ -277,5 +277,5 @@ def test_compiled_with_hooks():
         block.mixer.dt_proj.register_forward_hook(lambda module, args, out: 2 * out)
     with torch.no_grad():
         expected = model(images())
-        found = torch.compile(model, backend="aot_eager")(images())
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        result = torch.compile(model, backend="aot_eager")(images())
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)

@@ -56,14 +56,14 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         tensors = [None if t is None else t.detach() for t in ctx.saved_tensors]
-        given = [t for t in tensors if t is not None]
+        primals = [t for t in tensors if t is not None]
 
         def run(*values):
             values = iter(values)
             return formula(*(None if t is None else next(values) for t in tensors), ctx.softplus)
 
-        found = iter(torch.func.vjp(run, *given)[1](grad))
-        return *(None if t is None else next(found) for t in tensors), None
+        gradients = iter(torch.func.vjp(run, *primals)[1](grad))
+        return *(None if t is None else next(gradients) for t in tensors), None
 
 
 def side_of(batch, length, width, states, rank, reverse, dtype=torch.float32, bare=False):
@@ -169,13 +169,13 @@ class Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        given = [t.detach() for t in ctx.saved_tensors if t is not None]
+        primals = [t.detach() for t in ctx.saved_tensors if t is not None]
 
         def run(x, weight, bias=None):
             return Conv.run(x, weight, bias, ctx.activation)
 
-        found = torch.func.vjp(run, *given)[1](grad)
-        return *found, *(None,) * (4 - len(found))
+        gradients = torch.func.vjp(run, *primals)[1](grad)
+        return *gradients, *(None,) * (4 - len(gradients))
 
 
 @pytest.mark.parametrize(("width", "silu", "bias"), [(6, True, True), (8, True, True), (16, False, False)])

@@ -169,12 +169,12 @@ def test_scan(isa, reverse, variant, saved, L, E, N):
     want = native_formula.scan(*leaves, softplus, reverse)
     _close(y, want.detach(), tolerance, "y")
     want_grads = iter(torch.autograd.grad(want, [t for t in leaves if t is not None], grad.double()))
-    for name, given, got in zip(("x", "dt", "A", "B", "C", "D", "z", "weight", "bias"), inputs, grads, strict=True):
-        if given is None:
+    for name, primal, got in zip(("x", "dt", "A", "B", "C", "D", "z", "weight", "bias"), inputs, grads, strict=True):
+        if primal is None:
             assert got is None
         else:
             _close(got, next(want_grads), tolerance, f"d{name}")
-            assert got.dtype == given.dtype
+            assert got.dtype == primal.dtype
 
 
 def test_scan_negative_steps_and_growth(isa):
@@ -236,13 +236,13 @@ def test_conv(isa, L, E, taps, activation, dtype):
     for y, expected in zip(got, want, strict=True):
         _close(y, expected.detach(), tolerance, "conv")
     expected_grads = iter(torch.autograd.grad(want, [t for t in leaves if t is not None], [g.double() for g in grads]))
-    for name, given, grad in zip(
+    for name, primal, grad in zip(
         ("x", "w_f", "b_f", "w_b", "b_b"),
         (x, *params),
         native.conv_backward(*grads, x, *params, activation),
         strict=True,
     ):
-        if given is None:
+        if primal is None:
             assert grad is None
         else:
             _close(grad, next(expected_grads), tolerance, name)

@@ -104,8 +104,10 @@ def test_many_python_threads_at_once():
 
     def loop(index: int) -> None:
         for _ in range(25):
-            found = work(problems[index])
-            if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(found, expected[index], strict=True)):
+            result = work(problems[index])
+            if not all(
+                torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(result, expected[index], strict=True)
+            ):
                 wrong.append(index)
 
     threads = [threading.Thread(target=loop, args=(i % 4,)) for i in range(8)]

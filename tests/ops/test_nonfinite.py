@@ -88,9 +88,9 @@ def run(function, inputs, backend, odd_grad=None):
     grads = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in made]
     if odd_grad is not None:
         grads[0].view(-1)[grads[0].numel() // 3] = odd_grad
-    found = torch.autograd.grad(made, list(leaves.values()), grads)
+    result = torch.autograd.grad(made, list(leaves.values()), grads)
     results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
-    return results | {f"gradient of {k}": g for k, g in zip(leaves, found, strict=True)}
+    return results | {f"gradient of {k}": g for k, g in zip(leaves, result, strict=True)}
 
 
 def placed(inputs, name, bits):
@@ -111,7 +111,7 @@ def cases(inputs):
 
 
 @functools.cache
-def wanted(problem):
+def reference_values(problem):
     function, inputs = PROBLEMS[problem]()
     return {what: run(function, t, "reference", odd) for what, t, odd in cases(inputs)}
 
@@ -122,11 +122,11 @@ def kinds(t):
     return t.isnan() + 2 * (t == torch.inf) + 3 * (t == -torch.inf)
 
 
-def differing(found, expected):
+def differing(result, expected):
     """Names of the results that are not of the same kind, or not close where finite."""
     bad = {}
     for name, want in expected.items():
-        have, finite = found[name], kinds(want) == 0
+        have, finite = result[name], kinds(want) == 0
         off = (kinds(have) != kinds(want)).sum().item()
         tolerance = 0.1 if have.dtype == torch.bfloat16 else 1e-3
         close = torch.allclose(have[finite].float(), want[finite].float(), rtol=tolerance, atol=tolerance)
@@ -139,7 +139,9 @@ def differing(found, expected):
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_kernels_as_the_reference(problem, level):
     function, inputs = PROBLEMS[problem]()
-    bad = {what: differing(run(function, t, "cpu", odd), wanted(problem)[what]) for what, t, odd in cases(inputs)}
+    bad = {
+        what: differing(run(function, t, "cpu", odd), reference_values(problem)[what]) for what, t, odd in cases(inputs)
+    }
     assert not {what: names for what, names in bad.items() if names}
 
 

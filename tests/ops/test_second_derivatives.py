@@ -167,8 +167,8 @@ def test_mamba2_by_torch_func():
         torch.func.jvp(call, (x,), (tangent,)), torch.func.jvp(slow, (x,), (tangent,)), rtol=1e-4, atol=1e-5
     )
     for transform in (torch.func.grad, lambda f: torch.func.grad(lambda a: torch.func.grad(f)(a).square().sum())):
-        found, expected = (transform(lambda a, f=f: f(a).square().sum())(x) for f in (call, slow))
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        result, expected = (transform(lambda a, f=f: f(a).square().sum())(x) for f in (call, slow))
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_products_have_all_derivatives(monkeypatch):
@@ -200,8 +200,8 @@ def test_products_have_all_derivatives(monkeypatch):
             torch.func.vmap(torch.func.grad(loss), (0, None, None))(x, w, b),
         ]
 
-    for found, expected in zip(derivatives(linear), derivatives(F.linear), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for result, expected in zip(derivatives(linear), derivatives(F.linear), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
     why_not_onednn.cache_clear()
 
 

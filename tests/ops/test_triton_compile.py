@@ -68,9 +68,9 @@ def resources(compiled, folder):
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = subprocess.run([dump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    usage_figures = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     code = subprocess.run([disassemble, "-c", cubin], capture_output=True, text=True, check=True).stdout
-    return (*(int(v) for v in found.groups()), code)
+    return (*(int(v) for v in usage_figures.groups()), code)
 
 
 def count(code, instruction):

@@ -152,8 +152,10 @@ def test_other_models_take_their_channels_too(kind, channels, here, capsys):
         f"{{layers: [1, 1, 1, 1], channels: [4, 8, 8, 8], stem_width: 8, in_chans: {channels}}}\n"
     )
     resnet = {key: value for key, value in TINY.items() if not key.startswith(("model.net", "model.full", "config"))}
-    given = [f"--{key}={value}" for key, value in resnet.items()]
-    assert main(["--config=scopedigits", "--config=net.yaml", *given, f"--data.root={kind}", "--run.name=timm"]) == 0
+    arguments = [f"--{key}={value}" for key, value in resnet.items()]
+    assert (
+        main(["--config=scopedigits", "--config=net.yaml", *arguments, f"--data.root={kind}", "--run.name=timm"]) == 0
+    )
     assert mambascope.load("runs/timm/model.safetensors").config.in_chans == channels
 
     options = {"data__root": kind, "data__value_range": "file", "model__net__args__in_chans": channels}
@@ -188,10 +190,10 @@ def test_the_wrong_number_of_channels_is_one_early_line(here, capsys):
         assert len(lines) == 1, lines
         return lines[0]
 
-    for kind, channels, found in (("grey", 4, 1), ("rgba", 13, 4), ("bands", 3, 13)):
+    for kind, channels, stored_channels in (("grey", 4, 1), ("rgba", 13, 4), ("bands", 3, 13)):
         line = refused(data__root=data(kind), model__net__args__in_chans=channels)
-        assert f"it has {found} channels, the model takes {channels} " in line
-        assert f"--model.net.args.in_chans {found}" in line
+        assert f"it has {stored_channels} channels, the model takes {channels} " in line
+        assert f"--model.net.args.in_chans {stored_channels}" in line
     digits = dict.fromkeys(("data__img_size", "data__value_range"))
     line = refused(data="ScopeDigitsDataModule", model__net__args__in_chans=1, **digits)
     assert "have 3 channels, the model takes 1: set --model.net.args.in_chans 3" in line
@@ -201,8 +203,8 @@ def test_the_wrong_number_of_channels_is_one_early_line(here, capsys):
     assert "value_range must be the values that become 0 and 255" in refused(
         data__root="grey", data__value_range=[5, 5]
     )
-    given = {"data__root": "bands", "model__net__args__in_chans": 13, "model__net__checkpoint": "scopedigits"}
-    assert "in_chans is 3 in the file and 13 in the model (--model.net.args.in_chans)" in refused(**given)
+    arguments = {"data__root": "bands", "model__net__args__in_chans": 13, "model__net__checkpoint": "scopedigits"}
+    assert "in_chans is 3 in the file and 13 in the model (--model.net.args.in_chans)" in refused(**arguments)
     assert predict_cli.main(["scopedigits", *files("bands")]) == 2
     assert "it has 13 channels, the model takes 3" in capsys.readouterr().err
 

@@ -100,9 +100,9 @@ def test_losses_are_named_by_class_path_or_by_the_options_of_the_default(here):
     (here / "path.yaml").write_text(f"model: {{loss: {{class_path: {path}, init_args: {{kl_weight: 0.25}}}}}}")
     built = cli("--config", "scopedigits", "--config", "path.yaml")
     assert (type(built.model.criterion), built.model.criterion.kl_weight) == (ScopeLoss, 0.25)
-    own = cli("--model.loss", "tests.training.test_module.HingeLoss", "--model.loss.margin=0.5")
-    assert (type(own.model.criterion), own.model.criterion.margin) == (HingeLoss, 0.5)
-    written = yaml.safe_load((own.run_dir / "config.yaml").read_text())["model"]["loss"]
+    named = cli("--model.loss", "tests.training.test_module.HingeLoss", "--model.loss.margin=0.5")
+    assert (type(named.model.criterion), named.model.criterion.margin) == (HingeLoss, 0.5)
+    written = yaml.safe_load((named.run_dir / "config.yaml").read_text())["model"]["loss"]
     assert written == {"class_path": "tests.training.test_module.HingeLoss", "init_args": {"margin": 0.5}}
 
 

@@ -153,20 +153,20 @@ def test_validation_metrics_equal_the_offline_sweep(tmp_path):
     net.model.threshold = float(np.quantile(record.confidence, 0.3))
     fit = trainer(tmp_path, spy)
     fit.validate(net, images, verbose=False)
-    found = {key: float(value) for key, value in fit.callback_metrics.items()}
+    logged = {key: float(value) for key, value in fit.callback_metrics.items()}
     curve = sweep(record, thresholds=[0.0, net.model.threshold, 1.0])
     for stage, at in (("coarse", 0), ("dynamic", 1), ("fine", 2)):
-        assert found[f"val/{stage}_top1"] == pytest.approx(curve.top1[at])
-        assert found[f"val/{stage}_top5"] == pytest.approx(curve.top5[at])
-    assert found["val/share_refined"] == pytest.approx(curve.share_refined[1])
-    assert 0 < found["val/share_refined"] < 1
+        assert logged[f"val/{stage}_top1"] == pytest.approx(curve.top1[at])
+        assert logged[f"val/{stage}_top5"] == pytest.approx(curve.top5[at])
+    assert logged["val/share_refined"] == pytest.approx(curve.share_refined[1])
+    assert 0 < logged["val/share_refined"] < 1
     expected = calibration_error(record.confidence, record.coarse_correct)
-    assert found["val/gate_ece"] == pytest.approx(expected, abs=1e-5)
+    assert logged["val/gate_ece"] == pytest.approx(expected, abs=1e-5)
     cost = net.model.config
     share = float(curve.share_refined[1])
-    assert found["val/gflops"] == pytest.approx(stage_macs(cost).gflops(share), rel=1e-5)
+    assert logged["val/gflops"] == pytest.approx(stage_macs(cost).gflops(share), rel=1e-5)
     both = stage_macs(cost, convention="both_directions").gflops(share)
-    assert found["val/gflops_both_directions"] == pytest.approx(both, rel=1e-5)
+    assert logged["val/gflops_both_directions"] == pytest.approx(both, rel=1e-5)
     assert spy.fine_calls == [24]  # each image once, although three results are reported
 
 
@@ -216,9 +216,9 @@ def test_precisions_with_clipping(tmp_path, precision, algorithm, limit):
     fit = trainer(tmp_path, sizes, max_epochs=1, precision=precision, **clip)
     fit.fit(net, data(train=16))
     assert fit.optimizers[0].defaults["fused"]
-    found = sizes.norm if algorithm == "norm" else sizes.largest
-    assert len(found) >= 3
-    assert max(found) == pytest.approx(limit, rel=0.01)
+    logged = sizes.norm if algorithm == "norm" else sizes.largest
+    assert len(logged) >= 3
+    assert max(logged) == pytest.approx(limit, rel=0.01)
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in net.parameters())
 
 
@@ -311,8 +311,8 @@ def test_finetuning_at_another_resolution(tmp_path, capsys):
 def test_what_the_data_say_about_the_model():
     net = ScopeModule(ModelArgs(args={"depth": 1}), data_facts={"num_classes": 4, "img_size": (32, 48)})
     assert (net.model.num_classes, net.model.config.image_hw) == (4, (32, 48))
-    own = ScopeModule(ModelArgs(args={"depth": 1, "num_classes": 7}), data_facts={"num_classes": 4})
-    assert own.model.num_classes == 7
+    unchanged = ScopeModule(ModelArgs(args={"depth": 1, "num_classes": 7}), data_facts={"num_classes": 4})
+    assert unchanged.model.num_classes == 7
 
 
 @pytest.mark.parametrize(

@@ -146,11 +146,11 @@ def test_a_config_by_hand_is_nobodys_leftover(here):
     assert sorted(path.name for path in Path("runs/mine").iterdir()) == ["config.yaml"]
 
 
-@pytest.mark.parametrize("own", ["samples.txt", "logs/checkpoints/epoch=0-step=2.ckpt", "model.safetensors"])
-def test_what_a_failed_run_holds_besides_is_left(own, here):
+@pytest.mark.parametrize("leftovers", ["samples.txt", "logs/checkpoints/epoch=0-step=2.ckpt", "model.safetensors"])
+def test_what_a_failed_run_holds_besides_is_left(leftovers, here):
     run = new_run("runs", "mine", [])
     (run / "logs").mkdir()
-    kept = run / own
+    kept = run / leftovers
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text("made by a callback")
     leave_runs()
@@ -224,11 +224,11 @@ def test_processes_of_one_instant_get_directories_of_their_own(here):
     started = [FORK.Process(target=_start, args=(together, paths, done)) for _ in range(8)]
     for process in started:
         process.start()
-    found = [paths.get(timeout=60) for _ in started]
+    folders = [paths.get(timeout=60) for _ in started]
     done.set()
     for process in started:
         process.join()
-    assert len(set(found)) == 8
+    assert len(set(folders)) == 8
 
 
 def _hold(path, held, done):
