@@ -20,7 +20,7 @@ from mambascope.models.ready import ready_model
 from mambascope.models.scope import MambaScope
 from mambascope.models.two_stage import is_two_stage
 from mambascope.models.vim import VisionMamba
-from mambascope.models.weights import SHIPPED, find_weights
+from mambascope.models.weights import SHIPPED, WEIGHTS, find_weights
 from mambascope.utils import atomic_path, run_command
 
 ENGINE_BATCHES = (1, 8, 64)
@@ -172,7 +172,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.engine and is_two_stage(model):
         print("\n" + engine_table(model, report, args))
     if target is not None or args.export:
-        exported = Path(args.export) if args.export else out / "model.safetensors"
+        exported = Path(args.export) if args.export else out / WEIGHTS
         _export(model, report, exported)
         print(f"\nthreshold {report.threshold:.4f} ({report.data['choice']['rule']}) stored in {exported}")
     print(f"report: {out}")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
-import re
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from lightning.pytorch import LightningDataModule
@@ -19,18 +17,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mambascope._names import open_streams, printable
+from mambascope.commands.train_options import CommandLine, OneLineParser, complete_args
 from mambascope.data import DataError, load_data_modules
 from mambascope.data.datamodule import ResumableDataModule
 from mambascope.data.errors import worker_failure
-from mambascope.eye import MambaEye
-from mambascope.eye.module import EyeModule
-from mambascope.models import MambaScope
-from mambascope.models.architectures import ARCHITECTURES, architecture_of_entry, import_object
+from mambascope.models.architectures import architecture_of, import_object
 from mambascope.models.checkpoint import CheckpointError
 from mambascope.models.description import TRANSFORM
-from mambascope.models.retired import LAST_COMMIT, RETIRED_LOSS, without_other_kinds, without_retired_loss
-from mambascope.training.args import ModelArgs, RunArgs
-from mambascope.training.base import TrainModule, is_main_process
+from mambascope.models.weights import CHECKPOINT_DIR, LAST_NAME, REPORT_DIR, RUN_CONFIG, WEIGHTS
+from mambascope.training.args import RunArgs
+from mambascope.training.base import is_main_process
 from mambascope.training.checkpointing import NonFiniteLossError, RunCheckpoint
 from mambascope.training.cluster import slurm_plugins
 from mambascope.training.ema import EmaWeights
@@ -40,13 +36,7 @@ from mambascope.training.limits import planned_steps, reached_limit
 from mambascope.training.loggers import make_loggers
 from mambascope.training.progress import TrainProgress
 from mambascope.training.runs import (
-    CHECKPOINT_DIR,
-    CONFIG_NAME,
-    LAST_NAME,
-    LOG_DIR,
-    WEIGHTS_NAME,
     find_checkpoint,
-    find_config,
     hold_run,
     in_use,
     leave_runs,
@@ -54,39 +44,11 @@ from mambascope.training.runs import (
     new_run,
     run_of,
     scratch_run,
-    shipped_configs,
 )
 from mambascope.training.signals import TrainingStopped
 from mambascope.utils import atomic_path
 
-DEFAULT_CONFIG = "scopedigits"
-REPORT_DIR = "report"
 _DEBUG = "MAMBASCOPE_DEBUG"
-_RESUMED = "MAMBASCOPE_RESUMED_CHECKPOINT"
-
-
-class OneLineParser(LightningArgumentParser):
-    """Says in one line what is wrong, and reads configs of runs that are older than an option's removal."""
-
-    def parse_string(self, content: str, path: str | os.PathLike[str] = "", **kwargs: Any) -> Any:
-        """Parses a config."""
-        try:
-            content = without_other_kinds(without_retired_loss(content))
-        except ValueError as error:
-            self.error(f"{path or 'config'}: {error}")
-        return super().parse_string(content, path, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints the error and ends with status 2."""
-        message = " ".join(message.split())
-        # only data modules have options without a default, and their names come without a prefix
-        missing = re.fullmatch(r"the following arguments are required: ([\w, ]+)", message)
-        if missing:
-            message = f"required: {', '.join(f'--data.{name}' for name in missing[1].split(', '))}"
-        if removed := [name for name in RETIRED_LOSS if f"loss.{name}" in message or f"'{name}'" in message]:
-            message = f"{message}: {removed[0]} was removed; commit {LAST_COMMIT} is the last one that has it"
-        print(f"error: {message} (see --help)", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def data_facts(datamodule: Any) -> dict[str, Any]:
@@ -95,32 +57,11 @@ def data_facts(datamodule: Any) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def module_class(args: Sequence[str]) -> type[TrainModule]:
-    """The Lightning module that trains the model which the command line or its last config names."""
-
-    def says(config: str, field: str) -> Any:
-        try:
-            return yaml.safe_load(Path(config).read_text(encoding="utf-8"))["model"]["net"][field]
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
-            return None  # the parser will say what is wrong with it
-
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known.add_argument("--config", "-c", action="append", default=[])
-    known.add_argument("--model.net.name", dest="name")
-    given, rest = known.parse_known_args(list(args))
-    configs = list(reversed(given.config))
-    name = given.name or next((value for config in configs if (value := says(config, "name"))), ModelArgs.name)
-    options = next((value for config in configs if isinstance(value := says(config, "args"), dict)), {})
-    options |= {arg.split("=")[0].split(".")[3]: True for arg in rest if arg.startswith("--model.net.args.")}
-    architecture = architecture_of_entry(name, options) or ARCHITECTURES["mambascope"]
-    return import_object(architecture.module)
-
-
 class TrainCLI(LightningCLI):
     """Parses the options, makes the run directory, trains, exports and reports.
 
     Args:
-        args: Command line; see :func:`complete_args`.
+        line: The command line, see :func:`~mambascope.commands.train_options.complete_args`.
 
     Attributes:
         run_dir: The run directory.
@@ -130,10 +71,11 @@ class TrainCLI(LightningCLI):
     run_dir: Path
     resume_from: Path | None
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, line: CommandLine) -> None:
         load_data_modules()  # --data finds by name those that are imported
+        self.architecture = line.architecture
         super().__init__(
-            module_class(args),
+            import_object(line.architecture.module),
             LightningDataModule,
             subclass_mode_data=True,
             save_config_callback=None,
@@ -141,11 +83,8 @@ class TrainCLI(LightningCLI):
             trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
             parser_class=OneLineParser,
             # an abbreviation would turn a wrong name into another option
-            parser_kwargs={
-                "description": "Train a MambaScope, Vision Mamba or MambaEye classifier.",
-                "allow_abbrev": False,
-            },
-            args=list(args),
+            parser_kwargs={"description": "Train a classifier.", "allow_abbrev": False},
+            args=line.args,
             run=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -194,66 +133,77 @@ class TrainCLI(LightningCLI):
         """The trainer with the run's loggers, callbacks and checkpoint files."""
         run: RunArgs = self.config_init.run
         main = is_main_process()
-        reads = "glimpses" if isinstance(self.model, EyeModule) else "images"
-        gives = "glimpses" if hasattr(self.datamodule, "glimpses") else "images"
-        if reads != gives:
-            raise ValueError(
-                f"{self.model.net.name} reads {reads}, but data.class_path {type(self.datamodule).__name__} gives "
-                f"{gives}; Glimpse…DataModule is for a MambaEye, the others for MambaScope and Vim"
-            )
-        if isinstance(self.datamodule, ResumableDataModule):
-            self.datamodule.fit_channels(self.model.model.config.in_chans)
-        self.resume_from = None
-        self.resume_step = 0
-        if self.config.ckpt_path is not None:
-            self.resume_from = find_checkpoint(self.config.ckpt_path, run.root, run.name)
-            self.resume_step = int(read_training_checkpoint(self.resume_from, mmap=True)["global_step"])
-        trainer = self.config_init.trainer
+        self._check_data()
+        self._find_resumed(run)
         cluster = slurm_plugins()
         # what is wrong with the data is a mistake like any other so far; one process downloads, as later on
         elsewhere = getattr(self.datamodule, "download", False) and not main
         if isinstance(self.datamodule, ResumableDataModule) and not elsewhere:
             self.datamodule.setup("fit")
         self.run_dir = self._run_dir(run, main)
-        checkpoint: RunCheckpoint = self.config_init.checkpoint
-        checkpoint.dirpath = self.run_dir / CHECKPOINT_DIR
         self.model.model.description.update(self._facts())
-        self.export = ExportWeights(self.run_dir / WEIGHTS_NAME)
+        trainer = self.config_init.trainer
         plugins = trainer.plugins or []
-        own: dict[str, Any] = {
+        options: dict[str, Any] = {
+            **trainer,
             "default_root_dir": str(self.run_dir),
             "plugins": [*(plugins if isinstance(plugins, list) else [plugins]), *cluster, AtomicCheckpointIO()],
         }
         if trainer.logger is None or trainer.logger is True:
-            own["logger"] = make_loggers(run, self.run_dir, self.resume_step) or False
-        ema: EmaWeights = self.config_init.ema
-        callbacks = [*([ema] if ema.active else []), self.export, checkpoint]
-        if trainer.enable_progress_bar in (None, True):
-            callbacks.append(TrainProgress())
-        built = self._instantiate_trainer({**trainer, **own, **kwargs}, callbacks)
+            options["logger"] = make_loggers(run, self.run_dir, self.resume_step) or False
+        built = self._instantiate_trainer({**options, **kwargs}, self._callbacks(trainer))
         if main:
             self._save_config()
         return built
+
+    def _check_data(self) -> None:
+        """Data of the kind that the model reads, with its channels."""
+        reads, gives = self.architecture.reads, getattr(self.datamodule, "gives", "images")
+        if reads != gives:
+            fitting = [name for name, kind in load_data_modules().items() if getattr(kind, "gives", "images") == reads]
+            raise ValueError(
+                f"{self.model.net.name} reads {reads}, but data.class_path {type(self.datamodule).__name__} gives "
+                f"{gives}; {' and '.join(fitting)} give {reads}"
+            )
+        if isinstance(self.datamodule, ResumableDataModule):
+            self.datamodule.fit_channels(self.model.model.config.in_chans)
+
+    def _find_resumed(self, run: RunArgs) -> None:
+        self.resume_from, self.resume_step = None, 0
+        if self.config.ckpt_path is not None:
+            self.resume_from = find_checkpoint(self.config.ckpt_path, run.root, run.name)
+            self.resume_step = int(read_training_checkpoint(self.resume_from, mmap=True)["global_step"])
+
+    def _callbacks(self, trainer: Any) -> list[Any]:
+        checkpoint: RunCheckpoint = self.config_init.checkpoint
+        checkpoint.dirpath = self.run_dir / CHECKPOINT_DIR
+        self.export = ExportWeights(self.run_dir / WEIGHTS)
+        ema: EmaWeights = self.config_init.ema
+        progress = [TrainProgress()] if trainer.enable_progress_bar in (None, True) else []
+        return [*([ema] if ema.active else []), self.export, checkpoint, *progress]
 
     def _run_dir(self, run: RunArgs, main: bool) -> Path:
         """The directory of the resumed run, or one for a new run."""
         if self.config_init.trainer.fast_dev_run and main:
             return scratch_run()
-        known = run_of(self.resume_from) if self.resume_from and run.name is None else None
+        resumed = run_of(self.resume_from) if self.resume_from and run.name is None else None
         # an older state goes on as a run of its own, so that the newer one is not overwritten
-        if known is None or self.resume_from is None or self.resume_from.name != LAST_NAME:
+        if resumed is None or self.resume_from is None or self.resume_from.name != LAST_NAME:
             return new_run(run.root, run.name, self._configs(), claim=main)
-        if main and not hold_run(known):
-            raise ValueError(in_use(known))
-        return known
+        if main and not hold_run(resumed):
+            raise ValueError(in_use(resumed))
+        return resumed
 
     def _facts(self) -> dict[str, Any]:
         """What weights files say about the data, so that they can be used without them."""
-        told = self.datamodule.describe() if hasattr(self.datamodule, "describe") else {}
-        transform = {name: told[name] for name in TRANSFORM if told.get(name) is not None}
-        facts = {"model": self.model.net.name, "labels": told.get("class_names"), "transform": transform}
-        if isinstance(self.model, EyeModule):
-            facts["glimpses"] = told.get("glimpses")
+        description = self.datamodule.describe() if hasattr(self.datamodule, "describe") else {}
+        transform = {name: description[name] for name in TRANSFORM if description.get(name) is not None}
+        facts = {
+            "model": self.model.net.name,
+            "labels": description.get("class_names"),
+            "transform": transform,
+            "glimpses": description.get("glimpses"),
+        }
         return {name: value for name, value in facts.items() if value}
 
     def _save_config(self) -> None:
@@ -262,7 +212,7 @@ class TrainCLI(LightningCLI):
         config.pop("config", None)
         config["ckpt_path"] = None
         config["run"]["name"] = None
-        with atomic_path(self.run_dir / CONFIG_NAME) as temporary:
+        with atomic_path(self.run_dir / RUN_CONFIG) as temporary:
             temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     # ---- the run -------------------------------------------------------------------------------------------------
@@ -300,10 +250,11 @@ class TrainCLI(LightningCLI):
     def _headline(self) -> str:
         model = self.model.model
         count = sum(p.numel() for p in model.parameters())
-        if isinstance(model, MambaEye):
-            sees = f"glimpses of {model.config.patch_size}x{model.config.patch_size} pixels"
+        size = getattr(model.config, "image_hw", None)
+        if size is not None:
+            sees = "{}x{} pixels".format(*size)
         else:
-            sees = "{}x{} pixels".format(*model.config.image_hw)
+            sees = f"{self.architecture.reads} of {model.config.patch_size}x{model.config.patch_size} pixels"
         trainer: Any = self.trainer
         where = "fast_dev_run: nothing is kept" if trainer.fast_dev_run else f"run directory {self.run_dir}"
         start = f", resumed from {self.resume_from}" if self.resume_from else ""
@@ -313,96 +264,17 @@ class TrainCLI(LightningCLI):
         )
 
     def _finish(self) -> None:
-        """Report and table; the threshold that the report chose goes into the exported weights."""
-        run: RunArgs = self.config_init.run
-        model = self.model.model
-        if run.report and isinstance(model, MambaEye):
-            self._report_eye(model)
-        elif run.report:
-            from mambascope.evaluation.options import ReportOptions
-            from mambascope.evaluation.report import write_report
-            from mambascope.evaluation.sweep import Target
-
-            self.datamodule.trainer = None  # the loaders shall give this process every image
-            given = self.model.net.args.get("threshold")
-            options = ReportOptions(
-                class_names=getattr(self.datamodule, "class_names", None),
-                metrics_csv=self.run_dir / LOG_DIR / "metrics.csv",
-                # on other images the drop differs by a few tenths: aim at none, to stay within half a point
-                target=Target("acc_drop", 0.0),
-                calibration_loader=getattr(self.datamodule, "calibration_dataloader", lambda: None)(),
-                mean=getattr(self.datamodule, "mean", None),
-                std=getattr(self.datamodule, "std", None),
-                name=self.model.net.name,
-                threshold=given if isinstance(model, MambaScope) else None,
-                published=model.num_classes == 1000,  # the published rows are ImageNet's
-                progress=sys.stdout.isatty(),
-                print_table=False,
-            )
-            trained = model.to(self.trainer.strategy.root_device).eval()
-            report = write_report(trained, self.datamodule, self.run_dir / REPORT_DIR, options)
-            print(f"\n{report.table}\n")
-            if isinstance(model, MambaScope) and report.threshold is not None:
-                model.threshold = report.threshold
-            kept = ("threshold", "table", "choice")
-            model.description["report"] = {key: report.data.get(key) for key in kept}
+        """Report and table; the figures, and the threshold that the report chose, go into the exported weights."""
+        if self.config_init.run.report:
+            model = self.model.model.to(self.trainer.strategy.root_device).eval()
+            report = import_object(architecture_of(model).report)
+            net = self.model.net
+            table, figures = report(model, self.datamodule, self.run_dir, net.name, net.args)
+            print(f"\n{table}\n")
+            model.description["report"] = figures
             self.export.write(self.model)
             print(f"report:  {self.run_dir / REPORT_DIR}")
-        print(f"weights: {self.run_dir / WEIGHTS_NAME}")
-
-    def _report_eye(self, model: MambaEye) -> None:
-        """Accuracy against the number of glimpses, on the validation images."""
-        from mambascope.eye.report import write_eye_report
-
-        report = write_eye_report(
-            model.to(self.trainer.strategy.root_device).eval(),
-            self.datamodule.val_images(),
-            self.run_dir / REPORT_DIR,
-            options=self.datamodule.glimpses,
-            name=self.model.net.name,
-            progress=sys.stdout.isatty(),
-        )
-        print(f"\n{report.table}\n")
-        model.description["report"] = {"table": report.rows}
-        self.export.write(self.model)
-        print(f"report:  {self.run_dir / REPORT_DIR}")
-
-
-def complete_args(argv: Sequence[str]) -> list[str]:
-    """Adds the config that the command line leaves out.
-
-    Without ``--config`` that is the built-in data's, or the resumed run's own. Shipped configs may be named without
-    their path. ``last`` and ``best`` become the checkpoint's path, so that every process means the same file.
-
-    Raises:
-        ValueError: If a config or a checkpoint does not exist.
-    """
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known.add_argument("--config", "-c", action="append", default=[])
-    known.add_argument("--ckpt_path")
-    known.add_argument("--run.root", dest="root", default=RunArgs.root)
-    known.add_argument("--run.name", dest="name")
-    given, rest = known.parse_known_args(list(argv))
-    if given.ckpt_path == "null":
-        given.ckpt_path = None
-    before = [part for config in given.config for part in ("--config", find_config(config))]
-    if given.ckpt_path == "auto":
-        rest += ["--ckpt_path", "auto"]  # the same command line as at the start, so that its configs and name hold
-    elif given.ckpt_path is not None:
-        if not is_main_process() and _RESUMED in os.environ:
-            given.ckpt_path = os.environ[_RESUMED]
-        checkpoint = find_checkpoint(given.ckpt_path, given.root, given.name)
-        os.environ[_RESUMED] = str(checkpoint)  # for the processes that Lightning starts: "last" may move on
-        run = run_of(checkpoint)
-        if not before and run is not None:
-            before = ["--config", str(run / CONFIG_NAME)]
-        if run is not None and given.name == run.name:
-            given.name = None  # the checkpoint says it
-        rest += ["--ckpt_path", str(checkpoint)]
-    before = before or ["--config", str(shipped_configs()[DEFAULT_CONFIG])]
-    if given.root != RunArgs.root:
-        rest += ["--run.root", given.root]
-    return before + rest + (["--run.name", given.name] if given.name is not None else [])
+        print(f"weights: {self.run_dir / WEIGHTS}")
 
 
 def _quiet() -> None:
@@ -427,54 +299,68 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when training has ended, 2 for a mistake on the command line or in a config, 1 for a failure on the way, and
         128 + signal number (130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1) when it was stopped and can be resumed.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    args = list(sys.argv[1:] if argv is None else argv)
     _quiet()
     open_streams()
     cli: TrainCLI | None = None
     try:
-        if foreign := [arg for arg in argv if printable(arg) != arg]:
+        if foreign := [arg for arg in args if printable(arg) != arg]:
             raise DataError(f"{printable(foreign[0])} is no UTF-8, as a run's config must be: name it through a link")
-        cli = TrainCLI(complete_args(argv))
+        line = complete_args(args)
+        if argv is None:
+            sys.argv[1:] = line.args  # for the processes that Lightning starts: "last" may move on
+        cli = TrainCLI(line)
         cli.train()
         return 0
     except TrainingStopped as stop:
         return _stopped(stop, cli)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return _interrupted()
     except SystemExit as ended:
         if not isinstance(ended.__context__, KeyboardInterrupt):  # which Lightning turns into a status of 1
             raise
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return _interrupted()
     except (CheckpointError, DataError, NonFiniteLossError, MisconfigurationException, OSError, ValueError) as error:
         if os.environ.get(_DEBUG):
             raise
-        if isinstance(error.__cause__, (DataError, ValueError)):
-            error = error.__cause__  # what is linked between the options wraps what it meets
-        own = isinstance(error, (CheckpointError, DataError, NonFiniteLossError))
-        hint = "" if own else f" ({_DEBUG}=1 shows where)"
-        print(f"error: {printable(' '.join(str(error).split()))}{hint}", file=sys.stderr)
+        print(f"error: {_mistake(error)}", file=sys.stderr)
         return 1 if cli is not None else 2
     except RuntimeError as error:
-        failure = worker_failure(error)  # raised wherever the main thread is, also in the middle of a step
-        if failure is not None and not os.environ.get(_DEBUG):
-            print(f"error: {failure}", file=sys.stderr)
-            return 1
-        if "find_unused_parameters=True" in str(error) and not os.environ.get(_DEBUG):
-            print(
-                "error: steps leave parameters of this model without a gradient, which several processes must know of: "
-                "--trainer.strategy=ddp_find_unused_parameters_true",
-                file=sys.stderr,
-            )
-            return 1
-        # torch's own message for a checkpoint of another model lists every tensor
-        if os.environ.get(_DEBUG) or "Error(s) in loading state_dict" not in str(error):
+        failure = _failure(error)
+        if failure is None or os.environ.get(_DEBUG):
             raise
-        print("error: the checkpoint belongs to another model than the configuration describes", file=sys.stderr)
+        print(f"error: {failure}", file=sys.stderr)
         return 1
     finally:
         leave_runs()
+
+
+def _interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return 128 + signal.SIGINT
+
+
+def _mistake(error: Exception) -> str:
+    """One line on what is wrong with the options, the data or the files."""
+    if isinstance(error.__cause__, (DataError, ValueError)):
+        error = error.__cause__  # what is linked between the options wraps what it meets
+    explained = isinstance(error, (CheckpointError, DataError, NonFiniteLossError))
+    hint = "" if explained else f" ({_DEBUG}=1 shows where)"
+    return f"{printable(' '.join(str(error).split()))}{hint}"
+
+
+def _failure(error: RuntimeError) -> str | None:
+    """One line on a failure that has one; ``None`` for any other."""
+    if (failure := worker_failure(error)) is not None:  # raised wherever the main thread is, also within a step
+        return str(failure)
+    if "find_unused_parameters=True" in str(error):
+        return (
+            "steps leave parameters of this model without a gradient, which several processes must know of: "
+            "--trainer.strategy=ddp_find_unused_parameters_true"
+        )
+    if "Error(s) in loading state_dict" in str(error):  # torch's own message lists every tensor
+        return "the checkpoint belongs to another model than the configuration describes"
+    return None
 
 
 def _stopped(stop: TrainingStopped, cli: TrainCLI | None) -> int:

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from mambascope.evaluation.published import IMAGENET_ROWS
-from mambascope.training.runs import CONFIG_DIR, find_config
+from mambascope.models.weights import CONFIG_DIR
+from mambascope.training.runs import find_config
 from mambascope.utils import as_number, flat
 
 LIST_DIR = CONFIG_DIR / "frontier"

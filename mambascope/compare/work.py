@@ -17,7 +17,7 @@ from torch import Tensor
 from mambascope.compare.ablation import fingerprint
 from mambascope.compare.lists import Entry, FrontierList, Setting, digest, merged
 from mambascope.data.datamodule import ResumableDataModule
-from mambascope.data.modules import RUN_CONFIG, open_data
+from mambascope.data.modules import open_data
 from mambascope.evaluation.collect import collect
 from mambascope.evaluation.sweep import StageRecord
 from mambascope.models.architectures import architecture_of, configured
@@ -27,7 +27,7 @@ from mambascope.models.flop_count import costs_of
 from mambascope.models.meaning import differences
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
-from mambascope.models.weights import find_weights
+from mambascope.models.weights import RUN_CONFIG, find_weights
 from mambascope.training.args import ModelArgs
 from mambascope.training.runs import find_config
 from mambascope.training.trainings import Group, finish_training, finished

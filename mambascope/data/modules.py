@@ -19,10 +19,8 @@ from mambascope.data import DATA_MODULES
 from mambascope.data.datamodule import ResumableDataModule
 from mambascope.data.errors import DataError
 from mambascope.models.description import plain_values, shortened
-from mambascope.models.weights import SHIPPED
+from mambascope.models.weights import CONFIG_DIR, RUN_CONFIG, SHIPPED
 
-RUN_CONFIG = "config.yaml"
-CONFIGS = Path(__file__).parent.parent / "configs"
 _CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _PLAIN_TYPES = (str, int, float, bool, type(None), Path, list, tuple, dict, ...)
 _LONGEST = 1000  # characters of a reason that others give
@@ -32,7 +30,7 @@ def run_config(checkpoint: Path) -> Path | None:
     """The configuration of the run that a checkpoint lies in, beside it or one folder up, or a shipped model's."""
     for name, path in SHIPPED.items():
         if checkpoint == path:
-            return CONFIGS / f"{name}.yaml"
+            return CONFIG_DIR / f"{name}.yaml"
     for folder in (checkpoint.parent, checkpoint.parent.parent):
         if (folder / RUN_CONFIG).is_file():
             return folder / RUN_CONFIG

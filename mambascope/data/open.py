@@ -11,10 +11,11 @@ from lightning.pytorch import LightningDataModule
 from mambascope.data.datamodule import ResumableDataModule
 from mambascope.data.digits_datamodule import ScopeDigitsDataModule
 from mambascope.data.errors import DataError
-from mambascope.data.modules import RUN_CONFIG, fit_data, is_module_name, named_module, run_config, run_module
+from mambascope.data.modules import fit_data, is_module_name, named_module, run_config, run_module
 from mambascope.data.rows import open_rows, row_loader
 from mambascope.data.scopedigits_config import ScopeDigitsConfig
 from mambascope.models.vim import VisionMamba
+from mambascope.models.weights import RUN_CONFIG
 
 DIGITS = "scopedigits"
 

@@ -111,6 +111,8 @@ class GlimpseImageDataModule(ImageDataModule):
         DataError: when the data are missing or do not fit (raised as soon as they are looked at).
     """
 
+    gives = "glimpses"
+
     def __init__(
         self,
         root: str,
@@ -254,6 +256,7 @@ class GlimpseDigitsDataModule(ScopeDigitsDataModule):
 
     mean = (0.0, 0.0, 0.0)
     std = (1.0, 1.0, 1.0)
+    gives = "glimpses"
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -37,6 +38,7 @@ from mambascope.eye.model import MambaEye
 from mambascope.models.cost import stage_macs
 from mambascope.models.scope import MambaScope
 from mambascope.models.vim import VisionMamba
+from mambascope.models.weights import REPORT_DIR
 from mambascope.utils import atomic_path, evaluating, model_device
 
 DROP = 0.005  # accuracy that early stopping may cost
@@ -429,3 +431,30 @@ def _write(
 def _file(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def report_training(
+    model: MambaEye, datamodule: Any, run_dir: Path, name: str, options: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The report at the end of a training: accuracy against the number of glimpses, on the validation images.
+
+    Args:
+        model: The trained model, in evaluation mode on its device.
+        datamodule: The data it was trained with.
+        run_dir: Folder of the run.
+        name: The model's entry.
+        options: What the entry was asked for; not used.
+
+    Returns:
+        The printed table, and what weights files keep of the report.
+    """
+    del options
+    report = write_eye_report(
+        model,
+        datamodule.val_images(),
+        run_dir / REPORT_DIR,
+        options=datamodule.glimpses,
+        name=name,
+        progress=sys.stdout.isatty(),
+    )
+    return report.table, {"table": report.rows}

@@ -37,7 +37,8 @@ class Architecture:
         extend: Makes this kind's config from the other's, which has all other options, and the keyword's value.
         reads: What its data give: ``"images"`` or ``"glimpses"``.
         module: The Lightning module that trains it.
-        report: Writes the report at the end of its training; ``None`` for that of a classifier of images.
+        report: Called with the trained model, its data module, the run's folder, the entry's name and its options,
+            writes the report and returns its table and what weights files keep of it.
         predict: Module with ``add_arguments``, ``given_options`` and ``run`` that classifies with it; ``None`` for the
             command's own.
     """
@@ -59,7 +60,7 @@ class Architecture:
     extend: Callable[[Any, Any], Any] | None = None
     reads: str = "images"
     module: str = "mambascope.training.module:ClassifierModule"
-    report: str | None = None
+    report: str = "mambascope.evaluation.after_training:report_training"
     predict: str | None = None
 
     def config(self, values: dict[str, Any], tensors: int) -> Any:

@@ -1,4 +1,4 @@
-"""Trained weights that come with the package, and how weights are named in commands and in Python."""
+"""Names of the files of a run, and the configs and trained weights that come with the package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,22 @@ import os
 from pathlib import Path
 
 WEIGHTS = "model.safetensors"
-"""Name of the weights in a run's or a saved model's folder."""
+"""Weights in a run's or a saved model's folder."""
+
+RUN_CONFIG = "config.yaml"
+"""Configuration in a run's folder."""
+
+CHECKPOINT_DIR, LAST_NAME, BEST_NAME = "checkpoints", "last.ckpt", "best.ckpt"
+"""Folder of a run's checkpoints, and the names of the newest and of the best."""
+
+LOG_DIR, METRICS_NAME = "logs", "metrics.csv"
+"""Folder of a run's logs, and the name of the table there."""
+
+REPORT_DIR = "report"
+"""Folder of a run's report."""
+
+CONFIG_DIR = Path(__file__).parent.parent / "configs"
+"""Configs that come with the package, by name."""
 
 _FOLDER = Path(__file__).parent.parent / "weights"
 SHIPPED = {

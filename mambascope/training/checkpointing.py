@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from mambascope.models.checkpoint import CheckpointError
+from mambascope.models.weights import BEST_NAME, CHECKPOINT_DIR, LAST_NAME
 from mambascope.training.limits import reached_limit
-from mambascope.training.runs import LAST_NAME
 from mambascope.training.signals import StopSignals, TrainingStopped
 from mambascope.utils import atomic_path
 
@@ -84,7 +84,7 @@ class RunCheckpoint(Checkpoint):
     @property
     def best_model_path(self) -> str:
         """The best checkpoint, or an empty string."""
-        path = None if self.dirpath is None else self.dirpath / "best.ckpt"
+        path = None if self.dirpath is None else self.dirpath / BEST_NAME
         return str(path) if path is not None and path.exists() else ""
 
     def state_dict(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class RunCheckpoint(Checkpoint):
         """Agrees on the directory and removes what a killed process left half written."""
         if stage != "fit":
             return
-        wanted = self.dirpath or Path(trainer.default_root_dir) / "checkpoints"
+        wanted = self.dirpath or Path(trainer.default_root_dir) / CHECKPOINT_DIR
         self.dirpath = Path(trainer.strategy.broadcast(str(wanted)))
         if trainer.is_global_zero:
             for stale in self.dirpath.glob(".*.ckpt.*"):
@@ -251,8 +251,8 @@ class RunCheckpoint(Checkpoint):
     def _keep_as_best(self) -> None:
         """Gives the file a second name: ``last.ckpt`` is never written to, only replaced."""
         assert self.dirpath is not None
-        best = self.dirpath / "best.ckpt"
-        link = self.dirpath / f".best.ckpt.{os.getpid()}"
+        best = self.dirpath / BEST_NAME
+        link = self.dirpath / f".{BEST_NAME}.{os.getpid()}"
         try:
             link.unlink(missing_ok=True)
             os.link(self.last_path, link)

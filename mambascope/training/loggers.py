@@ -11,8 +11,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from mambascope.models.weights import LOG_DIR
 from mambascope.training.args import RunArgs
-from mambascope.training.runs import LOG_DIR
 from mambascope.utils import atomic_path
 
 

@@ -15,15 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-CHECKPOINT_DIR = "checkpoints"
-CONFIG_NAME = "config.yaml"
-LAST_NAME = "last.ckpt"
-LOG_DIR = "logs"
-WEIGHTS_NAME = "model.safetensors"
-CONFIG_DIR = Path(__file__).parent.parent / "configs"
+from mambascope.models.weights import CHECKPOINT_DIR, CONFIG_DIR, LAST_NAME, LOG_DIR, RUN_CONFIG
+
 _BY_NAME = ("last", "best")
 _LOCK_NAME = ".lock"
-_STARTED = {_LOCK_NAME, CONFIG_NAME, LOG_DIR, CHECKPOINT_DIR, "wandb"}  # what there is before the first checkpoint
+_STARTED = {_LOCK_NAME, RUN_CONFIG, LOG_DIR, CHECKPOINT_DIR, "wandb"}  # what there is before the first checkpoint
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ def find_checkpoint(value: str, root: str, name: str | None) -> Path:
 def run_of(checkpoint: Path) -> Path | None:
     """The run directory that a checkpoint lies in; ``None`` if it lies elsewhere."""
     run = checkpoint.parent.parent
-    inside = checkpoint.parent.name == CHECKPOINT_DIR and (run / CONFIG_NAME).is_file()
+    inside = checkpoint.parent.name == CHECKPOINT_DIR and (run / RUN_CONFIG).is_file()
     return run if inside else None
 
 
@@ -160,7 +156,7 @@ def _take(path: Path, configs: Sequence[str]) -> str | None:
 
 def _is_free(path: Path) -> bool:
     """Whether a directory is empty, or holds no more than a run that did not come to its first checkpoint."""
-    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(f".{CONFIG_NAME}.")}
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(f".{RUN_CONFIG}.")}
     return not names or (_LOCK_NAME in names and names <= _STARTED and not any(path.rglob("*.ckpt")))
 
 
@@ -249,4 +245,4 @@ def name_of(configs: Sequence[str]) -> str:
     if not configs:
         return "run"
     path = Path(configs[-1])
-    return path.resolve().parent.name if path.name == CONFIG_NAME else path.stem
+    return path.resolve().parent.name if path.name == RUN_CONFIG else path.stem

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mambascope.models.weights import WEIGHTS
+from mambascope.models.weights import CHECKPOINT_DIR, LAST_NAME, WEIGHTS
 from mambascope.utils import CommandError
 
 
@@ -80,7 +80,7 @@ def finish_training(folder: Path, options: Sequence[str], group: Group | None = 
     """
     if (weights := finished(folder)) is not None:
         return weights
-    last = folder / "checkpoints" / "last.ckpt"
+    last = folder / CHECKPOINT_DIR / LAST_NAME
     if last.is_file():
         options = ["--ckpt_path", str(last)]
     else:

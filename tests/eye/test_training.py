@@ -11,10 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mambascope
-from mambascope.commands.train import TrainCLI, complete_args, main, module_class
+from mambascope.commands.train import TrainCLI, complete_args, main
 from mambascope.eye import MambaEye
 from mambascope.eye.loss import GlimpseLoss
 from mambascope.eye.module import EyeModule
+from mambascope.models.architectures import import_object
 from mambascope.training.module import ClassifierModule
 from mambascope.training.runs import shipped_configs
 from mambascope.training.scope_module import ScopeModule
@@ -100,15 +101,19 @@ def test_both_models_of_the_comparison_see_the_same_digits():
     assert eye["trainer"] == vim["trainer"]
 
 
+def module_of(args):
+    return import_object(complete_args(args).architecture.module)
+
+
 def test_the_module_follows_the_name(here):
     (here / "a.yaml").write_text("model: {net: {name: mambaeye_small}}\n")
     (here / "b.yaml").write_text("trainer: {max_epochs: 1}\n")
-    assert module_class([]) is ScopeModule
-    assert module_class(["--config", "a.yaml", "--config", "b.yaml"]) is EyeModule
-    assert module_class(["--config=a.yaml", "--model.net.name", "vim_tiny_patch16_224"]) is ClassifierModule
-    assert module_class(["--config", "b.yaml", "--model.net.name=mambaeye_base"]) is EyeModule
+    assert module_of([]) is ScopeModule
+    assert module_of(["--config", "a.yaml", "--config", "b.yaml"]) is EyeModule
+    assert module_of(["--config=a.yaml", "--model.net.name", "vim_tiny_patch16_224"]) is ClassifierModule
+    assert module_of(["--config", "b.yaml", "--model.net.name=mambaeye_base"]) is EyeModule
     for path in CONFIGS.values():
-        name = module_class(["--config", str(path)]).__name__
+        name = module_of(["--config", str(path)]).__name__
         reduced = any(peer in path.stem for peer in ("dyvm", "r_meeto", "hidden_align"))
         expected = "ReducedModule" if reduced else "ClassifierModule" if "vim" in path.stem else "ScopeModule"
         assert name == ("EyeModule" if "mambaeye" in path.stem else expected)

@@ -85,7 +85,7 @@ def test_recipe_is_the_papers(kind, size, rate, here, folder):
 
 
 def test_runs_without_arguments_on_the_builtin_data(here):
-    assert complete_args([]) == ["--config", str(CONFIGS["scopedigits"])]
+    assert complete_args([]).args == ["--config", str(CONFIGS["scopedigits"])]
     built = cli()
     assert built.model.net.name == "mambascope_nano_patch8_64"
     assert type(built.datamodule).__name__ == "ScopeDigitsDataModule"
@@ -205,7 +205,8 @@ def test_last_is_the_newest_run(tmp_path):
     assert run_of(find_checkpoint("last", str(tmp_path), None)) == tmp_path / "new"
     assert run_of(find_checkpoint("last", str(tmp_path), "old")) == tmp_path / "old"
     assert run_of(tmp_path / "elsewhere.ckpt") is None
-    args = complete_args(["--run.root", str(tmp_path), "--ckpt_path", "last"])
+    args = complete_args(["--run.root", str(tmp_path), "--ckpt_path", "last"]).args
+    assert complete_args(args).args == args  # as the processes get it that Lightning starts
     assert args[:2] == ["--config", str(tmp_path / "new" / "config.yaml")]
     assert str(tmp_path / "new" / "checkpoints" / "last.ckpt") in args
 
