@@ -148,14 +148,13 @@ def test_a_folder_reaches_the_model(kind, channels, value_range, here, capsys, c
 def test_other_models_take_their_channels_too(kind, channels, here, capsys):
     data(kind)
     (here / "net.yaml").write_text(
-        "model:\n  full_refine_epochs: 0\n  net:\n    name: resnet50\n    args: "
+        "model:\n  net:\n    name: resnet50\n    args: "
         f"{{layers: [1, 1, 1, 1], channels: [4, 8, 8, 8], stem_width: 8, in_chans: {channels}}}\n"
     )
     resnet = {key: value for key, value in TINY.items() if not key.startswith(("model.net", "model.full", "config"))}
-    arguments = [f"--{key}={value}" for key, value in resnet.items()]
-    assert (
-        main(["--config=scopedigits", "--config=net.yaml", *arguments, f"--data.root={kind}", "--run.name=timm"]) == 0
-    )
+    options = [f"--{key}={value}" for key, value in resnet.items()]
+    configs = ["--config=scopedigits_vim", "--config=net.yaml"]  # a MambaScope's config has options of its loss
+    assert main([*configs, *options, f"--data.root={kind}", "--run.name=timm"]) == 0
     assert mambascope.load("runs/timm/model.safetensors").config.in_chans == channels
 
     options = {"data__root": kind, "data__value_range": "file", "model__net__args__in_chans": channels}
