@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-import mambascope  # noqa: F401  (registers the timm entries)
 from mambascope.eye.config import MAMBAEYE_CONFIGS
 from mambascope.eye.glimpses import GlimpseSequence
 from mambascope.eye.loss import GlimpseLoss
