@@ -6,7 +6,6 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from mambascope.models import MambaScope
 from mambascope.models.checkpoint import save_safetensors
 from mambascope.training.limits import whole_epochs
 
@@ -25,8 +24,6 @@ class ExportWeights(Callback):
         """Writes the file."""
         if not trainer.is_global_zero:
             return
-        if isinstance(pl_module.model, MambaScope):
-            pl_module.model.alpha = pl_module.model.config.alpha  # a run may end in its first phase
         pl_module.model.description.update(epochs=whole_epochs(trainer), steps=trainer.global_step)  # type: ignore
         self.write(pl_module)
 

@@ -86,6 +86,10 @@ class ScopeModule(ImageModule):
         if self.current_epoch == self.full_refine_epochs > 0:
             self.print(f"epoch {self.current_epoch}: from now on the fine stage re-reads alpha = {self.alpha:g}")
 
+    def on_train_end(self) -> None:
+        """Leaves the model as it will be used: a run may end in its first phase."""
+        self.model.alpha = self.alpha
+
     def _log_parts(self, parts: dict[str, Tensor]) -> None:
         for name, value in parts.items():
             self.log(f"train/{name}", value, prog_bar=name in _BAR)
