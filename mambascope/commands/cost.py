@@ -101,7 +101,7 @@ def _counted_rows(name: str, config: VimConfig) -> list[dict]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mambascope.models.cost", description="Parameters and GFLOPs of a model, per stage."
+        prog="python -m mambascope.commands.cost", description="Parameters and GFLOPs of a model, per stage."
     )
     parser.add_argument("model", help="a registered name, e.g. mambascope_small_patch16_224")
     parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width, in pixels")

@@ -12,24 +12,25 @@ it then leaves out; so does this count. The model in this package skips them: :f
 saves (about 1 %). A stem's convolutions read the whole image in both. Left out, as in the published tables: classifier
 head (also where it reads every patch, ``global_pool="lse"``: :func:`head_macs`), norms, activations, residual
 additions, position tables, resizing and ranking the cells.
-Registers are tokens like any other. A block that scans the means of cells (``fine_pool``) spends x_proj, dt_proj and
-the scan once per cell, the rest on every token; the means themselves are left out.
 
 Two conventions, both in GFLOPs = multiply-adds / 1e9 as the field writes it:
 
 - ``one_direction`` counts a single scan direction. It reproduces the published tables.
 - ``both_directions`` counts what a bidirectional block really does. It is the honest figure.
 
-``python -m mambascope.models.cost MODEL`` prints the table for one model.
+``python -m mambascope.commands.cost MODEL`` prints the table for one model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import singledispatch
+from functools import lru_cache, singledispatch
 
+import torch
+
+from mambascope.models.architectures import architecture_of
 from mambascope.models.cells import num_selected
 from mambascope.models.configs import ScopeConfig, VimConfig, with_overrides
 
@@ -44,12 +45,10 @@ class StageCost:
 
     Attributes:
         convention: ``"one_direction"`` or ``"both_directions"``.
-        params: learned parameters of the whole model.
-        tokens_coarse, tokens_fine: sequence lengths including CLS and registers (``tokens_coarse`` 0 for a plain Vim;
-            before anything is reduced).
-        coarse, reuse, fine: multiply-adds of the coarse pass, the feature-reuse projection and the fine pass.
-        cells: cells that the fine pass re-reads.
-        per_cell: multiply-adds that one more of them adds to the fine pass.
+        params: Learned parameters of the whole model.
+        tokens_coarse, tokens_fine: Sequence lengths including CLS (``tokens_coarse`` 0 for a plain Vim; before anything
+            is reduced).
+        coarse, reuse, fine: Multiply-adds of the coarse pass, the feature-reuse projection and the fine pass.
     """
 
     convention: str
@@ -59,30 +58,21 @@ class StageCost:
     coarse: int
     reuse: int
     fine: int
-    cells: int = 0
-    per_cell: int = 0
 
     @property
     def refined(self) -> int:
         """Multiply-adds of an image that goes through both stages."""
         return self.coarse + self.reuse + self.fine
 
-    def expected(self, share: float, cells: float | None = None) -> float:
-        """Mean multiply-adds per image when `share` of the images (0 to 1) is refined.
-
-        Args:
-            share: of the images.
-            cells: mean number of cells that the fine pass re-reads in a refined image, where images differ in it;
-                ``None``: :attr:`cells` in each. The cost is linear in it.
-        """
+    def expected(self, share: float) -> float:
+        """Mean multiply-adds per image when `share` of the images (0 to 1) is refined."""
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"share must be in [0, 1], got {share!r}")
-        more = 0.0 if cells is None else (cells - self.cells) * self.per_cell
-        return self.coarse + share * (self.reuse + self.fine + more)
+        return self.coarse + share * (self.reuse + self.fine)
 
-    def gflops(self, share: float = 1.0, cells: float | None = None) -> float:
+    def gflops(self, share: float = 1.0) -> float:
         """:meth:`expected` in GFLOPs (multiply-adds / 1e9)."""
-        return self.expected(share, cells) / 1e9
+        return self.expected(share) / 1e9
 
 
 def _hw(config: VimConfig, img_size: int | Sequence[int] | None) -> tuple[int, int]:
@@ -133,38 +123,21 @@ def token_macs(config: VimConfig, convention: str = "one_direction") -> tuple[in
     return d * 2 * e + e * d, direction * (2 if convention == "both_directions" else 1)
 
 
-def fine_macs(config: ScopeConfig, cells: int, refined: int, convention: str = "one_direction") -> int:
-    """Multiply-adds of the fine pass over `cells` coarse cells of which it re-reads `refined`."""
-    return encoder_macs(config, 1 + 4 * refined + cells - refined, 4 * cells, convention)
-
-
 def reuse_macs(config: ScopeConfig, cells: int) -> int:
     """Multiply-adds of the feature-reuse projection on `cells` coarse outputs (with ``reuse_cls``: and CLS)."""
     rows, d = cells + int(config.reuse_cls), config.embed_dim
     return {"mlp": rows * 2 * int(config.reuse_ratio * d) * d, "linear": rows * d * d, "off": 0}[config.reuse]
 
 
-@singledispatch
-def count_parameters(config: VimConfig) -> int:
-    """Parameters of the model that `config` describes (tables are sized by ``config.img_size``).
+@lru_cache(maxsize=256)
+def count_parameters(config: Hashable) -> int:
+    """Parameters of the model that a config describes, which is made without memory for them.
 
-    A wing registers the count of its own kind of config.
+    Position tables are sized by ``config.img_size``.
     """
-    d, e, n, k, r = config.embed_dim, config.inner_dim, config.d_state, config.d_conv, config.rank
-    mixer = 3 * e * d + 2 * (e * n + e + e * k + e + (r + 2 * n) * e + e * r + e)
-    fine_patches = math.prod(vim_grid(config))
-    total = config.depth * (mixer + d) + d  # blocks with their norm gains, final norm
-    total += config.in_chans * config.patch_size**2 * d + d  # patch embedding
-    # convolutions with bias, and gain and bias of their norms
-    total += sum((9 * chans + 3) * out for _, chans, out in config.stem_convs) + 2 * config.stem_width * d
-    total += d * config.num_classes + config.num_classes if config.num_classes else 0
-    if isinstance(config, ScopeConfig):
-        cells = math.prod(scope_grid(config))
-        fine_patches = 4 * cells
-        total += (cells + 1) * d  # coarse position table
-        hidden = int(config.reuse_ratio * d)
-        total += {"mlp": 2 * d + 2 * d * hidden + hidden + d, "linear": 2 * d + d * d + d, "off": 0}[config.reuse]
-    return total + d + (fine_patches + 1) * d  # CLS, position table
+    with torch.device("meta"):
+        model = architecture_of(config).build(config)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def head_macs(config: VimConfig, tokens: int) -> int:
@@ -183,9 +156,9 @@ def stage_macs(
     """Cost of one image under `config`; a wing registers the closed form of its own kind of config.
 
     Args:
-        config: a :class:`VimConfig` or :class:`ScopeConfig`.
-        img_size: side or (height, width) in pixels; default ``config.img_size``.
-        alpha: share of the cells that the fine stage refines, 0 to 1; default ``config.alpha``. MambaScope only.
+        config: A :class:`VimConfig` or :class:`ScopeConfig`.
+        img_size: Side or (height, width) in pixels; default ``config.img_size``.
+        alpha: Share of the cells that the fine stage refines, 0 to 1; default ``config.alpha``. MambaScope only.
         convention: ``"one_direction"`` (published) or ``"both_directions"`` (honest).
 
     Raises:
@@ -203,7 +176,6 @@ def stage_macs(
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
     k = num_selected(alpha, cells)
-    fine = fine_macs(config, cells, k, convention)
     return StageCost(
         convention=convention,
         params=params,
@@ -211,18 +183,16 @@ def stage_macs(
         tokens_fine=1 + 4 * k + cells - k,
         coarse=encoder_macs(config, 1 + cells, cells, convention),
         reuse=reuse_macs(config, cells),
-        fine=fine,
-        cells=k,
-        per_cell=fine_macs(config, cells, k + 1, convention) - fine,
+        fine=encoder_macs(config, 1 + 4 * k + cells - k, 4 * cells, convention),
     )
 
 
 def skipped_macs(config: ScopeConfig, img_size: int | Sequence[int] | None = None, alpha: float | None = None) -> int:
     """Multiply-adds in :func:`stage_macs` that the model here does not spend on the cells it leaves out."""
     cells = math.prod(scope_grid(config, img_size))
-    others = cells - num_selected(config.alpha if alpha is None else alpha, cells)
-    embedding = 4 * others * projection_macs(config)  # the stem itself reads the whole image
-    return embedding + reuse_macs(config, cells) - reuse_macs(config, cells - others)
+    remaining = cells - num_selected(config.alpha if alpha is None else alpha, cells)
+    embedding = 4 * remaining * projection_macs(config)  # the stem itself reads the whole image
+    return embedding + reuse_macs(config, cells) - reuse_macs(config, cells - remaining)
 
 
 def plain_vim(config: VimConfig) -> VimConfig:

@@ -3,8 +3,7 @@
 The counter sees matrix products, convolutions and, through the formulas in :mod:`mambascope.ops.flops`, the operators
 of this package. It counts two operations per multiply-add; half of that is returned. Compared with the closed form it
 also sees the classifier head, and it does not see patches and coarse outputs of cells that were left out, because the
-model never computes them (:func:`mambascope.models.cost.skipped_macs`), and skip term and gate of blocks that scan
-the means of cells once per cell only: :func:`expected_count` puts all of them right.
+model never computes them (:func:`mambascope.models.cost.skipped_macs`): :func:`expected_count` puts both right.
 
 Models that have no closed form here, such as timm's DeiT and ResNet, are counted: :func:`costs_of`.
 """
@@ -37,7 +36,7 @@ def count_macs(model: Any, img_size: Sequence[int] | None = None) -> CountedCost
     """Runs one image of zeros through each stage under the counter.
 
     Args:
-        model: on any device; its current alpha counts.
+        model: On any device; its current alpha counts.
         img_size: (height, width) in pixels; default: the model's.
     """
     height, width = img_size or model.config.image_hw
@@ -72,9 +71,9 @@ def costs_of(
     A model whose cost depends on its images says it itself: ``stage_costs(img_size, batches)``.
 
     Args:
-        model: a classifier with a ``config``.
+        model: A classifier with a ``config``.
         img_size: (height, width) in pixels; default: the model's.
-        alpha: share of cells that a MambaScope refines; default: its current one.
+        alpha: Share of cells that a MambaScope refines; default: its current one.
         batches: Pairs of images [B, C, H, W] and labels [B] to measure such a model on; ``None`` for the most that it
             can cost.
     """

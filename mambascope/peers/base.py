@@ -103,11 +103,6 @@ class ReductionConfig:
         del sizes, patches, directions
         return 0
 
-    def num_parameters(self, sizes: EncoderSizes) -> int:
-        """Learned parameters of the method."""
-        del sizes
-        return 0
-
 
 class Reducer(nn.Module):
     """Runs the blocks of an encoder on fewer and fewer tokens. The base class reduces nothing.

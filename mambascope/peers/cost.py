@@ -17,7 +17,6 @@ from mambascope.models.cost import (
     StageCost,
     count_parameters,
     embedding_macs,
-    plain_vim,
     stage_macs,
     token_macs,
     vim_grid,
@@ -78,12 +77,6 @@ def reduced_cost(
     patches = math.prod(vim_grid(config, img_size))
     macs = reduced_macs(config, patches, convention, scan_share)
     return StageCost(convention, count_parameters(config), 0, patches + 1, 0, 0, macs)
-
-
-@count_parameters.register
-def reduced_parameters(config: ReducedConfig) -> int:
-    """Parameters of the Vim and of the method."""
-    return count_parameters(plain_vim(config)) + config.reduction.num_parameters(config.sizes)
 
 
 def scan_share(model: Any, batches: Iterable[Any]) -> tuple[float, ...] | None:

@@ -101,12 +101,6 @@ class DyVMConfig(ReductionConfig):
         predictors = sum(counts[layer - 1] * predictor for layer in self.ratios(sizes.depth))
         return predictors + (sizes.depth * 2 * sizes.inner_dim * 2 if self.block_ratio < 1 else 0)
 
-    def num_parameters(self, sizes: EncoderSizes) -> int:
-        """Parameters of the predictors and of the switches."""
-        predictor = 2 * sizes.embed_dim + sum(a * b + b for a, b in self._predictor_widths(sizes.embed_dim))
-        switches = sizes.depth * (2 * sizes.inner_dim * 2 + 2) if self.block_ratio < 1 else 0
-        return len(self.ratios(sizes.depth)) * predictor + switches
-
 
 class TokenPredictor(nn.Module):
     """DynamicViT's predictor (arXiv 2106.02034): half of the features stay a patch's own, half are averaged over all.

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from mambascope.commands import cost as command
 from mambascope.commands.cost import model_config
 from mambascope.models import cost
 from mambascope.models.cost import stage_macs
@@ -91,12 +92,12 @@ def test_bad_arguments_are_named(bad):
 
 
 def test_command_prints_the_table_and_json(capsys):
-    assert cost.main(["mambascope_small_patch16_224", "--alpha", "0.5", "--share", "0.5"]) == 0
+    assert command.main(["mambascope_small_patch16_224", "--alpha", "0.5", "--share", "0.5"]) == 0
     out = capsys.readouterr().out
     assert "26,998,120 parameters" in out
     assert [line.split()[-2:] for line in out.splitlines() if line.startswith("fine (alpha 0.5)")] == [["3.24", "3.77"]]
     assert "expected, 50% refined" in out
-    assert cost.main(["vim_tiny_patch16_224", "--json"]) == 0
+    assert command.main(["vim_tiny_patch16_224", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == 7_148_008
 
 
@@ -111,7 +112,7 @@ def test_command_prints_the_table_and_json(capsys):
     ],
 )
 def test_command_errors_are_one_line(argv, word, capsys):
-    assert cost.main(argv) == 2
+    assert command.main(argv) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert word in err

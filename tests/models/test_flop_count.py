@@ -1,9 +1,12 @@
 """The closed form against torch.utils.flop_counter on the running models: equal to the last operation."""
 
+import random
+
 import pytest
 import timm
 import torch
 
+from mambascope import MambaScope, ScopeConfig, VimConfig, VisionMamba
 from mambascope.commands import cost
 from mambascope.models.cost import count_parameters
 from mambascope.models.flop_count import count_macs, expected_count
@@ -64,3 +67,56 @@ def test_the_command_counts_too(capsys):
     assert cost.main(["vim_nano_patch8_64", "--count"]) == 0
     line = next(line.split() for line in capsys.readouterr().out.splitlines() if "counted" in line)
     assert line[2] == "0.0518"
+
+
+def random_config(seed):
+    """A small Vim or MambaScope in which everything that changes parameters or operations is drawn."""
+    rng = random.Random(seed)
+    patch = rng.choice([4, 8])
+    options = {
+        "img_size": (rng.randint(2, 5) * 8, rng.randint(2, 5) * 8 + rng.randint(0, 7)),
+        "patch_size": patch,
+        "in_chans": rng.choice([1, 3, 4]),
+        "num_classes": rng.choice([0, 1, 7]),
+        "embed_dim": rng.choice([8, 16, 24]),
+        "depth": rng.randint(1, 4),
+        "d_state": rng.choice([4, 8]),
+        "d_conv": rng.choice([2, 4]),
+        "expand": rng.choice([1, 2]),
+        "dt_rank": rng.choice([None, 1, 3]),
+        "cls_position": rng.choice(["first", "middle", "last"]),
+        "global_pool": rng.choice(["token", "avg", "lse", ""]),
+        "stem_width": rng.choice([0, 0, 6]) if patch == 8 else 0,
+    }
+    if seed % 3 == 0:
+        overlap = {"stride": rng.choice([None, patch // 2])} if not options["stem_width"] else {}
+        return VimConfig(**options, **overlap)
+    reuse = rng.choice(["mlp", "linear", "off"])
+    return ScopeConfig(
+        **options,
+        alpha=rng.choice([0.0, 0.3, 0.8, 1.0]),
+        reuse=reuse,
+        reuse_ratio=rng.choice([0.5, 2.0, 4.3]),
+        reuse_cls=reuse != "off" and rng.random() < 0.5,
+        coarse_pos=rng.choice(["own", "resampled"]),
+        score_metric=rng.choice(["max", "l2", "clip"]),
+        fine_cls=rng.choice(["first", "middle", "last"]),
+        fine_order=rng.choice(["important_first", "important_last"]),
+        cell_order=rng.choice(["cell", "raster"]),
+    )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_model_has_the_parameters_and_operations_that_its_config_says(seed):
+    config = random_config(seed)
+    model = (MambaScope if isinstance(config, ScopeConfig) else VisionMamba)(config)
+    assert count_parameters(config) == sum(p.numel() for p in model.parameters())
+    assert count_macs(model) == expected_count(model)
+    size = (50, 41)
+    assert count_macs(model, size) == expected_count(model, size)
+
+
+def test_counting_parameters_draws_no_random_number_and_no_memory():
+    before = torch.get_rng_state()
+    assert count_parameters(ScopeConfig(embed_dim=8192, depth=48)) > 10**10
+    assert torch.equal(before, torch.get_rng_state())
