@@ -31,10 +31,9 @@ def official_formula(
     return (torch.stack(rows, 1) + x * D) * F.silu(z)
 
 
-def _official_mixer(mixer: BidirectionalMamba, u: Tensor, score: None = None, pool: None = None) -> tuple[Tensor, None]:
+def _official_mixer(mixer: BidirectionalMamba, u: Tensor, trace: tuple[str, ...] = ()) -> tuple[Tensor, None]:
     """The mixer as the official code computes it without CUDA: flips, one scan each way, gated twice."""
-    assert score is None
-    assert pool is None
+    assert not trace
     x, z = F.linear(u, mixer.in_proj.weight).chunk(2, dim=-1)
     total: Tensor | float = 0.0
     for end, flip in (("", False), ("_b", True)):
