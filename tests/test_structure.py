@@ -197,10 +197,15 @@ def test_exceptions_are_needed():
 
 
 def test_importing_the_package_is_light():
+    """It loads no package beside those of torch and timm, with which it costs their import and a few hundredths."""
     code = (
-        "import sys, mambascope; "
+        "import sys, torch, timm; "
+        "before = {m.split('.')[0] for m in sys.modules}; "
+        "import mambascope; "
         "heavy = [m for m in ('lightning', 'mmengine', 'matplotlib', 'sklearn', 'mamba_ssm') if m in sys.modules]; "
-        "assert not heavy, heavy"
+        "assert not heavy, heavy; "
+        "new = {m.split('.')[0] for m in sys.modules} - before - set(sys.stdlib_module_names); "
+        "assert new <= {'mambascope', 'packaging'}, new"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -19,6 +19,7 @@ from PIL import Image
 from mambascope.models.pictures import check_value_range, read_picture, read_reason
 
 BATCH = 32  # images that are in memory at once
+FACTS_NAME = "export.json"
 
 
 class EarlyExit:
@@ -32,7 +33,7 @@ class EarlyExit:
     def __init__(self, folder, threshold=None):
         import onnxruntime
 
-        self.facts = json.loads((Path(folder) / "export.json").read_text(encoding="utf-8"))
+        self.facts = json.loads((Path(folder) / FACTS_NAME).read_text(encoding="utf-8"))
         self.threshold = self.facts["threshold"] if threshold is None else threshold
         self.value_range = check_value_range(self.facts.get("value_range"))
         self.coarse, self.fine = (

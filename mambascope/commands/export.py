@@ -156,7 +156,7 @@ def _run(args: argparse.Namespace) -> int:
             print(f"{path.name:<16}{path.stat().st_size / 1e6:>8.2f}{gap:>12.1e}", flush=True)
             if gap > TOLERANCE:
                 raise CommandError(f"{path} differs from the model by {gap:.1e} (relative), more than {TOLERANCE:g}")
-    with atomic_path(out / "export.json") as temporary:
+    with atomic_path(out / early_exit.FACTS_NAME) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     if "onnx" in args.format and is_two_stage(model):
         with atomic_path(out / "early_exit.py") as temporary:

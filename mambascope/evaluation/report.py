@@ -31,6 +31,7 @@ from mambascope.models.gate import check_threshold
 from mambascope.models.scope import MambaScope
 from mambascope.models.two_stage import is_two_stage
 from mambascope.models.vim import VisionMamba
+from mambascope.models.weights import REPORT_DATA, REPORT_TEXT
 from mambascope.utils import atomic_path, model_device
 
 CALIBRATION = "calibration data"
@@ -134,12 +135,12 @@ def _write_two_stages(
         "timings": [{**t.to_dict(), "top1": y} for t, y in zip(timings, top1, strict=True)],
         "curve": curve_rows(curve),
         "table": card_rows(results, eta),
-        "files": ["curve.csv", "report.json", "report.txt", "timings.csv"],
+        "files": ["curve.csv", REPORT_DATA, REPORT_TEXT, "timings.csv"],
     }
     _write_text(out / "curve.csv", curve_csv(curve))
     _write_text(out / "timings.csv", timings_csv(timings, top1))
-    _write_text(out / "report.txt", table + "\n")
-    _write_json(out / "report.json", data)  # the numbers are safe whatever happens to the figures
+    _write_text(out / REPORT_TEXT, table + "\n")
+    _write_json(out / REPORT_DATA, data)  # the numbers are safe whatever happens to the figures
     if options.figures:
         from mambascope.evaluation import figures
 
@@ -149,7 +150,7 @@ def _write_two_stages(
         drawn += figures.draw_pictures(model, sample, eta, out, name, options)
         drawn += figures.draw_training(options.metrics_csv, out, name)
         data["files"] = sorted([*data["files"], *drawn])
-        _write_json(out / "report.json", data)
+        _write_json(out / REPORT_DATA, data)
     return Report(out, eta, table, data, sample)
 
 
@@ -271,10 +272,10 @@ def _write_one_stage(
         "cost": {c: asdict(cost) for c, cost in costs.items()},
         "timings": [t.to_dict() for t in timings],
         "table": [{"mode": "all", "top-1": parts[0].removeprefix("top-1 "), "cost": ", ".join(parts[2:])}],
-        "files": sorted([*drawn, "report.txt", "report.json"]),
+        "files": sorted([*drawn, REPORT_TEXT, REPORT_DATA]),
     }
-    _write_text(out / "report.txt", table + "\n")
-    _write_json(out / "report.json", data)
+    _write_text(out / REPORT_TEXT, table + "\n")
+    _write_json(out / REPORT_DATA, data)
     return Report(out, None, table, data, sample)
 
 

@@ -17,8 +17,8 @@ CHECKPOINT_DIR, LAST_NAME, BEST_NAME = "checkpoints", "last.ckpt", "best.ckpt"
 LOG_DIR, METRICS_NAME = "logs", "metrics.csv"
 """Folder of a run's logs, and the name of the table there."""
 
-REPORT_DIR = "report"
-"""Folder of a run's report."""
+REPORT_DIR, REPORT_DATA, REPORT_TEXT = "report", "report.json", "report.txt"
+"""Folder of a run's report, and the names of its data and of its table there."""
 
 CONFIG_DIR = Path(__file__).parent.parent / "configs"
 """Configs that come with the package, by name."""

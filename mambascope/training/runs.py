@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mambascope.models.weights import CHECKPOINT_DIR, CONFIG_DIR, LAST_NAME, LOG_DIR, RUN_CONFIG
+from mambascope.models.weights import BEST_NAME, CHECKPOINT_DIR, CONFIG_DIR, LAST_NAME, LOG_DIR, RUN_CONFIG
 
-_BY_NAME = ("last", "best")
+_BY_NAME = {"last": LAST_NAME, "best": BEST_NAME}
 _LOCK_NAME = ".lock"
 _STARTED = {_LOCK_NAME, RUN_CONFIG, LOG_DIR, CHECKPOINT_DIR, "wandb"}  # what there is before the first checkpoint
 
@@ -79,14 +79,14 @@ def find_checkpoint(value: str, root: str, name: str | None) -> Path:
         if not Path(value).is_file():
             raise ValueError(f"ckpt_path {value!r} does not exist; accepted are a file, 'last', 'best' or 'auto'")
         return Path(value)
-    pattern = f"{name or '*'}/{CHECKPOINT_DIR}/{value}.ckpt"
-    found = sorted(Path(root).glob(pattern), key=lambda path: path.stat().st_mtime)
-    if not found:
+    pattern = f"{name or '*'}/{CHECKPOINT_DIR}/{_BY_NAME[value]}"
+    checkpoints = sorted(Path(root).glob(pattern), key=lambda path: path.stat().st_mtime)
+    if not checkpoints:
         where = f"run {Path(root) / name}" if name else f"run below {root}/"
         raise ValueError(
-            f"ckpt_path {value!r}: no {where} has a {value}.ckpt; leave --ckpt_path out to start a new run"
+            f"ckpt_path {value!r}: no {where} has a {_BY_NAME[value]}; leave --ckpt_path out to start a new run"
         )
-    return found[-1]
+    return checkpoints[-1]
 
 
 def run_of(checkpoint: Path) -> Path | None:
