@@ -25,7 +25,7 @@ from mambascope.models.ready import ready_model
 from mambascope.models.scope import MambaScope
 from mambascope.models.two_stage import is_two_stage
 from mambascope.models.weights import find_weights
-from mambascope.training.trainings import finish_training, finished
+from mambascope.training.trainings import finish_training, finished_weights
 from mambascope.utils import atomic_path, run_command
 
 INTRODUCTION = """# Ablations on ScopeDigits
@@ -94,7 +94,7 @@ def trained_model(config: ScopeConfig, setting: Setting, seed: int, args: argpar
     options += [f"--model.net.args.{field}={value}" for field, value in zip(whole, values, strict=True)]
     options += [f"--{option}={value}" for option, value in setting.training.items()]
     options += [f"--seed_everything={seed}", *([f"--trainer.max_epochs={args.epochs}"] if args.epochs else [])]
-    if finished(folder) is None:
+    if finished_weights(folder) is None:
         print(f"training {name}", flush=True)
     return finish_training(folder, options + args.train_args)
 

@@ -57,6 +57,11 @@ def data_facts(datamodule: Any) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
+def _inputs(datamodule: Any) -> str:
+    """What a data module gives to models."""
+    return getattr(datamodule, "inputs", "images")
+
+
 class TrainCLI(LightningCLI):
     """Parses the options, makes the run directory, trains, exports and reports.
 
@@ -137,33 +142,33 @@ class TrainCLI(LightningCLI):
         self._find_resumed(run)
         cluster = slurm_plugins()
         # what is wrong with the data is a mistake like any other so far; one process downloads, as later on
-        elsewhere = getattr(self.datamodule, "download", False) and not main
-        if isinstance(self.datamodule, ResumableDataModule) and not elsewhere:
+        awaits_download = getattr(self.datamodule, "download", False) and not main
+        if isinstance(self.datamodule, ResumableDataModule) and not awaits_download:
             self.datamodule.setup("fit")
         self.run_dir = self._run_dir(run, main)
         self.model.model.description.update(self._facts())
-        trainer = self.config_init.trainer
-        plugins = trainer.plugins or []
+        section = self.config_init.trainer
+        plugins = section.plugins or []
         options: dict[str, Any] = {
-            **trainer,
+            **section,
             "default_root_dir": str(self.run_dir),
             "plugins": [*(plugins if isinstance(plugins, list) else [plugins]), *cluster, AtomicCheckpointIO()],
         }
-        if trainer.logger is None or trainer.logger is True:
+        if section.logger is None or section.logger is True:
             options["logger"] = make_loggers(run, self.run_dir, self.resume_step) or False
-        built = self._instantiate_trainer({**options, **kwargs}, self._callbacks(trainer))
+        trainer = self._instantiate_trainer({**options, **kwargs}, self._callbacks(section))
         if main:
             self._save_config()
-        return built
+        return trainer
 
     def _check_data(self) -> None:
         """Data of the kind that the model reads, with its channels."""
-        reads, gives = self.architecture.reads, getattr(self.datamodule, "gives", "images")
-        if reads != gives:
-            fitting = [name for name, kind in load_data_modules().items() if getattr(kind, "gives", "images") == reads]
+        inputs = self.architecture.inputs
+        if inputs != _inputs(self.datamodule):
+            modules = " and ".join(name for name, kind in load_data_modules().items() if _inputs(kind) == inputs)
             raise ValueError(
-                f"{self.model.net.name} reads {reads}, but data.class_path {type(self.datamodule).__name__} gives "
-                f"{gives}; {' and '.join(fitting)} give {reads}"
+                f"{self.model.net.name} reads {inputs}, but data.class_path {type(self.datamodule).__name__} gives "
+                f"{_inputs(self.datamodule)}; {modules} give {inputs}"
             )
         if isinstance(self.datamodule, ResumableDataModule):
             self.datamodule.fit_channels(self.model.model.config.in_chans)
@@ -174,25 +179,25 @@ class TrainCLI(LightningCLI):
             self.resume_from = find_checkpoint(self.config.ckpt_path, run.root, run.name)
             self.resume_step = int(read_training_checkpoint(self.resume_from, mmap=True)["global_step"])
 
-    def _callbacks(self, trainer: Any) -> list[Any]:
+    def _callbacks(self, section: Any) -> list[Any]:
         checkpoint: RunCheckpoint = self.config_init.checkpoint
         checkpoint.dirpath = self.run_dir / CHECKPOINT_DIR
         self.export = ExportWeights(self.run_dir / WEIGHTS)
         ema: EmaWeights = self.config_init.ema
-        progress = [TrainProgress()] if trainer.enable_progress_bar in (None, True) else []
+        progress = [TrainProgress()] if section.enable_progress_bar in (None, True) else []
         return [*([ema] if ema.active else []), self.export, checkpoint, *progress]
 
     def _run_dir(self, run: RunArgs, main: bool) -> Path:
         """The directory of the resumed run, or one for a new run."""
         if self.config_init.trainer.fast_dev_run and main:
             return scratch_run()
-        resumed = run_of(self.resume_from) if self.resume_from and run.name is None else None
+        resumed_run = run_of(self.resume_from) if self.resume_from and run.name is None else None
         # an older state goes on as a run of its own, so that the newer one is not overwritten
-        if resumed is None or self.resume_from is None or self.resume_from.name != LAST_NAME:
+        if resumed_run is None or self.resume_from is None or self.resume_from.name != LAST_NAME:
             return new_run(run.root, run.name, self._configs(), claim=main)
-        if main and not hold_run(resumed):
-            raise ValueError(in_use(resumed))
-        return resumed
+        if main and not hold_run(resumed_run):
+            raise ValueError(in_use(resumed_run))
+        return resumed_run
 
     def _facts(self) -> dict[str, Any]:
         """What weights files say about the data, so that they can be used without them."""
@@ -224,10 +229,10 @@ class TrainCLI(LightningCLI):
         path = str(self.resume_from) if self.resume_from else None
         self.trainer.fit(self.model, self.datamodule, ckpt_path=path)
         if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", 0):
-            self._say_why_it_ended()
+            self._explain_end()
             self._finish()
 
-    def _say_why_it_ended(self) -> None:
+    def _explain_end(self) -> None:
         """One line where that is not the end of the last epoch, or where there was nothing to do."""
         step, limit = self.trainer.global_step, reached_limit(self.trainer)
         idle = step == self.resume_step
@@ -240,27 +245,27 @@ class TrainCLI(LightningCLI):
         if limit is None:
             return
         option = limit.partition("=")[0]
-        change = f"a larger --{option}" if option.startswith("trainer.") else "other options of it"
-        how = f"to go on: --ckpt_path {self.run_dir / CHECKPOINT_DIR / LAST_NAME} with {change}"
+        advice = f"a larger --{option}" if option.startswith("trainer.") else "other options of it"
+        advice = f"to go on: --ckpt_path {self.run_dir / CHECKPOINT_DIR / LAST_NAME} with {advice}"
         if idle:
-            print(f"nothing is left to train: step {step} has reached {limit}; {how}")
-        elif step < (planned := planned_steps(self.trainer)):
-            print(f"ended by {limit} after step {step} of {planned:g}; {how}")
+            print(f"nothing is left to train: step {step} has reached {limit}; {advice}")
+        elif step < (plan := planned_steps(self.trainer)):
+            print(f"ended by {limit} after step {step} of {plan:g}; {advice}")
 
     def _headline(self) -> str:
         model = self.model.model
         count = sum(p.numel() for p in model.parameters())
         size = getattr(model.config, "image_hw", None)
         if size is not None:
-            sees = "{}x{} pixels".format(*size)
+            view = "{}x{} pixels".format(*size)
         else:
-            sees = f"{self.architecture.reads} of {model.config.patch_size}x{model.config.patch_size} pixels"
+            view = f"{self.architecture.inputs} of {model.config.patch_size}x{model.config.patch_size} pixels"
         trainer: Any = self.trainer
-        where = "fast_dev_run: nothing is kept" if trainer.fast_dev_run else f"run directory {self.run_dir}"
+        folder = "fast_dev_run: nothing is kept" if trainer.fast_dev_run else f"run directory {self.run_dir}"
         start = f", resumed from {self.resume_from}" if self.resume_from else ""
         return (
-            f"{self.model.net.name}: {count / 1e6:.2f} M parameters, {sees}, "
-            f"{model.num_classes} classes; {where}{start}"
+            f"{self.model.net.name}: {count / 1e6:.2f} M parameters, {view}, "
+            f"{model.num_classes} classes; {folder}{start}"
         )
 
     def _finish(self) -> None:
@@ -366,12 +371,12 @@ def _failure(error: RuntimeError) -> str | None:
 def _stopped(stop: TrainingStopped, cli: TrainCLI | None) -> int:
     if not is_main_process():
         return 0  # a status other than 0 makes Lightning kill the process that prints
-    before = cli.run_dir / CHECKPOINT_DIR / LAST_NAME if cli is not None else None
+    last = cli.run_dir / CHECKPOINT_DIR / LAST_NAME if cli is not None else None
     path = stop.path
     if path is not None:
         print(f"{stop}; state saved in {path}", file=sys.stderr)
-    elif before is not None and before.is_file():
-        path = before
+    elif last is not None and last.is_file():
+        path = last
         print(f"{stop}; the last steps were not saved", file=sys.stderr)
     else:
         print(f"{stop}; nothing was saved", file=sys.stderr)

@@ -30,7 +30,7 @@ from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import RUN_CONFIG, find_weights
 from mambascope.training.args import ModelArgs
 from mambascope.training.runs import find_config
-from mambascope.training.trainings import Group, finish_training, finished
+from mambascope.training.trainings import Group, finish_training, finished_weights
 from mambascope.utils import atomic_path, unpack
 
 _QUIET = {"run": {"report": False, "loggers": ["csv"]}}  # the comparison is the report
@@ -148,7 +148,7 @@ class Work:
 
     def is_trained(self, name: str, seed: int) -> bool:
         """Whether the training has ended."""
-        return finished(self.run_dir(name, seed)) is not None
+        return finished_weights(self.run_dir(name, seed)) is not None
 
     def train_all(self, jobs: int, threads: int) -> None:
         """Trains what is not trained yet, several at a time, each after the one it starts from.
@@ -227,7 +227,7 @@ class Work:
         """The file that holds an entry's weights; ``None`` where timm has them."""
         entry = self.plan.entries[name]
         if entry.trained:
-            return finished(self.run_dir(name, seed))
+            return finished_weights(self.run_dir(name, seed))
         if entry.start is not None:
             return self.weights(entry.start, seed)
         given = entry.net.get("checkpoint")

@@ -111,7 +111,7 @@ class GlimpseImageDataModule(ImageDataModule):
         DataError: when the data are missing or do not fit (raised as soon as they are looked at).
     """
 
-    gives = "glimpses"
+    inputs = "glimpses"
 
     def __init__(
         self,
@@ -256,7 +256,7 @@ class GlimpseDigitsDataModule(ScopeDigitsDataModule):
 
     mean = (0.0, 0.0, 0.0)
     std = (1.0, 1.0, 1.0)
-    gives = "glimpses"
+    inputs = "glimpses"
 
     def __init__(
         self,

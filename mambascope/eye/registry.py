@@ -24,7 +24,7 @@ register(
         MambaEye,
         MAMBAEYE_CONFIGS,
         mark="init_fc.0.weight",
-        reads="glimpses",
+        inputs="glimpses",
         module="mambascope.eye.module:EyeModule",
         report="mambascope.eye.report:report_training",
         predict="mambascope.eye.predict",

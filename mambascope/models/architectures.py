@@ -35,7 +35,7 @@ class Architecture:
         extends: Architecture whose entries make this kind when ``keyword`` is given.
         keyword: That keyword.
         extend: Makes this kind's config from the other's, which has all other options, and the keyword's value.
-        reads: What its data give: ``"images"`` or ``"glimpses"``.
+        inputs: What its data give: ``"images"`` or ``"glimpses"``; data modules say so in their ``inputs``.
         module: The Lightning module that trains it.
         report: Called with the trained model, its data module, the run's folder, the entry's name and its options,
             writes the report and returns its table and what weights files keep of it.
@@ -58,7 +58,7 @@ class Architecture:
     extends: str | None = None
     keyword: str | None = None
     extend: Callable[[Any, Any], Any] | None = None
-    reads: str = "images"
+    inputs: str = "images"
     module: str = "mambascope.training.module:ClassifierModule"
     report: str = "mambascope.evaluation.after_training:report_training"
     predict: str | None = None

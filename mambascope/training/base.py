@@ -60,9 +60,9 @@ class TrainModule(LightningModule):
         super().__init__()
         self.net, self.optimizer_args, self.schedule_args = net, optimizer, schedule
         if isinstance(compile, str):
-            accepted = torch.compiler.list_backends(exclude_tags=())
-            if compile not in accepted:
-                raise ValueError(f"compile must be true, false or one of {', '.join(accepted)}, got {compile!r}")
+            backends = torch.compiler.list_backends(exclude_tags=())
+            if compile not in backends:
+                raise ValueError(f"compile must be true, false or one of {', '.join(backends)}, got {compile!r}")
         self.compile_model = compile
         self.seed = seed
         self._schedule: Scheduler | None = None
@@ -169,10 +169,10 @@ class TrainModule(LightningModule):
             metric.reset()
         return results
 
-    def _over_processes(self, values: Sequence[float], how: str) -> list[float]:
+    def _over_processes(self, values: Sequence[float], operation: str) -> list[float]:
         """The sums or maxima of numbers over all processes, of which some may have had no validation image."""
         tensor = torch.tensor(values, device=self.device)
-        return self.trainer.strategy.reduce(tensor, reduce_op=how).tolist()
+        return self.trainer.strategy.reduce(tensor, reduce_op=operation).tolist()
 
     def _log_results(self, results: dict[str, Any]) -> None:
         for name, value in results.items():

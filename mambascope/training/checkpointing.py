@@ -68,10 +68,10 @@ class RunCheckpoint(Checkpoint):
         self.best_step: int | None = None
         self._signals = StopSignals()
         self._saved_step = -1
-        self._seen_step = -1
-        self._stop_asked = False
+        self._last_step = -1
+        self._stop_pending = False
         self._saved_at = 0.0
-        self._bad: Tensor | None = None
+        self._nonfinite: Tensor | None = None
 
     # ---- what Lightning asks for ---------------------------------------------------------------------------------
 
@@ -99,8 +99,8 @@ class RunCheckpoint(Checkpoint):
         """Agrees on the directory and removes what a killed process left half written."""
         if stage != "fit":
             return
-        wanted = self.dirpath or Path(trainer.default_root_dir) / CHECKPOINT_DIR
-        self.dirpath = Path(trainer.strategy.broadcast(str(wanted)))
+        directory = self.dirpath or Path(trainer.default_root_dir) / CHECKPOINT_DIR
+        self.dirpath = Path(trainer.strategy.broadcast(str(directory)))
         if trainer.is_global_zero:
             for stale in self.dirpath.glob(".*.ckpt.*"):
                 stale.unlink(missing_ok=True)
@@ -109,10 +109,10 @@ class RunCheckpoint(Checkpoint):
         """Starts the clock and takes over the signals."""
         self._check_validation_interval(trainer)
         self._saved_at = time.monotonic()
-        self._seen_step = trainer.global_step
+        self._last_step = trainer.global_step
         self._saved_step = -1
-        self._stop_asked = False
-        self._bad = torch.zeros((), dtype=torch.int64, device=pl_module.device)
+        self._stop_pending = False
+        self._nonfinite = torch.zeros((), dtype=torch.int64, device=pl_module.device)
         self._signals.take(lambda: trainer.global_step)
 
     def on_train_batch_end(
@@ -120,13 +120,13 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         """Looks at the loss, the clock and the signals, and saves if it is time."""
         self._note_loss(outputs, trainer.global_step)
-        if trainer.global_step == self._seen_step:
+        if trainer.global_step == self._last_step:
             # gradients are being accumulated; a checkpoint would lose them, and so would a stop, which therefore waits
-            self._stop_asked = self._stop_asked or trainer.should_stop
+            self._stop_pending = self._stop_pending or trainer.should_stop
             trainer.should_stop = False
             return
-        self._seen_step = trainer.global_step
-        trainer.should_stop = trainer.should_stop or self._stop_asked
+        self._last_step = trainer.global_step
+        trainer.should_stop = trainer.should_stop or self._stop_pending
         steps_due = self.every_steps is not None and trainer.global_step % self.every_steps == 0
         # what Lightning takes for the end of the epoch: by then it is too late to save its middle
         ends = reached_limit(trainer) is not None
@@ -167,16 +167,16 @@ class RunCheckpoint(Checkpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         score = trainer.callback_metrics.get(str(self.monitor or getattr(pl_module, "monitor", "")))
-        better = score is not None and self._is_better(float(score))
-        if better:
+        improvement = score is not None and self._is_better(float(score))
+        if improvement:
             self.best_score, self.best_step = float(score), trainer.global_step  # type: ignore[arg-type]
         # Lightning counts this step for the loggers after the validation: a resumed run does it where it comes to the
         # same validation again, not where the clock or a stop brought it about
-        uncounted = int(not self._validates_by_position(trainer))
-        trainer.fit_loop.epoch_loop._batches_that_stepped += uncounted
+        extra = int(not self._validates_by_position(trainer))
+        trainer.fit_loop.epoch_loop._batches_that_stepped += extra
         self._save(trainer, pl_module)
-        trainer.fit_loop.epoch_loop._batches_that_stepped -= uncounted
-        if better and trainer.is_global_zero:
+        trainer.fit_loop.epoch_loop._batches_that_stepped -= extra
+        if improvement and trainer.is_global_zero:
             self._keep_as_best()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -285,8 +285,8 @@ class RunCheckpoint(Checkpoint):
         """Remembers the first bad step on the device, without waiting for it."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            assert self._bad is not None
-            self._bad = torch.maximum(self._bad, (~torch.isfinite(loss.detach())).long() * (_FAR - step))
+            assert self._nonfinite is not None
+            self._nonfinite = torch.maximum(self._nonfinite, (~torch.isfinite(loss.detach())).long() * (_FAR - step))
 
     def _check_finite(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps weights that are no numbers out of checkpoints; the loss shows them only a step later."""
@@ -294,30 +294,30 @@ class RunCheckpoint(Checkpoint):
         if not bool(torch.isfinite(torch.stack([n.float() for n in norms])).all()):
             raise NonFiniteLossError(self._complaint("a weight is not finite", trainer.global_step, trainer))
 
-    def _complaint(self, what: str, step: int, trainer: Trainer) -> str:
+    def _complaint(self, reason: str, step: int, trainer: Trainer) -> str:
         last = self.last_path if self.last_path.exists() else "none was written yet"
         return (
-            f"{what} at step {step} (epoch {trainer.current_epoch}); training stopped, last good checkpoint: {last}. "
+            f"{reason} at step {step} (epoch {trainer.current_epoch}); training stopped, last good checkpoint: {last}. "
             "A lower learning rate, a longer warm-up or gradient clipping may help"
         )
 
     # ---- several processes ---------------------------------------------------------------------------------------
 
     def _look_every(self, trainer: Trainer) -> int:
-        alone = trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
-        return 1 if alone else self.sync_steps
+        single_cpu = trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
+        return 1 if single_cpu else self.sync_steps
 
     def _look(self, trainer: Trainer) -> tuple[int, bool]:
         """The signal to stop for (0 for none) and whether the clock asks for a save, agreed on by all processes."""
-        assert self._bad is not None
+        assert self._nonfinite is not None
         signum = self._signals.first or (signal.SIGTERM if trainer.received_sigterm else 0)
         minutes = (time.monotonic() - self._saved_at) / 60
         due = self.every_minutes > 0 and minutes >= self.every_minutes
-        flags = torch.stack([self._bad, *self._bad.new_tensor([signum, int(due)])])
+        flags = torch.stack([self._nonfinite, *self._nonfinite.new_tensor([signum, int(due)])])
         if trainer.world_size > 1:
             flags = trainer.strategy.reduce(flags, reduce_op="max")
-        bad, signum, due = flags.tolist()
-        if bad:
-            raise NonFiniteLossError(self._complaint("the loss is not finite", _FAR - bad, trainer))
+        nonfinite, signum, due = flags.tolist()
+        if nonfinite:
+            raise NonFiniteLossError(self._complaint("the loss is not finite", _FAR - nonfinite, trainer))
         self._signals.first = signum
         return signum, bool(due)

@@ -13,8 +13,8 @@ def reached_limit(trainer: Trainer) -> str | None:
     if not trainer.should_stop or not trainer.fit_loop._can_stop_early:
         return None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        left = callback.time_remaining() if isinstance(callback, Timer) else None
-        if left is not None and left <= 0:
+        remaining = callback.time_remaining() if isinstance(callback, Timer) else None
+        if remaining is not None and remaining <= 0:
             return "trainer.max_time"
         if isinstance(callback, EarlyStopping) and getattr(callback, "stopping_reason_message", None):
             return f"EarlyStopping ({callback.monitor})"
@@ -25,8 +25,8 @@ def whole_epochs(trainer: Trainer) -> int:
     """Epochs that were trained to their end; Lightning also counts the one that a limit broke off."""
     loop = trainer.fit_loop
     progress = loop.epoch_progress.current
-    broken_off = progress.ready == progress.completed and not loop.epoch_loop.batch_progress.is_last_batch
-    return max(0, trainer.current_epoch - int(broken_off))
+    interruption = progress.ready == progress.completed and not loop.epoch_loop.batch_progress.is_last_batch
+    return max(0, trainer.current_epoch - int(interruption))
 
 
 def planned_steps(trainer: Trainer) -> float:

@@ -31,11 +31,11 @@ class _ContinuingWriter(ExperimentWriter):
             reader = csv.DictReader(file)
             rows = list(reader)
             self.metrics_keys = list(reader.fieldnames or [])
-        kept = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) < self.resume_step]
+        earlier = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) < self.resume_step]
         with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
             writer.writeheader()
-            writer.writerows(kept)
+            writer.writerows(earlier)
 
 
 class ContinuingCSVLogger(CSVLogger):

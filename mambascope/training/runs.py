@@ -23,7 +23,7 @@ _STARTED = {_LOCK_NAME, RUN_CONFIG, LOG_DIR, CHECKPOINT_DIR, "wandb"}  # what th
 
 
 @dataclass(frozen=True)
-class _Held:
+class _Lock:
     """A directory that this process works in: the descriptor of its lock, and what becomes of it without a result."""
 
     descriptor: int
@@ -31,14 +31,14 @@ class _Held:
     scratch: bool = False
 
 
-_held: dict[Path, _Held] = {}
+_locks: dict[Path, _Lock] = {}
 
 
 def _close_in_child() -> None:
     """A loader's worker that outlives a killed training must not keep its lock."""
-    for held in _held.values():
-        os.close(held.descriptor)
-    _held.clear()
+    for lock in _locks.values():
+        os.close(lock.descriptor)
+    _locks.clear()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
@@ -131,18 +131,18 @@ def new_run(root: str, name: str | None, configs: Sequence[str], claim: bool = T
 def _take(path: Path, configs: Sequence[str]) -> str | None:
     """Makes the directory and holds it for this process; says why not, if it is taken."""
     # the config that is used may be the only one of its kind
-    own = any(Path(config).resolve().parent == path.resolve() for config in configs)
+    inside = any(Path(config).resolve().parent == path.resolve() for config in configs)
     while True:
         if path.exists() and not path.is_dir():
             return f"run directory {path} is a file; choose another --run.name"
         path.resolve().mkdir(exist_ok=True)
         try:
-            if own or not _is_free(path):
+            if inside or not _is_free(path):
                 break
-            held = hold_run(path, new=True)
+            lock = hold_run(path, new=True)
         except FileNotFoundError:  # a run that could not start has just been removed
             continue
-        if not held:
+        if not lock:
             return in_use(path)
         if not _is_free(path):  # whoever held it got further
             _release(path)
@@ -184,7 +184,7 @@ def hold_run(run: Path, new: bool = False) -> bool:
         False if another process holds it (or, for a new one, anybody).
     """
     run = run.resolve()
-    if not new and run in _held:
+    if not new and run in _locks:
         return True
     path = run / _LOCK_NAME
     while True:
@@ -210,23 +210,23 @@ def hold_run(run: Path, new: bool = False) -> bool:
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 break
         os.close(descriptor)  # it is no longer that file
-    _held[run] = _Held(descriptor, new)
+    _locks[run] = _Lock(descriptor, new)
     return True
 
 
 def scratch_run() -> Path:
     """A directory outside of all runs, which goes with :func:`leave_runs`."""
     path = Path(tempfile.mkdtemp(prefix="mambascope-")).resolve()
-    _held[path] = _Held(os.open(path, os.O_RDONLY), new=True, scratch=True)
+    _locks[path] = _Lock(os.open(path, os.O_RDONLY), new=True, scratch=True)
     return path
 
 
 def leave_runs() -> None:
     """Gives back the directories that this process holds; new ones without anything to keep are removed."""
-    for run, held in list(_held.items()):
-        if held.scratch:
+    for run, lock in list(_locks.items()):
+        if lock.scratch:
             shutil.rmtree(run, ignore_errors=True)
-        leave = held.new and not held.scratch and run.is_dir() and _is_free(run)
+        leave = lock.new and not lock.scratch and run.is_dir() and _is_free(run)
         if leave:
             _clear(run)
             (run / _LOCK_NAME).unlink(missing_ok=True)  # last: from here on the directory is anybody's
@@ -237,7 +237,7 @@ def leave_runs() -> None:
 
 
 def _release(run: Path) -> None:
-    os.close(_held.pop(run.resolve()).descriptor)
+    os.close(_locks.pop(run.resolve()).descriptor)
 
 
 def name_of(configs: Sequence[str]) -> str:

@@ -57,9 +57,9 @@ class StopSignals:
             return
         self._pid = os.getpid()
         for signum in _STOPS:
-            before = signal.getsignal(signum)
-            if before is not signal.SIG_IGN or signum in _BY_HAND:
-                self._handlers.setdefault(signum, before)
+            handler = signal.getsignal(signum)
+            if handler is not signal.SIG_IGN or signum in _BY_HAND:
+                self._handlers.setdefault(signum, handler)
                 signal.signal(signum, self._on_signal)
 
     def give_back(self) -> None:
@@ -82,18 +82,18 @@ class StopSignals:
                 raise TrainingStopped(signum, self._step())
             return
         self.first = signum
-        again = " (once more to stop without saving)" if signum in _BY_HAND else ""
-        print(f"\n{signal.Signals(signum).name}: saving after this step{again}", file=sys.stderr, flush=True)
+        hint = " (once more to stop without saving)" if signum in _BY_HAND else ""
+        print(f"\n{signal.Signals(signum).name}: saving after this step{hint}", file=sys.stderr, flush=True)
 
 
-def drop_output(gone: Callable[[int], bool]) -> None:
+def drop_output(kind: Callable[[int], bool]) -> None:
     """Lets standard output and error go nowhere where they led to a terminal or a pipe that is no longer there.
 
     Args:
-        gone: Which kind of file that is, e.g. ``stat.S_ISFIFO``.
+        kind: Which kind of file that is, e.g. ``stat.S_ISFIFO``.
     """
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    null_device = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
-        if gone(os.fstat(descriptor).st_mode):
-            os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+        if kind(os.fstat(descriptor).st_mode):
+            os.dup2(null_device, descriptor)
+    os.close(null_device)

@@ -45,7 +45,7 @@ class Group:
             self._running.add(process)
         return process
 
-    def ended(self, process: subprocess.Popen[str]) -> None:
+    def forget(self, process: subprocess.Popen[str]) -> None:
         """Forgets a process that has ended."""
         with self._lock:
             self._running.discard(process)
@@ -58,7 +58,7 @@ class Group:
                 process.send_signal(signal.SIGINT)
 
 
-def finished(folder: Path) -> Path | None:
+def finished_weights(folder: Path) -> Path | None:
     """Weights of a training that has ended, else ``None``."""
     return folder / WEIGHTS if (folder / WEIGHTS).is_file() else None
 
@@ -78,7 +78,7 @@ def finish_training(folder: Path, options: Sequence[str], group: Group | None = 
         CommandError: If the training failed; with its message.
         KeyboardInterrupt: If it was interrupted.
     """
-    if (weights := finished(folder)) is not None:
+    if (weights := finished_weights(folder)) is not None:
         return weights
     last = folder / CHECKPOINT_DIR / LAST_NAME
     if last.is_file():
@@ -86,7 +86,7 @@ def finish_training(folder: Path, options: Sequence[str], group: Group | None = 
     else:
         options = [*options, "--run.root", str(folder.parent), "--run.name", folder.name]
     status, message = _run(options, group or Group(), name)
-    if status or finished(folder) is None:
+    if status or finished_weights(folder) is None:
         reason = message or f"it ended with status {status}; run again to go on"
         raise CommandError(f"training in {folder}: {reason}")
     return folder / WEIGHTS
@@ -116,7 +116,7 @@ def _run(options: Sequence[str], group: Group, name: str) -> tuple[int, str]:
             except KeyboardInterrupt:
                 interrupted = True
                 process.send_signal(signal.SIGINT)  # every Ctrl-C is passed on once
-    group.ended(process)
+    group.forget(process)
     if interrupted or group.interrupted or status == 128 + signal.SIGINT:
         raise KeyboardInterrupt
     return status, message
