@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mambascope.models.pictures import check_value_range, read_picture, read_reason
+from mambascope.models.picture_files import read_picture, read_reason
+from mambascope.models.pictures import check_value_range
 
 BATCH = 32  # images that are in memory at once
 FACTS_NAME = "export.json"

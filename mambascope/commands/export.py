@@ -17,7 +17,7 @@ from mambascope._names import as_json
 from mambascope._version import __version__
 from mambascope.commands import early_exit
 from mambascope.commands.options import CHECKPOINT_HELP, add_value_range, image_size, value_range
-from mambascope.models import pictures
+from mambascope.models import picture_files, pictures
 from mambascope.models.export import export_program, portable, quiet, stages, to_onnx
 from mambascope.models.preprocessing import preprocessing
 from mambascope.models.ready import ready_model
@@ -29,6 +29,7 @@ from mambascope.utils import CommandError, atomic_path, run_command
 FORMATS = ("onnx", "pt2")
 CHECKED_BATCHES = (1, 3)
 TOLERANCE = 1e-4
+_FUTURE = "from __future__ import annotations\n"
 _NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": ()}
 
 
@@ -102,11 +103,11 @@ def describe_export(model: VisionMamba, alpha: float | None) -> dict[str, Any]:
 
 
 def standalone_early_exit() -> str:
-    """The source of ``early_exit.py`` with that of ``pictures.py`` in the place of its import."""
-    text, rules = (Path(m.__file__).read_text(encoding="utf-8") for m in (early_exit, pictures))  # type: ignore[arg-type]
-    rules = rules.partition("from __future__ import annotations\n")[2]
-    before, _, after = text.partition(f"from {pictures.__name__} import ")
-    return f"{before}{rules}\n\n{after.partition(chr(10))[2]}"
+    """The source of ``early_exit.py`` with the rules by which images are read in the place of their imports."""
+    sources = [Path(str(m.__file__)).read_text(encoding="utf-8") for m in (pictures, picture_files, early_exit)]
+    lines = [line for text in sources for line in text.partition(_FUTURE)[2].splitlines(keepends=True)]
+    kept = "".join(line for line in lines if not line.startswith("from mambascope."))
+    return f"{sources[-1].partition(_FUTURE)[0]}{_FUTURE}{kept}"
 
 
 def _parser() -> argparse.ArgumentParser:

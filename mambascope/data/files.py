@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from mambascope.models.pictures import image_formats
+from mambascope.models.picture_files import image_formats
 
 ARRAYS = ".npy"  # images, where there are no others
 

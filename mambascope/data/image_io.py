@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from mambascope.data.errors import DataError
-from mambascope.models import pictures
-from mambascope.models.pictures import ChannelsError, ValueRange, read_reason
+from mambascope.models import picture_files, pictures
+from mambascope.models.picture_files import read_reason
+from mambascope.models.pictures import ChannelsError, ValueRange
 
 _log = logging.getLogger("mambascope.data")
 LOOKED_AT = 16  # files whose values are looked at before a run
@@ -57,7 +58,7 @@ def open_image(
     *,
     whole: bool = False,
 ) -> Image.Image | np.ndarray:
-    """Reads an image file by the rules of :func:`mambascope.models.pictures.read_picture`.
+    """Reads an image file by the rules of :func:`mambascope.models.picture_files.read_picture`.
 
     Args:
         source: Path or binary file.
@@ -74,7 +75,7 @@ def open_image(
         BadImageError: Naming the file, when it is missing, no image, damaged, too large, or has other channels.
     """
     try:
-        return pictures.read_picture(source, channels, value_range, whole)
+        return picture_files.read_picture(source, channels, value_range, whole)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise a dozen kinds of exceptions on damaged files
@@ -140,10 +141,10 @@ def survey(
     for source, name in itertools.islice(sources, LOOKED_AT):
         try:
             read = isinstance(source, Image.Image)
-            if not chosen and channels == 3 and not read and pictures.is_ordinary(source):
+            if not chosen and channels == 3 and not read and picture_files.is_ordinary(source):
                 fits = True
                 continue
-            loaded = source if read else pictures.load(source, channels, deep=True)
+            loaded = source if read else picture_files.load(source, channels, deep=True)
             pictures.to_picture(loaded, channels, value_range)
         except ChannelsError as error:
             refusal = refusal or BadImageError(f"cannot read image {name}: {error}")

@@ -19,7 +19,8 @@ from timm.data.constants import (
 )
 from torch import Tensor
 
-from mambascope.models.pictures import ValueRange, check_value_range, read_picture, to_picture
+from mambascope.models.picture_files import read_picture
+from mambascope.models.pictures import ValueRange, check_value_range, to_picture
 
 
 def per_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:

@@ -191,7 +191,7 @@ def test_missing_file_and_folder(tmp_path):
 
 
 def test_too_many_pixels_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("mambascope.models.pictures.MAX_PIXELS", 1000)
+    monkeypatch.setattr("mambascope.models.picture_files.MAX_PIXELS", 1000)
     colour().save(tmp_path / "a.png")
     with pytest.raises(DataError, match="64×48 pixels are more than"):
         open_image(tmp_path / "a.png")

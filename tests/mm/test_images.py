@@ -116,7 +116,7 @@ def test_jpeg_is_decoded_as_by_mmcv(tmp_path):
 
 
 def test_large_images_keep_their_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("mambascope.models.pictures.REDUCE_ABOVE", 1000)
+    monkeypatch.setattr("mambascope.models.picture_files.REDUCE_ABOVE", 1000)
     scene().save(tmp_path / "a.png")
     assert open_image(tmp_path / "a.png").size < SIZE
     assert TRANSFORMS.build({"type": "LoadAnyImage"})({"img_path": str(tmp_path / "a.png")})["img"].shape == (32, 48, 3)

@@ -13,7 +13,8 @@ from mambascope.data import DataError, open_image
 from mambascope.data.image_io import survey
 from mambascope.models import MambaScope, ScopeConfig, load_model
 from mambascope.models.checkpoint import save_safetensors
-from mambascope.models.pictures import check_value_range, is_ordinary, to_bytes, to_picture
+from mambascope.models.picture_files import is_ordinary
+from mambascope.models.pictures import check_value_range, to_bytes, to_picture
 from mambascope.models.preprocessing import PerBand, create_transform, make_transform, preprocessing
 
 RAMP = np.tile(np.linspace(0, 1, 64), (48, 1))  # [48, 64], 0 to 1
