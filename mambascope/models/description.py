@@ -56,7 +56,7 @@ def _channels(value: Any, in_chans: int, low: float) -> bool:
     return listed and all(_number(x, low, 1e12) for x in value)
 
 
-_WANTED: dict[str, tuple[Callable[[Any, int], bool], str]] = {
+_ACCEPTED: dict[str, tuple[Callable[[Any, int], bool], str]] = {
     "input_size": (lambda v, _: _sides(v, 3), f"channels, height and width, each in 1..{MAX_SIDE}"),
     "mean": (lambda v, in_chans: _channels(v, in_chans, -1e12), "finite numbers, one per channel"),
     "std": (lambda v, in_chans: _channels(v, in_chans, 1e-12), "finite, positive numbers, one per channel"),
@@ -133,27 +133,27 @@ def checked_description(path: Path, description: Any) -> dict[str, Any]:
     if not isinstance(description, Mapping):
         raise CheckpointError(f"{damaged}: 'mambascope' must be a mapping")
     try:
-        known = plain_values(description)
+        values = plain_values(description)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{damaged}: {error}") from None
     for name, (kinds, words) in _KINDS.items():
-        value = known.get(name)
+        value = values.get(name)
         if value is not None and type(value) not in kinds:
             raise CheckpointError(f"{damaged}: {name} must be {words}, got a {type(value).__name__}")
-    report = known.get("report") or {}
+    report = values.get("report") or {}
     table, choice = report.get("table"), report.get("choice")
-    if not all(isinstance(label, str) for label in known.get("labels") or ()):
+    if not all(isinstance(label, str) for label in values.get("labels") or ()):
         raise CheckpointError(f"{damaged}: labels must be texts")
     if table is not None and not (isinstance(table, list) and all(isinstance(row, dict) for row in table)):
         raise CheckpointError(f"{damaged}: report.table must be a list of mappings")
     if choice is not None and not (isinstance(choice, dict) and _line(choice.get("rule", ""))):
         raise CheckpointError(f"{damaged}: report.choice must be a mapping whose rule is one line of text")
     try:
-        config = without_retired(known.get("config") or {})
+        config = without_retired(values.get("config") or {})
     except ValueError as error:
         raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from None
-    known = {name: value for name, value in known.items() if value is not None}
-    return {**known, "config": config} if "config" in known else known
+    values = {name: value for name, value in values.items() if value is not None}
+    return {**values, "config": config} if "config" in values else values
 
 
 def check_use(path: Path, description: Mapping[str, Any], config: Any) -> None:
@@ -170,10 +170,14 @@ def check_use(path: Path, description: Mapping[str, Any], config: Any) -> None:
     labels, classes = description.get("labels") or (), config.num_classes
     if 0 < classes < len(labels):  # fewer are fine: a model may have more classes than its data
         raise CheckpointError(f"checkpoint {path} has {len(labels)} labels for {classes} classes")
-    told = description.get("transform") or {}
-    for section, names in ((description, TRANSFORM), (told, TRANSFORM), (description.get("glimpses") or {}, GLIMPSES)):
+    transform = description.get("transform") or {}
+    for section, names in (
+        (description, TRANSFORM),
+        (transform, TRANSFORM),
+        (description.get("glimpses") or {}, GLIMPSES),
+    ):
         for name in names:
-            value, (fits, words) = section.get(name), _WANTED[name]
+            value, (fits, words) = section.get(name), _ACCEPTED[name]
             if value is not None and not fits(value, config.in_chans):
                 raise CheckpointError(
                     f"checkpoint {path} does not fit its own description: {name} must be {words}, "
@@ -232,32 +236,32 @@ def check_blocks(path: Path, state: Mapping[str, Tensor], depth: Any) -> None:
     Raises:
         CheckpointError: If the file has another number than its description says.
     """
-    found = len({match[1] for name in state if (match := _BLOCK.match(name))})
-    if depth != found or isinstance(depth, bool):
+    blocks = len({match[1] for name in state if (match := _BLOCK.match(name))})
+    if depth != blocks or isinstance(depth, bool):
         raise CheckpointError(
-            f"checkpoint {path} does not fit its own description: depth is {shortened(depth)}, the file has {found} "
+            f"checkpoint {path} does not fit its own description: depth is {shortened(depth)}, the file has {blocks} "
             "blocks"
         )
 
 
-def unlike(found: Tensor, wanted: Tensor) -> tuple[str, str] | None:
+def unlike(tensor: Tensor, target: Tensor) -> tuple[str, str] | None:
     """Both shapes, or both types where only one holds real numbers; ``None`` if the values can be copied."""
-    if found.shape != wanted.shape:
-        return str(list(found.shape)), str(list(wanted.shape))
-    if found.is_floating_point() != wanted.is_floating_point():
-        return str(found.dtype), str(wanted.dtype)
+    if tensor.shape != target.shape:
+        return str(list(tensor.shape)), str(list(target.shape))
+    if tensor.is_floating_point() != target.is_floating_point():
+        return str(tensor.dtype), str(target.dtype)
     return None
 
 
 @contextlib.contextmanager
 def _at_most(parameters: int) -> Iterator[None]:
     """Ends the making of a model, of whatever kind, that has far more parameters than there are tensors for it."""
-    own, left = threading.get_ident(), parameters
+    thread, budget = threading.get_ident(), parameters
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        nonlocal left
-        left -= threading.get_ident() == own  # the hook is every thread's
-        if left < 0:
+        nonlocal budget
+        budget -= threading.get_ident() == thread  # the hook is every thread's
+        if budget < 0:
             raise ValueError(f"it asks for more than {parameters} parameters, far more than the file has tensors")
 
     hook = nn.modules.module.register_module_parameter_registration_hook(count)
@@ -285,16 +289,16 @@ def check_filled(path: Path, state: Mapping[str, Tensor], build: Callable[[], nn
     except Exception as error:  # whatever a stranger's values do to timm's models
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"{misfit}{reason}") from None
-    own = model.state_dict()
-    for name, tensor in own.items():
+    tensors = model.state_dict()
+    for name, tensor in tensors.items():
         if name not in state:
             raise CheckpointError(f"{misfit}{name} is missing")
-        if other := unlike(state[name], tensor):
-            raise CheckpointError(f"{misfit}{name} is {other[0]}, the description asks for {other[1]}")
-    if surplus := [name for name in state if name not in own]:
+        if mismatch := unlike(state[name], tensor):
+            raise CheckpointError(f"{misfit}{name} is {mismatch[0]}, the description asks for {mismatch[1]}")
+    if surplus := [name for name in state if name not in tensors]:
         raise CheckpointError(f"{misfit}{surplus[0]} has no place in the model")
     # tables that are made anew, e.g. masks of windows, grow with the size of the images
-    extra = sum(b.numel() * b.element_size() for name, b in model.named_buffers() if name not in own)
-    stored = sum(t.numel() * t.element_size() for t in own.values())
+    extra = sum(b.numel() * b.element_size() for name, b in model.named_buffers() if name not in tensors)
+    stored = sum(t.numel() * t.element_size() for t in tensors.values())
     if extra > stored + _SPARE_BYTES:
         raise CheckpointError(f"{misfit}it asks for {extra:,} bytes of tables beside {stored:,} bytes of weights")

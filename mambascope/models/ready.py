@@ -73,9 +73,9 @@ def ready_model(
 
 
 def _named(name: str, path: Path) -> VisionMamba:
-    known = sorted([*VIM_CONFIGS, *SCOPE_CONFIGS])
-    if name not in known:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(known)}")
+    names = sorted([*VIM_CONFIGS, *SCOPE_CONFIGS])
+    if name not in names:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(names)}")
     state, description = read_state_dict(path)
     base = {**VIM_CONFIGS, **SCOPE_CONFIGS}[name]
     options: dict[str, Any] = {}
@@ -87,9 +87,9 @@ def _named(name: str, path: Path) -> VisionMamba:
         options = asdict(described)
     elif "head.weight" in state and state["head.weight"].ndim == 2:
         options["num_classes"] = len(state["head.weight"])
-    if described is None and name in VIM_CONFIGS and (found := table_stride(state, base)) is not None:
-        options["stride"] = found.stride
-        print(f"{path}: stride={found.stride}, as its position table says", file=sys.stderr)
+    if described is None and name in VIM_CONFIGS and (fit := table_stride(state, base)) is not None:
+        options["stride"] = fit.stride
+        print(f"{path}: stride={fit.stride}, as its position table says", file=sys.stderr)
     model: Any = timm.create_model(name, **options)
     try:
         report = load_checkpoint(model, path, verbose=False)

@@ -95,8 +95,8 @@ def feature_blocks(depth: int) -> tuple[int, ...]:
 def _weights_file(variant: str, kwargs: dict[str, Any]) -> str:
     """The file that ``pretrained=True`` means: of the overlay, of the given cfg, or the shipped one."""
     for name in ("pretrained_cfg_overlay", "pretrained_cfg"):
-        given = kwargs.get(name)
-        file = given.get("file") if isinstance(given, dict) else getattr(given, "file", None)
+        cfg = kwargs.get(name)
+        file = cfg.get("file") if isinstance(cfg, dict) else getattr(cfg, "file", None)
         if file:
             return os.fspath(file)
     if variant not in PRETRAINED:
@@ -116,21 +116,22 @@ def _fitted(
     Raises:
         CheckpointError: If the model was asked for with another structure or meaning than the weights have.
     """
-    wanted = asdict(model.config)
+    values = asdict(model.config)
     if model.config.num_classes != base.num_classes:
-        wanted.pop("global_pool")  # the head that asks for it is new
-    if meant := differences(asdict(base), wanted):
+        values.pop("global_pool")  # the head that asks for it is new
+    if mismatches := differences(asdict(base), values):
         raise CheckpointError(
-            f"pretrained weights do not fit a model with another {', '.join(found.name for found in meant)} "
-            f"({meant[0]}); leave that as it is, or start without pretrained=True"
+            f"pretrained weights do not fit a model with another {', '.join(m.name for m in mismatches)} "
+            f"({mismatches[0]}); leave that as it is, or start without pretrained=True"
         )
     fitted = {**state, **fit_tables(state, model, description)}
-    own = model.state_dict()
+    target = model.state_dict()
     adapted = ("head.", *(f"{name}.weight" for name in _FIRST_CONVS))
     wrong = [
         key
-        for key in sorted(own.keys() | fitted.keys())
-        if not key.startswith(adapted) and (key not in own or key not in fitted or own[key].shape != fitted[key].shape)
+        for key in sorted(target.keys() | fitted.keys())
+        if not key.startswith(adapted)
+        and (key not in target or key not in fitted or target[key].shape != fitted[key].shape)
     ]
     if wrong:
         changed = [f.name for f in fields(base) if getattr(base, f.name) != getattr(model.config, f.name)]

@@ -18,12 +18,12 @@ FINE_TABLE, COARSE_TABLE = "pos_embed", "pos_embed_coarse"
 """The full-size image's table, and that of the half-size image of a MambaScope."""
 
 
-def table_grid(rows: int, config: Mapping[str, Any], coarse: bool, own: tuple[int, int]) -> tuple[int, int] | None:
+def table_grid(rows: int, config: Mapping[str, Any], coarse: bool, target: tuple[int, int]) -> tuple[int, int] | None:
     """Grid of a table with this many patch rows: from the file's config, else the model's own, else a square."""
     if (grid := _described_grid(config, coarse)) is not None and grid[0] * grid[1] == rows:
         return grid
-    if own[0] * own[1] == rows:
-        return own
+    if target[0] * target[1] == rows:
+        return target
     side = math.isqrt(rows)
     return (side, side) if side * side == rows else None
 
@@ -130,12 +130,12 @@ def fit_table(
     grid = (model.grid[0] // 2, model.grid[1] // 2) if coarse else model.grid
     stride = other_stride(state, model, config) if source == FINE_TABLE else None
     made_for = table_grid(rows, config, source == COARSE_TABLE, grid) if stride is None else stride[0].grid
-    told = None if stride is None or coarse else stride[1:]
+    note = None if stride is None or coarse else stride[1:]
     if made_for is None:
-        return FittedTable(None, False, told)
+        return FittedTable(None, False, note)
     if made_for == grid:
-        return FittedTable(table, False, told)
-    return FittedTable(resample_pos_embed(table, made_for, grid, model.config.cls_position), True, told)
+        return FittedTable(table, False, note)
+    return FittedTable(resample_pos_embed(table, made_for, grid, model.config.cls_position), True, note)
 
 
 def fit_tables(state: Mapping[str, Tensor], model: Any, description: Mapping[str, Any]) -> dict[str, Tensor]:

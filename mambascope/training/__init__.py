@@ -4,6 +4,6 @@
   ``scope_module``: those with two. ``args``: typed options.
 - ``optim``, ``rng``: optimizer and schedule as functions of the step, randomness as a function of (seed, epoch, batch).
 - ``ema``: average of the weights. ``checkpointing``: saving, signals, losses that are no numbers. ``io``: atomic files.
-- ``export``: final weights. ``limits``: what ends a run.``progress``, ``loggers``: screen, CSV, TensorBoard, W&B.
+- ``export``: final weights. ``limits``: what ends a run. ``progress``, ``loggers``: screen, CSV, TensorBoard, W&B.
 - ``runs``: run directories. ``trainings``: trainings that other commands start.
 """
