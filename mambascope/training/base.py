@@ -123,6 +123,9 @@ class TrainModule(LightningModule):
     def _set_phase(self) -> None:
         """Sets what the model does differently in some epochs."""
 
+    def end_phase(self) -> None:
+        """Sets the model as it is used when training has ended."""
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Sets what depends on the step alone: randomness, phase and learning rate."""
         assert self._schedule is not None

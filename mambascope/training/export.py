@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 
 from mambascope.models.checkpoint import save_safetensors
+from mambascope.training.base import TrainModule
 from mambascope.training.limits import whole_epochs
 
 
@@ -20,13 +21,14 @@ class ExportWeights(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: TrainModule) -> None:  # type: ignore[override]
         """Writes the file."""
         if not trainer.is_global_zero:
             return
-        pl_module.model.description.update(epochs=whole_epochs(trainer), steps=trainer.global_step)  # type: ignore
+        pl_module.end_phase()
+        pl_module.model.description.update(epochs=whole_epochs(trainer), steps=trainer.global_step)
         self.write(pl_module)
 
-    def write(self, pl_module: LightningModule) -> None:
+    def write(self, pl_module: TrainModule) -> None:
         """Writes the model as it is now."""
         save_safetensors(pl_module.model, self.path)

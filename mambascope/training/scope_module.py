@@ -86,8 +86,8 @@ class ScopeModule(ImageModule):
         if self.current_epoch == self.full_refine_epochs > 0:
             self.print(f"epoch {self.current_epoch}: from now on the fine stage re-reads alpha = {self.alpha:g}")
 
-    def on_train_end(self) -> None:
-        """Leaves the model as it will be used: a run may end in its first phase."""
+    def end_phase(self) -> None:
+        """Gives the model its own alpha back: a run may end in its first phase."""
         self.model.alpha = self.alpha
 
     def _log_parts(self, parts: dict[str, Tensor]) -> None:
