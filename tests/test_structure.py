@@ -36,6 +36,7 @@ LIBRARIES = {
     "argparse": {"commands", "eye", "mm"},
     **{library: {"mm"} for library in ("mmengine", "mmseg", "mmdet", "mmcv")},
 }
+PRONOUNS = {"own", "found", "known", "given", "told", "wanted", "said", "theirs", "ours"}
 MODEL_CLASSES = {"VisionMamba", "MambaScope", "MambaEye", "ReducedVim"}
 
 LONG_FILES: dict[str, str] = {}
@@ -187,6 +188,19 @@ def test_sizes(path):
         constructor = node.name == "__init__" and any(key.startswith(k) for k in MANY_PARAMETERS)
         assert length <= 60 or key in LONG_FUNCTIONS or constructor, f"{key} has {length} lines"
         assert count <= 12 or any(key.startswith(k) for k in MANY_PARAMETERS), f"{key} has {count} parameters"
+
+
+@pytest.mark.parametrize("path", SIZED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_names_are_nouns(path):
+    for node in ast.walk(tree(path)):
+        name = ""
+        if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            name = node.id if isinstance(node, ast.Name) else node.attr
+        elif isinstance(node, ast.arg):
+            name = node.arg
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            name = node.name
+        assert name.strip("_") not in PRONOUNS, f"line {node.lineno}: {name} says nothing of what it is"
 
 
 def test_exceptions_are_needed():
