@@ -17,7 +17,7 @@ def functions() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """Their scan and their convolution.
 
     Raises:
-        RuntimeError: one of them cannot be used; says why.
+        RuntimeError: One of them cannot be used; says why.
     """
     for package in ("mamba_ssm", "causal_conv1d"):
         reason = mamba_ssm.why_unavailable(package)
@@ -35,7 +35,7 @@ class OwnLayout:
     Transposing and flipping are left out in their favour; the projection of the step sizes is inside, as in our op.
 
     Args:
-        tensors: x, proj, dt_weight, dt_bias, A and D with the suffixes ``_f`` and ``_b``, and z, as our op takes them.
+        tensors: The operator's x, proj, dt_weight, dt_bias, A and D with the suffixes ``_f`` and ``_b``, and z.
         pad: Pad L to what fills their thread blocks.
     """
 

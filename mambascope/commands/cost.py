@@ -28,10 +28,10 @@ def model_config(name: str, **overrides: Any) -> VimConfig:
     Raises:
         ValueError: Unknown model (the message lists the known ones) or a field that is unknown or out of range.
     """
-    known: dict[str, VimConfig] = {**VIM_CONFIGS, **SCOPE_CONFIGS}
-    if name not in known:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(known))}")
-    return configured(known[name], overrides)
+    entries: dict[str, VimConfig] = {**VIM_CONFIGS, **SCOPE_CONFIGS}
+    if name not in entries:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(entries))}")
+    return configured(entries[name], overrides)
 
 
 def cost_rows(
@@ -93,9 +93,9 @@ def _counted_rows(name: str, config: VimConfig) -> list[dict]:
             "tokens": None,
             CONVENTIONS[0]: None,
             CONVENTIONS[1]: macs - head,
-            "note": ("equal to the closed form" if macs == wanted else f"closed form {wanted - head}") + note,
+            "note": ("equal to the closed form" if macs == macs_wanted else f"closed form {macs_wanted - head}") + note,
         }
-        for stage, macs, wanted, head, note in rows
+        for stage, macs, macs_wanted, head, note in rows
     ]
 
 

@@ -72,7 +72,7 @@ class EarlyExit:
             short = min(picture.size)
             size = [goal[0] if side == short else int(goal[0] * side / short) for side in picture.size]
         else:
-            ratio = min(side / wanted for side, wanted in zip(picture.size, goal))  # noqa: B905
+            ratio = min(side / length for side, length in zip(picture.size, goal))  # noqa: B905
             size = [round(side / ratio) for side in picture.size]
         if size != list(picture.size):
             picture = picture.resize(size, Image.Resampling[self.facts["interpolation"].upper()])

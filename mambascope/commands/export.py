@@ -33,10 +33,10 @@ _FUTURE = "from __future__ import annotations\n"
 _NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": ()}
 
 
-def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+def difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
     """Largest absolute difference between two lists of results, each relative to its largest value."""
     worst = 0.0
-    for a, b in zip(expected, found, strict=True):
+    for a, b in zip(expected, actual, strict=True):
         if a.shape != b.shape:
             return math.inf
         scale = max(1e-6, a.double().abs().max().item()) if a.numel() else 1.0
@@ -141,8 +141,8 @@ def _run(args: argparse.Namespace) -> int:
         img_size=image_size(args.img_size),
         values=value_range(args.value_range),
     )
-    own = find_weights(args.checkpoint).parent / "export"
-    out = Path(args.out) if args.out else own if Path(args.checkpoint).exists() else Path("export")
+    folder = find_weights(args.checkpoint).parent / "export"
+    out = Path(args.out) if args.out else folder if Path(args.checkpoint).exists() else Path("export")
     out.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(max(CHECKED_BATCHES), model.in_chans, *model.config.image_hw, generator=generator)

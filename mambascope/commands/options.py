@@ -23,9 +23,9 @@ def add_value_range(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def value_range(given: Sequence[str] | None) -> ValueRange:
+def value_range(words: Sequence[str] | None) -> ValueRange:
     """The value of a ``--value-range`` option."""
-    return check_value_range(given[0] if given and len(given) == 1 else given)
+    return check_value_range(words[0] if words and len(words) == 1 else words)
 
 
 def image_size(values: Sequence[int] | None) -> tuple[int, int] | None:

@@ -49,7 +49,7 @@ def number_classes(folders: Iterable[str]) -> dict[str, int]:
 ClassMap = str | Sequence[str] | None
 
 
-def read_class_map(given: ClassMap, split: Path) -> dict[str, int] | None:
+def read_class_map(source: ClassMap, split: Path) -> dict[str, int] | None:
     """The number of each class, from the names in order or from a text file with one name per line.
 
     Args:
@@ -59,19 +59,19 @@ def read_class_map(given: ClassMap, split: Path) -> dict[str, int] | None:
     Raises:
         DataError: When the file cannot be read, or a name has two numbers.
     """
-    if given is None:
+    if source is None:
         return None
-    if not isinstance(given, str):
-        pairs = [(name, number) for number, name in enumerate(given)]
+    if not isinstance(source, str):
+        pairs = [(name, number) for number, name in enumerate(source)]
     else:
-        places = [Path(given), split / given, split.parent / given]
+        places = [Path(source), split / source, split.parent / source]
         path = next((place for place in places if place.is_file()), None)
         if path is None:
-            raise DataError(f"class_map {given} does not exist")
+            raise DataError(f"class_map {source} does not exist")
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"class_map {given} is no text file with one class name per line: {error}") from None
+            raise DataError(f"class_map {source} is no text file with one class name per line: {error}") from None
         pairs = [(line.strip(), number) for number, line in enumerate(lines) if line.strip()]
     numbers = {class_name(name): number for name, number in pairs}
     if len(numbers) < len(pairs):

@@ -18,7 +18,7 @@ def find_columns(
     names, the only column of images and the only one of class labels.
 
     Args:
-        dataset: timm's name of the data set.
+        dataset: The data set's name in timm.
         root: Cache folder.
         split: Of the data set.
         input_key: Column of the images, if given.
@@ -28,27 +28,27 @@ def find_columns(
     Raises:
         DataError: When there is no such column, or several that it could be; the line lists all columns.
     """
-    given = {"input_key": input_key, "target_key": target_key}
+    choices = {"input_key": input_key, "target_key": target_key}
     reader, _, name = dataset.partition("/")
     if reader.lower() not in _READERS:
-        return {option: key for option, key in given.items() if key is not None}
+        return {option: key for option, key in choices.items() if key is not None}
     import datasets
 
     opened = datasets.load_dataset(name, split=split, cache_dir=root, streaming=reader.lower() == "hfids")
     features: dict[str, Any] = opened.features or opened._resolve_features().features
     columns = ", ".join(f"{key} ({_kind(feature)})" for key, feature in features.items())
-    found: dict[str, Any] = {}
+    roles: dict[str, Any] = {}
     for option, usual, kind in (("input_key", "image", datasets.Image), ("target_key", "label", datasets.ClassLabel)):
         fitting = [key for key, feature in features.items() if isinstance(feature, kind)]
-        key = given[option] or (usual if usual in features or len(fitting) != 1 else fitting[0])
+        key = choices[option] or (usual if usual in features or len(fitting) != 1 else fitting[0])
         if key.partition(".")[0] not in features:
-            what = f"{key!r} is none of them" if given[option] else f"which of them is the {usual}? Pass {option}"
+            what = f"{key!r} is none of them" if choices[option] else f"which of them is the {usual}? Pass {option}"
             raise DataError(f"data set {dataset} has the columns {columns}; {what}")
-        found[option] = key
-    target = features.get(found["target_key"])
+        roles[option] = key
+    target = features.get(roles["target_key"])
     if getattr(target, "dtype", None) == "string" and not named:
-        raise DataError(f"column {found['target_key']} of data set {dataset} holds names: pass class_map, all in order")
-    return found
+        raise DataError(f"column {roles['target_key']} of data set {dataset} holds names: pass class_map, all in order")
+    return roles
 
 
 def _kind(feature: Any) -> str:

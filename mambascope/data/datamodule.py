@@ -54,7 +54,7 @@ class ResumableDataModule(LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         # weak: a cycle would leave the end of the worker processes to the garbage collector, which takes 5 s for each
         self._train_loader: weakref.ref[Loader] | None = None
-        self._wanted: tuple[int, int] | None = None
+        self._start_at: tuple[int, int] | None = None
 
     def _processes(self) -> tuple[int, int]:
         """This process's number and the number of processes."""
@@ -86,8 +86,8 @@ class ResumableDataModule(LightningDataModule):
         loader = self._make_train_loader()
         if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
             loader.repeat_first_epoch()
-        if self._wanted is not None:
-            loader.set_position(*self._wanted)
+        if self._start_at is not None:
+            loader.set_position(*self._start_at)
         self._train_loader = weakref.ref(loader)
         return loader
 
@@ -108,7 +108,7 @@ class ResumableDataModule(LightningDataModule):
 
         Lightning's own resume needs no call; this is for loops that keep their position elsewhere.
         """
-        self._wanted = (epoch, batches_done)
+        self._start_at = (epoch, batches_done)
         loader = self._train_loader() if self._train_loader is not None else None
         if loader is not None:
             loader.set_position(epoch, batches_done)

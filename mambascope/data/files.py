@@ -24,8 +24,8 @@ _LISTED, _KINDS = 3, 8  # hidden names and endings in a message
 def image_endings() -> frozenset[str]:
     """Endings, in lower case with their dot, of the files that :func:`~mambascope.data.image_io.open_image` reads."""
     formats = {*image_formats(), "MPO"}  # read as JPEG
-    known = Image.registered_extensions()
-    return frozenset(ending for ending in known if known[ending] in formats and ending not in _OTHER_USES)
+    extensions = Image.registered_extensions()
+    return frozenset(ending for ending in extensions if extensions[ending] in formats and ending not in _OTHER_USES)
 
 
 def ending(name: str) -> str:
@@ -162,15 +162,15 @@ def find_images(inputs: Sequence[str], left_out: LeftOut | None = None) -> Itera
         ValueError: An input that does not exist, or a folder without images.
     """
     left_out = LeftOut() if left_out is None else left_out
-    paths = [Path(given) for given in inputs]
+    paths = [Path(argument) for argument in inputs]
     shared = os.path.commonpath([os.path.abspath(p if p.is_dir() else p.parent) for p in paths])
     for path in paths:
         if path.is_dir():
-            found = False
+            any_image = False
             for file in walk_images(str(path), left_out):
-                found = True
+                any_image = True
                 yield Source(Path(file), os.path.relpath(file, shared))
-            if not found:
+            if not any_image:
                 raise ValueError(f"folder {path} holds no images" + (f": {left_out}" if left_out else ""))
         elif path.exists():
             yield Source(path, os.path.relpath(path, shared))

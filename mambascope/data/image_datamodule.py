@@ -174,9 +174,9 @@ class ImageDataModule(ResumableDataModule):
         return self._normalisation("std", self._std, IMAGENET_DEFAULT_STD)
 
     def _normalisation(
-        self, name: str, given: tuple[float, ...] | None, colours: tuple[float, ...]
+        self, name: str, statistics: tuple[float, ...] | None, colours: tuple[float, ...]
     ) -> tuple[float, ...]:
-        return average(colours, self.in_chans) if given is None else per_channel(name, given, self.in_chans)
+        return average(colours, self.in_chans) if statistics is None else per_channel(name, statistics, self.in_chans)
 
     def fit_channels(self, in_chans: int) -> None:
         """Makes the images fit a model with so many channels: colours become grey for one; others are in the files.

@@ -41,8 +41,8 @@ def find_split(root: Path, split: str) -> Path:
         for path in (root / name, root / f"{name}.tar"):
             if path.exists():
                 return path
-    found = sorted(p.name for p in root.iterdir() if not is_hidden(p.name))
-    content = f"it holds {some(found)}" if found else "it is empty"
+    visible = sorted(p.name for p in root.iterdir() if not is_hidden(p.name))
+    content = f"it holds {some(visible)}" if visible else "it is empty"
     raise DataError(f"data folder {root} has no {' or '.join(names)}; {content}")
 
 
@@ -94,17 +94,17 @@ def _tell(message: str, *facts: object) -> None:
     _log.warning(message, *facts)
 
 
-def adopt_classes(data: Any, own: dict[str, int], reference: dict[str, int], path: Path) -> None:
+def adopt_classes(data: Any, class_numbers: dict[str, int], reference: dict[str, int], path: Path) -> None:
     """Renumbers the classes of a split as in the training split, by name.
 
     Raises:
         DataError: When the split has classes that the training split has not.
     """
-    if unknown := sorted(set(own) - set(reference)):
-        if len(own) == 1 < len(reference) and path.is_dir():
+    if unknown := sorted(set(class_numbers) - set(reference)):
+        if len(class_numbers) == 1 < len(reference) and path.is_dir():
             raise DataError(unsorted(path, *unknown))
         raise DataError(f"classes in {path} that the training data do not have: {some(unknown)}")
-    number = {old: reference[name] for name, old in own.items()}
+    number = {old: reference[name] for name, old in class_numbers.items()}
     if all(old == new for old, new in number.items()):
         return
     reader = getattr(data, "reader", None)

@@ -74,9 +74,11 @@ class ScopeDigits(torch.utils.data.Dataset):
             raise ValueError(f"length must be at least 1 image, got {length}")
         if cache and task != "cls":
             raise ValueError(f"cache is for task 'cls', got task {task!r}")
-        known = {field.name for field in dataclasses.fields(ScopeDigitsConfig)}
-        if unknown := sorted(set(options) - known):
-            raise ValueError(f"unknown option {', '.join(unknown)}; ScopeDigitsConfig has {', '.join(sorted(known))}")
+        accepted = {field.name for field in dataclasses.fields(ScopeDigitsConfig)}
+        if unknown := sorted(set(options) - accepted):
+            raise ValueError(
+                f"unknown option {', '.join(unknown)}; ScopeDigitsConfig has {', '.join(sorted(accepted))}"
+            )
         self.task: Task = task
         self.split = check_split(split)
         self.length = length

@@ -55,8 +55,8 @@ def make_examples(
         mean, std: Normalisation of `images`; default: the model's.
         names: File names.
     """
-    own = preprocessing(model)
-    mean, std = mean or own["mean"], std or own["std"]
+    facts = preprocessing(model)
+    mean, std = mean or facts["mean"], std or facts["std"]
     final = confidence(output.logits).tolist()
     predicted, coarse = output.logits.argmax(1).tolist(), output.coarse_logits.argmax(1).tolist()
     examples = []

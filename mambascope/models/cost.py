@@ -162,7 +162,7 @@ def stage_macs(
         convention: ``"one_direction"`` (published) or ``"both_directions"`` (honest).
 
     Raises:
-        ValueError: an argument outside what is accepted, or `alpha` for a plain Vim.
+        ValueError: An argument outside what is accepted, or `alpha` for a plain Vim.
     """
     params = count_parameters(config)
     if not isinstance(config, ScopeConfig):

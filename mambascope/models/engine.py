@@ -63,19 +63,19 @@ class ScopePredictor:
     """Dynamic inference over a stream of batches with full fine batches.
 
     Args:
-        model: a MambaScope; used in evaluation mode without gradients.
-        threshold: confidence η; ``None`` for the model's.
-        alpha: share of cells to refine; ``None`` for the model's.
-        fine_batch_size: images per fine pass; only the last one of a stream may be smaller, and those that `max_open`
+        model: A MambaScope; used in evaluation mode without gradients.
+        threshold: Confidence η; ``None`` for the model's.
+        alpha: Share of cells to refine; ``None`` for the model's.
+        fine_batch_size: Images per fine pass; only the last one of a stream may be smaller, and those that `max_open`
             forces.
-        max_open: batches that may wait for their results before an incomplete fine pass is forced. Bounds memory and
+        max_open: Batches that may wait for their results before an incomplete fine pass is forced. Bounds memory and
             delay where only few images are refined.
 
     Attributes:
-        fine_batches: sizes of the fine passes of the latest stream.
+        fine_batches: Sizes of the fine passes of the latest stream.
 
     Raises:
-        ValueError: an argument outside what is accepted.
+        ValueError: An argument outside what is accepted.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class ScopePredictor:
         """Results of every batch, in input order; a batch is given out when all its images are done.
 
         Args:
-            batches: pairs of images [B, C, H, W] and anything that belongs to them (names, labels), which is passed
+            batches: Pairs of images [B, C, H, W] and anything that belongs to them (names, labels), which is passed
                 through. Sizes of batches and of images may change along the way.
         """
         self.fine_batches = []

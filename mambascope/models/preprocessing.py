@@ -107,15 +107,15 @@ def preprocessing(model: Any) -> dict[str, Any]:
     """
     channels = model.config.in_chans
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    known = default_preprocessing(model.config.image_hw)
+    facts = default_preprocessing(model.config.image_hw)
     stored = model.description.get("transform") or {}
     for source in (cfg, model.description, {"crop_pct": 1.0, **stored} if stored else {}):
-        known.update({key: source[key] for key in known if source.get(key) is not None})
+        facts.update({key: source[key] for key in facts if source.get(key) is not None})
     for name in ("mean", "std"):
         # timm's entries are for RGB, whatever the model takes
-        values = known[name]
-        known[name] = average(values, channels) if len(values) == 3 else per_channel(name, values, channels)
-    return {**known, "value_range": stored_value_range(model), "input_size": (channels, *model.config.image_hw)}
+        values = facts[name]
+        facts[name] = average(values, channels) if len(values) == 3 else per_channel(name, values, channels)
+    return {**facts, "value_range": stored_value_range(model), "input_size": (channels, *model.config.image_hw)}
 
 
 def stored_value_range(model: Any) -> ValueRange:

@@ -42,16 +42,16 @@ def ready_model(
     """A model in evaluation mode on its device.
 
     Args:
-        checkpoint: weights that describe their model (``.safetensors`` or ``.ckpt`` of ours), a folder with
+        checkpoint: Weights that describe their model (``.safetensors`` or ``.ckpt`` of ours), a folder with
             ``model.safetensors``, the name of a shipped model, or any other weights together with `name`.
-        name: registered model that the weights belong to; needed where they do not describe it.
-        device: see :func:`pick_device`.
-        threshold, alpha: replace the stored η and α of a MambaScope.
+        name: Registered model that the weights belong to; needed where they do not describe it.
+        device: See :func:`pick_device`.
+        threshold, alpha: Replace the stored η and α of a MambaScope.
         img_size: (height, width) to run at; position tables are resampled. Default: the stored size.
-        values: values of the image files that become 0–255, in place of the stored ones.
+        values: Values of the image files that become 0–255, in place of the stored ones.
 
     Raises:
-        ValueError: an argument outside what is accepted, or a checkpoint that cannot be used.
+        ValueError: An argument outside what is accepted, or a checkpoint that cannot be used.
     """
     path = find_weights(checkpoint)
     target = pick_device(device)

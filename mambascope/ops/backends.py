@@ -72,7 +72,7 @@ def register(backend: Backend) -> None:
     """Adds or replaces a backend.
 
     Raises:
-        ValueError: a name that is not one of :data:`BACKENDS`.
+        ValueError: A name that is not one of :data:`BACKENDS`.
     """
     check_backend(backend.name)
     _REGISTRY[backend.name] = backend
@@ -90,7 +90,7 @@ def why_not(name: str, request: Request) -> str | None:
     """Why backend `name` cannot serve `request`; ``None`` if it can.
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: An unknown backend.
     """
     check_backend(name)
     backend = _REGISTRY.get(name)
@@ -111,7 +111,7 @@ def choose(request: Request, name: str | None = None) -> str:
         name: A backend, or ``None`` for the environment variable or the automatic choice.
 
     Raises:
-        ValueError: an unknown backend, here or in the environment variable.
+        ValueError: An unknown backend, here or in the environment variable.
     """
     preferred = name or os.environ.get(ENV) or None
     if preferred is not None and preferred not in BACKENDS:

@@ -74,7 +74,7 @@ def why_unavailable(package: str = "mamba_ssm") -> str | None:
         package: ``"mamba_ssm"`` (scan) or ``"causal_conv1d"`` (convolution).
 
     Raises:
-        ValueError: another package.
+        ValueError: Another package.
     """
     if package not in _BUILDS:
         raise ValueError(f"package must be one of {', '.join(_BUILDS)}, got {package!r}")
@@ -202,7 +202,7 @@ def scan_forward(
         function: What to call instead of ``mamba_ssm``'s ``selective_scan_fn``.
 
     Raises:
-        ValueError: mamba_ssm cannot be used.
+        ValueError: Mamba_ssm cannot be used.
     """
     call, x, pad = _function("mamba_ssm", function), sides[0].x, padding_enabled()
     inside = None if return_score else z  # their kernel gates, but then the ungated sum is not to be had
@@ -294,7 +294,7 @@ def conv_forward(
     """One output [B, L, E] per side; `function` replaces ``causal_conv1d_fn``.
 
     Raises:
-        ValueError: causal_conv1d cannot be used.
+        ValueError: Causal_conv1d cannot be used.
     """
     call = _function("causal_conv1d", function)
     outputs = []

@@ -92,7 +92,7 @@ def add_rms_norm(
         otherwise the dtype of `weight` (fp64 for fp64 `hidden`).
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, or an unknown backend.
+        ValueError: A shape, dtype or device that does not fit, or an unknown backend.
     """
     check_backend(backend)
     if not isinstance(hidden, Tensor) or hidden.dim() < 1 or not hidden.is_floating_point():

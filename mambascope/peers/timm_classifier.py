@@ -43,7 +43,7 @@ class TimmConfig:
     """What a classifier of timm's is made from.
 
     Attributes:
-        name: timm entry, e.g. ``deit_small_patch16_224`` or ``resnet50``.
+        name: Entry of timm, e.g. ``deit_small_patch16_224`` or ``resnet50``.
         num_classes: Classes of the head; 0 for none.
         in_chans: Image channels.
         img_size: Image side in pixels, or (height, width). Told to the model only where timm builds it for a size.

@@ -89,14 +89,21 @@ def plot_dense(
 
 def _times(ax: Axes, timings: Sequence[Mapping[str, Any]], kind: str) -> None:
     for mode, (color, marker) in _MODES.items():
-        own = sorted((t for t in timings if t["mode"] == mode), key=lambda t: t["side"])
-        if own:
-            y = np.array([t[f"ms_{kind}"] for t in own])
+        points = sorted((t for t in timings if t["mode"] == mode), key=lambda t: t["side"])
+        if points:
+            y = np.array([t[f"ms_{kind}"] for t in points])
             errors = np.array(
-                [[t[f"ms_{kind}"] - t[f"ms_{kind}_low"], t[f"ms_{kind}_high"] - t[f"ms_{kind}"]] for t in own]
+                [[t[f"ms_{kind}"] - t[f"ms_{kind}_low"], t[f"ms_{kind}_high"] - t[f"ms_{kind}"]] for t in points]
             )
             ax.errorbar(
-                [t["side"] for t in own], y, yerr=errors.T, fmt=f"-{marker}", color=color, ms=7, capsize=2, label=mode
+                [t["side"] for t in points],
+                y,
+                yerr=errors.T,
+                fmt=f"-{marker}",
+                color=color,
+                ms=7,
+                capsize=2,
+                label=mode,
             )
     ax.set_title(f"measured time, {'backbone' if kind == 'backbone' else 'whole model'}")
     ax.set_xlabel("short side of the image (pixels)")
@@ -158,7 +165,7 @@ class DensePicture:
         how = "exited after the coarse look" if self.exited else "refined"
         return f"{how} (confidence {self.confidence:.2f}); the coarse look sees {names}"
 
-    def found(self) -> list[int]:
+    def class_numbers(self) -> list[int]:
         """Classes in the prediction."""
         labels = self.segmentation if self.segmentation is not None else self.labels
         return [] if labels is None else [int(v) for v in np.unique(labels)]
@@ -212,7 +219,7 @@ def _panels(axes: Sequence[Axes], item: DensePicture) -> None:
 
 
 def _legend(ax: Axes, item: DensePicture) -> None:
-    names = [i for i in item.found() if item.segmentation is None or i > 0][:8]
+    names = [i for i in item.class_numbers() if item.segmentation is None or i > 0][:8]
     handles = [Rectangle((0, 0), 1, 1, color=item.color(i), label=item.class_name(i)) for i in names]
     if handles:
         ax.legend(

@@ -40,7 +40,7 @@ class SignalAt(Callback):
     Args:
         signum: The signal.
         step: After this optimizer step, or
-        val_epoch: in the second batch of the validation of this epoch.
+        val_epoch: In the second batch of the validation of this epoch.
         rank: Only in this process.
     """
 

@@ -57,7 +57,7 @@ def causal_conv1d(
         [B, L, E] in the dtype of `x`.
 
     Raises:
-        ValueError: a shape, dtype, device or activation that does not fit, or an unknown backend.
+        ValueError: A shape, dtype, device or activation that does not fit, or an unknown backend.
     """
     check_backend(backend)
     check_sequence("x", x, "[B, L, E]")
@@ -95,7 +95,7 @@ def bidirectional_conv(
         ``(causal, anti_causal)``, both [B, L, E] in the dtype of `x`.
 
     Raises:
-        ValueError: a shape, dtype, device or activation that does not fit, or an unknown backend.
+        ValueError: A shape, dtype, device or activation that does not fit, or an unknown backend.
     """
     check_backend(backend)
     check_sequence("x", x, "[B, L, E]")

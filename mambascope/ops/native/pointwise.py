@@ -137,7 +137,7 @@ def add_rms_norm_forward(
         residual: [..., d] float32 or None.
         weight: [d].
         eps: Added to the mean square.
-        out_dtype: float32 or bfloat16 of ``normed``; default: the dtype of hidden.
+        out_dtype: Type (float32 or bfloat16) of ``normed``; default: the dtype of hidden.
 
     Returns:
         normed [..., d]; sum [..., d] float32; 1 / rms [...] float32.

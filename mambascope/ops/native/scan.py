@@ -307,7 +307,7 @@ def bidirectional_backward(
 
     Args:
         grad_out: Gradient of out [B, L, E].
-        y_sum: y_f + y_b of the forward pass [B, L, E]; only needed with a gate.
+        y_sum: The sum y_f + y_b of the forward pass [B, L, E]; only needed with a gate.
         states: What the forward pass filled, or None to recompute it.
 
     Returns:
@@ -315,7 +315,7 @@ def bidirectional_backward(
         (None without a gate), in the dtypes of those.
 
     Raises:
-        ValueError: a gate without ``y_sum``.
+        ValueError: A gate without ``y_sum``.
     """
     if z is not None and y_sum is None:
         raise ValueError("y_sum must be the sum that bidirectional_forward returned with want_sum=True, got None")

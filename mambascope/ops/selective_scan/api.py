@@ -83,7 +83,7 @@ def selective_scan(
         y [B, L, E] in the dtype of `x`.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, or an unknown backend.
+        ValueError: A shape, dtype or device that does not fit, or an unknown backend.
     """
     check_backend(backend)
     check_sequence("x", x, "[B, L, E]")
@@ -162,7 +162,7 @@ def bidirectional_scan(
         eq. 11: the caller applies softplus, which is monotone).
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, or an unknown backend.
+        ValueError: A shape, dtype or device that does not fit, or an unknown backend.
     """
     check_backend(backend)
     check_sequence("forward.x", forward.x, "[B, L, E]")

@@ -63,7 +63,7 @@ def conv_forward(x: Tensor, sides: Sequence[ConvSide], *, silu: bool) -> list[Te
         silu: Whether SiLU follows.
 
     Raises:
-        ValueError: a dtype, number of taps or combination of sides that the kernel does not take.
+        ValueError: A dtype, number of taps or combination of sides that the kernel does not take.
     """
     (x,) = same_strides(x)
     operands, flags = _pair(sides, x)

@@ -46,7 +46,7 @@ def norm_forward(
         out_dtype: Dtype of the first result.
 
     Raises:
-        ValueError: a dtype or width that the kernel does not take.
+        ValueError: A dtype or width that the kernel does not take.
     """
     tile = _shape(hidden)
     from mambascope.ops.triton.norm_kernels import norm_forward_kernel

@@ -211,7 +211,7 @@ def run_forward(
         The output [B, L, E] in the dtype of x, the score and what was kept; the latter two ``None`` if not asked for.
 
     Raises:
-        ValueError: inputs that :func:`supports` refuses.
+        ValueError: Inputs that :func:`supports` refuses.
     """
     x = sides[0].x
     inputs = _inputs(sides, z, dt_softplus, convert=x.shape[0] * x.shape[1] >= _ROWS_TO_CONVERT)
