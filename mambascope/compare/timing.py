@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambascope.compare.lists import TimingArgs, digest
-from mambascope.compare.work import Point, Result, Work
+from mambascope.compare.lists import TimingArgs
+from mambascope.compare.results import Result
+from mambascope.compare.sources import Point, digest
+from mambascope.compare.work import Work
 from mambascope.evaluation.machine import machine_info
 from mambascope.evaluation.throughput import interleaved, quartiles
 from mambascope.utils import atomic_path, evaluating
@@ -165,6 +167,7 @@ def _measure_size(subjects: Sequence[_Subject], size: int, work: Work, args: Tim
             max_seconds=args.max_seconds,
             progress=f"timing, batch {size}" if work.progress else None,
         )
+    assert work.plan.baseline is not None
     first = work.plan.entries[work.plan.baseline].settings[0].label
     base = {
         s.point.seed: seconds[str(i)]
@@ -173,10 +176,10 @@ def _measure_size(subjects: Sequence[_Subject], size: int, work: Work, args: Tim
     }
     rows = []
     for i, subject in enumerate(subjects):
-        own = seconds[str(i)]
-        other = base.get(subject.point.seed) or next(iter(base.values()))
-        low, mid, high = (1e3 * value / count for value in quartiles(own))
-        ratio = statistics.median(a / b for a, b in zip(own, other, strict=True))
+        rounds = seconds[str(i)]
+        baseline = base.get(subject.point.seed) or next(iter(base.values()))
+        low, mid, high = (1e3 * value / count for value in quartiles(rounds))
+        ratio = statistics.median(a / b for a, b in zip(rounds, baseline, strict=True))
         where = (*_named(subject.point), subject.threshold)
-        rows.append(Measured(*where, size, count, len(own), mid, low, high, ratio))
+        rows.append(Measured(*where, size, count, len(rounds), mid, low, high, ratio))
     return rows

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools" / "frontier.py"
+TOOL = ROOT / "tools" / "compare.py"
 
 DIGITS = {
     "class_path": "mambascope.data.ScopeDigitsDataModule",

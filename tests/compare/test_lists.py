@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from mambascope.commands.frontier import main
-from mambascope.compare.lists import FrontierList, Setting, merged, read_list, shipped_lists
+from mambascope.commands.compare import main
+from mambascope.compare.lists import Comparison, Setting, merged, read_list, shipped_lists
 from mambascope.utils import flat
 from tests.compare.common import comparison
 
@@ -17,8 +17,7 @@ def write(tmp_path):
 def plain(**entries):
     """A list without trainings."""
     net = {"checkpoint": "a.safetensors"}
-    known = {"vim": {"label": "Vim", "net": net}, **entries}
-    return FrontierList("t", known, "vim", data={"class_path": "x"})
+    return Comparison("t", {"vim": {"label": "Vim", "net": net}, **entries}, "vim", data={"class_path": "x"})
 
 
 def test_a_list_is_read(write):
@@ -35,6 +34,7 @@ def test_restricting_keeps_what_is_needed(write):
     some = plan.restricted(["longer"], [3, 3, 1])
     assert (list(some.entries), some.curve, some.seeds) == (["vim", "longer"], None, (3, 1))
     assert plan.restricted(["scope"], None).curve == "scope"
+    assert [len(entry.settings) for entry in plan.restricted(["longer"], None).entries.values()] == [2, 1]
     with pytest.raises(ValueError, match="an entry must be one of vim, scope, longer, deit, got 'resnet'"):
         plan.restricted(["resnet"], None)
 
@@ -84,6 +84,16 @@ ENTRY = {"label": "a", "config": "vim_tiny_imagenet"}
         ),
         ({"entries": {"vim": {**ENTRY, "settings": [{"data": 3}]}}}, "settings[0]: data must be a mapping, got 3"),
         ({"entries": {"vim": {**ENTRY, "settings": [{}, {}]}}}, "labels of settings must be different"),
+        (
+            {"entries": {"vim": {"label": "a", "start": "b", "settings": [{"training": {"a": 1}}]}}},
+            "entries.vim: training must be left out where nothing is trained, got {'a': 1}",
+        ),
+        (
+            {"entries": {"vim": {**ENTRY, "settings": [{"cells": "best"}]}}},
+            "cells must be one of 'important', 'random'",
+        ),
+        ({"entries": {"vim": {**ENTRY, "table": "worst"}}}, "table must be one of 'best', 'gain', got 'worst'"),
+        ({"image_sets": 3}, "image_sets must be true or false, got 3"),
         ({"entries": {"a b": ENTRY}}, "the name of an entry must be letters, digits, - and _, got 'a b'"),
         ({"timing": {"batch_sizes": [0]}}, "timing: batch_sizes must be a list of integers >= 1, got [0]"),
         ({"timing": {"round": 1}}, "timing has no option round; it accepts batch_sizes, images, rounds, max_seconds"),

@@ -5,11 +5,12 @@ import csv
 import numpy as np
 import pytest
 
-from mambascope.compare.compare import compare, make_curve, text
-from mambascope.compare.lists import FrontierList, Setting
+from mambascope.compare.curves import compare, make_curve, text
+from mambascope.compare.lists import Comparison, Setting
+from mambascope.compare.results import Result
+from mambascope.compare.sources import Point
 from mambascope.compare.table import Spread, make_rows, write_csv
 from mambascope.compare.timing import Measured, share_refined, threshold_for
-from mambascope.compare.work import Point, Result
 from mambascope.evaluation.sweep import StageRecord, sweep
 from mambascope.models.cost import CONVENTIONS, StageCost
 
@@ -36,7 +37,7 @@ def plan():
         "vim": {"label": "Vim", "net": net},
         "scope": {"label": "MambaScope", "net": net, "thresholds": [0.5]},
     }
-    return FrontierList("t", entries, "vim", "scope", (0, 1), data={"class_path": "x"})
+    return Comparison("t", entries, "vim", "scope", (0, 1), data={"class_path": "x"})
 
 
 def times(entry, seed, threshold, ms, size=64):
@@ -70,13 +71,13 @@ def test_rows_are_means_and_spreads_over_the_seeds(world, tmp_path):
     write_csv(rows, [64], tmp_path / "a.csv")
     with (tmp_path / "a.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert lines[0]["top1_mean"] == "0.75"
+    assert (lines[0]["top1_mean"], lines[0]["top1_seeds"]) == ("0.75", "0.7 0.8")
     assert (lines[0]["top1_min"], lines[0]["top1_max"], lines[0]["threshold"]) == ("0.7", "0.8", "")
     assert lines[2]["ms_batch_64_mean"] == ""
 
 
 def test_one_value_has_no_deviation():
-    assert Spread((0.5,)).std == 0.0
+    assert (Spread((0.5,)).std, Spread((0.5,)).error) == (0.0, 0.0)
 
 
 def test_other_images_are_refused(world):
@@ -89,35 +90,35 @@ def test_other_images_are_refused(world):
 
 def test_curve_at_equal_cost_time_and_accuracy(world):
     results, measured = world
-    own = [(p, r) for p, r in results.items() if p.entry == "scope"]
-    curve = make_curve("MambaScope", own, measured)
+    parts = [(p, r) for p, r in results.items() if p.entry == "scope"]
+    curve = make_curve("MambaScope", parts, measured)
     share = curve.share
     # the least confident images are wrong at first, so every refined one is a gain until all are right
     for line, right in zip(curve.top1, (0.5, 0.6), strict=True):
         assert np.allclose(line, np.minimum(right + share, 1.0))
     assert np.allclose(curve.gflops["both_directions"], 2 + 8 * share)
-    known = [0.0, share_refined(own[0][1], 0.5), 1.0]
-    assert np.allclose(curve.ms[64], np.interp(share, known, [2.0, 4.0, 9.0]))
+    timed = [0.0, share_refined(parts[0][1], 0.5), 1.0]
+    assert np.allclose(curve.ms[64], np.interp(share, timed, [2.0, 4.0, 9.0]))
 
     vim = make_rows(plan(), results, measured)[0]
-    found = compare(curve, vim)
+    compared = compare(curve, vim)
     # 6 GFLOPs are half of the images refined: 1.0 and 1.0 (0.6 + 0.5 is capped), Vim has 0.7 and 0.8
-    assert found.top1_at_gflops.values == pytest.approx((0.3, 0.2))
+    assert compared.top1_at_gflops.values == pytest.approx((0.3, 0.2))
     # mean accuracy 0.55 + share = 0.75 at share 0.2: 3.6 GFLOPs instead of 6
-    assert found.gflops_at_top1 == pytest.approx(3.6 / 6)
-    at = float(np.interp(0.2, known, [2.0, 4.0, 9.0]))
-    assert found.ms_at_top1[64] == pytest.approx(at / 4.0)
-    equal = known[1]  # Vim's 4 ms are what the middle threshold takes
-    assert found.top1_at_ms[64].values == pytest.approx((0.5 + equal - 0.7, 0.6 + min(equal, 0.4) - 0.8), abs=0.006)
-    printed = text(curve, [found])
+    assert compared.gflops_at_top1 == pytest.approx(3.6 / 6)
+    at = float(np.interp(0.2, timed, [2.0, 4.0, 9.0]))
+    assert compared.ms_at_top1[64] == pytest.approx(at / 4.0)
+    equal = timed[1]  # Vim's 4 ms are what the middle threshold takes
+    assert compared.top1_at_ms[64].values == pytest.approx((0.5 + equal - 0.7, 0.6 + min(equal, 0.4) - 0.8), abs=0.006)
+    printed = text(curve, [compared])
     assert "-40 %" in printed
     assert "+25.0 [+20.0, +30.0]" in printed
 
 
 def test_beyond_the_ends_of_the_curve(world):
     results, measured = world
-    own = [(p, r) for p, r in results.items() if p.entry == "scope"]
-    curve = make_curve("MambaScope", own, measured)
+    parts = [(p, r) for p, r in results.items() if p.entry == "scope"]
+    curve = make_curve("MambaScope", parts, measured)
     cost = curve.gflops["one_direction"]
     assert curve.top1_at(cost, 1.9) is None
     assert curve.top1_at(cost, 99.0) == pytest.approx([1.0, 1.0])

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 import mambascope
-from mambascope.commands.frontier import main
-from mambascope.compare.lists import read_list
+from mambascope.commands.compare import main
+from mambascope.compare.lists import Setting, read_list
+from mambascope.compare.sources import Point
 from mambascope.compare.work import Work
 from mambascope.evaluation.collect import collect
 from mambascope.models.cost import stage_macs
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups"
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A folder in which the whole comparison was made."""
-    folder = tmp_path_factory.mktemp("frontier")
+    folder = tmp_path_factory.mktemp("compare")
     ended = run(comparison(folder), "--out", "out", "--device", "cpu", cwd=folder)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("] training ") == 4
@@ -43,7 +44,7 @@ def here(done, monkeypatch):
 def again(here, *options):
     """The command in this process, with the threads of the first one: times belong to a number of threads."""
     before = torch.get_num_threads()
-    machine = json.loads((here / "runs" / "frontier" / "tiny" / "timings.json").read_text())["machine"]
+    machine = json.loads((here / "runs" / "compare" / "tiny" / "timings.json").read_text())["machine"]
     torch.set_num_threads(machine["threads"])
     try:
         return main([str(here / "tiny.yaml"), "--out", str(here / "out"), "--device", "cpu", *options])
@@ -52,7 +53,7 @@ def again(here, *options):
 
 
 def table(here):
-    with (here / "out" / "frontier.csv").open(newline="") as file:
+    with (here / "out" / "comparison.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -63,7 +64,7 @@ def files(here):
 
 
 def work(here):
-    return Work(read_list(str(here / "tiny.yaml")), here / "runs" / "frontier" / "tiny", torch.device("cpu"))
+    return Work(read_list(str(here / "tiny.yaml")), here / "runs" / "compare" / "tiny", torch.device("cpu"))
 
 
 def test_table_has_every_point(here):
@@ -87,10 +88,10 @@ def test_figures_are_those_of_the_model_run_by_hand(here):
     for point in work_.points():
         data = work_.data(point)
         model = work_.model(point, data)
-        found = collect(model, data.val_dataloader(), progress=False).record
+        record = collect(model, data.val_dataloader(), progress=False).record
         threshold = "1" if point.entry == "scope" else ""
         row = rows[point.entry, point.setting.label, threshold]
-        assert float(row["top1_mean"]) == pytest.approx(found.fine_correct.mean())
+        assert float(row["top1_mean"]) == pytest.approx(record.fine_correct.mean())
         if point.entry == "vim":
             size = data.img_size
             assert size == ((16, 16) if point.setting.data else (32, 32))
@@ -103,12 +104,13 @@ def test_figures_are_those_of_the_model_run_by_hand(here):
 
 def test_an_entry_starts_from_the_other_ones_weights(here):
     work_ = work(here)
-    config = (work_.run_dir("longer", 0) / "config.yaml").read_text()
-    assert f"checkpoint: {work_.weights('vim', 0).relative_to(here)}" in config
+    longer = next(training for training in work_.trainings if training.source.name == "longer")
+    config = (work_.trainings.run_dir(longer) / "config.yaml").read_text()
+    assert f"checkpoint: {work_.trainings.weights(longer.source.start, 0).relative_to(here)}" in config
 
 
 def test_pictures_and_comparison_are_written(here):
-    with Image.open(here / "out" / "frontier.png") as picture:
+    with Image.open(here / "out" / "comparison.png") as picture:
         assert picture.size[0] > 1000
     text = (here / "out" / "comparison.txt").read_text()
     assert text.startswith("MambaScope against the others.")
@@ -116,11 +118,11 @@ def test_pictures_and_comparison_are_written(here):
 
 
 def test_nothing_is_made_twice(here, capsys):
-    before, csv_before = files(here), (here / "out" / "frontier.csv").read_bytes()
+    before, csv_before = files(here), (here / "out" / "comparison.csv").read_bytes()
     assert again(here) == 0
     assert "] training " not in capsys.readouterr().out
     assert files(here) == before
-    assert (here / "out" / "frontier.csv").read_bytes() == csv_before
+    assert (here / "out" / "comparison.csv").read_bytes() == csv_before
 
 
 def test_only_what_is_missing_or_new_is_made(here, capsys):
@@ -154,7 +156,7 @@ def test_another_recipe_is_another_training(here, capsys):
 
 
 def test_timings_of_another_comparison_are_not_used(here):
-    path = here / "runs" / "frontier" / "tiny" / "timings.json"
+    path = here / "runs" / "compare" / "tiny" / "timings.json"
     stored = json.loads(path.read_text())
     path.write_text(json.dumps({**stored, "key": "other"}))
     assert again(here) == 0
@@ -162,14 +164,14 @@ def test_timings_of_another_comparison_are_not_used(here):
 
 
 def test_a_model_that_is_not_trained_here(here, capsys):
-    weights = work(here).weights("vim", 0)
+    weights = work(here).weights(Point("vim", Setting(), 0))
     data = {
         "class_path": "mambascope.data.ScopeDigitsDataModule",
         "init_args": {"val_length": 40, "val_batch_size": 16, "digits": {"size": 32}},
     }
-    given = {"checkpoint": str(weights).replace("seed0", "seed{seed}")}
+    net = {"checkpoint": str(weights).replace("seed0", "seed{seed}")}
     entries = {
-        "vim": {"label": "Vim", "net": given},
+        "vim": {"label": "Vim", "net": net},
         "small": {"label": "half", "start": "vim", "settings": [{"data": {"img_size": 16}}]},
         "resnet": {"label": "R", "net": {"name": "resnet18", "args": {"channels": [4, 4, 8, 8]}}},
     }
@@ -177,11 +179,11 @@ def test_a_model_that_is_not_trained_here(here, capsys):
     (here / "given").mkdir()
     path = comparison(here / "given", **options)
     assert main([str(path), "--runs", "given/runs", "--device", "cpu"]) == 0
-    with (here / "given" / "runs" / "frontier.csv").open() as file:
+    with (here / "given" / "runs" / "comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
-    own = {(r["entry"], r["setting"]): r["top1_mean"] for r in table(here)}
-    assert rows[0]["top1_mean"] == own["vim", "as trained"]
-    assert rows[1]["top1_mean"] == own["vim", "img_size 16"]
+    top1 = {(r["entry"], r["setting"]): r["top1_mean"] for r in table(here)}
+    assert rows[0]["top1_mean"] == top1["vim", "as trained"]
+    assert rows[1]["top1_mean"] == top1["vim", "img_size 16"]
     assert [r["epochs"] for r in rows] == ["2", "2", ""]
     assert not (here / "given" / "runs" / "comparison.txt").exists()
 
@@ -232,7 +234,7 @@ def test_a_failing_training_stops_the_others_and_is_named(here, tmp_path):
     assert "trainings/wrong-" in last
     assert "unknown model argument width" in last
     assert "Traceback" not in ended.stderr
-    assert list(tmp_path.glob("runs/frontier/tiny/trainings/long-*/checkpoints/last.ckpt"))  # it had saved its state
+    assert list(tmp_path.glob("runs/compare/tiny/trainings/long-*/checkpoints/last.ckpt"))  # it had saved its state
 
 
 def test_jobs_must_be_positive(here, capsys):
@@ -248,13 +250,13 @@ def test_interrupted_trainings_go_on(signum, jobs, tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), **pipes)
     end = time.monotonic() + 200
-    while len(list(tmp_path.glob("runs/frontier/tiny/trainings/*/checkpoints/last.ckpt"))) < jobs:
+    while len(list(tmp_path.glob("runs/compare/tiny/trainings/*/checkpoints/last.ckpt"))) < jobs:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.05)
     os.kill(process.pid, signum)
     _, err = process.communicate(timeout=200)  # returns when the trainings have ended too: they hold the same pipe
-    runs = sorted(tmp_path.glob("runs/frontier/tiny/trainings/*"))
+    runs = sorted(tmp_path.glob("runs/compare/tiny/trainings/*"))
     assert len(runs) == jobs
     assert not any((run_dir / "model.safetensors").exists() for run_dir in runs)
     if signum == signal.SIGINT:

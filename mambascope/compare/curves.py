@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mambascope.compare.table import Row, Spread
+from mambascope.compare.results import Result
+from mambascope.compare.sources import Point
+from mambascope.compare.table import HONEST, Row, Spread
 from mambascope.compare.timing import Measured, share_refined
-from mambascope.compare.work import Point, Result
 from mambascope.evaluation.sweep import sweep
 from mambascope.models.cost import CONVENTIONS
 
@@ -64,22 +65,22 @@ class Curve:
         return float(np.interp(top1, self.mean[i - 1 : i + 1], cost[i - 1 : i + 1]))
 
 
-def make_curve(label: str, own: Sequence[tuple[Point, Result]], measured: Sequence[Measured]) -> Curve:
+def make_curve(label: str, parts: Sequence[tuple[Point, Result]], measured: Sequence[Measured]) -> Curve:
     """The curve of one setting of a MambaScope.
 
     Args:
         label: Name in the legend.
-        own: Its results, one per seed.
+        parts: Its results, one per seed.
         measured: Times, also of other entries.
     """
     share = np.linspace(0, 1, STEPS + 1)
-    sweeps = [sweep(result.record, result.costs) for _, result in own]
+    sweeps = [sweep(result.record, result.costs) for _, result in parts]
     times: dict[int, list[np.ndarray]] = {}
-    for point, result in own:
+    for point, result in parts:
         rows = [r for r in measured if (r.entry, r.setting, r.seed) == (point.entry, point.setting.label, point.seed)]
         for size in dict.fromkeys(r.batch_size for r in rows):
-            known = sorted((share_refined(result, r.threshold or 0.0), r.ms) for r in rows if r.batch_size == size)
-            times.setdefault(size, []).append(np.interp(share, *np.array(known).T))
+            timed = sorted((share_refined(result, r.threshold or 0.0), r.ms) for r in rows if r.batch_size == size)
+            times.setdefault(size, []).append(np.interp(share, *np.array(timed).T))
     gflops = {
         name: np.mean([np.interp(share, curve.share_refined, curve.gflops[name]) for curve in sweeps], axis=0)
         for name in CONVENTIONS
@@ -107,7 +108,7 @@ class Comparison:
     ms_at_top1: dict[int, float | None]
 
 
-def compare(curve: Curve, row: Row, convention: str = "both_directions") -> Comparison:
+def compare(curve: Curve, row: Row, convention: str = HONEST) -> Comparison:
     """One point against the curve."""
     gflops, cost = row.gflops[convention].mean, curve.gflops[convention]
     equal = curve.cost_at(cost, row.top1.mean)
@@ -125,12 +126,12 @@ def compare(curve: Curve, row: Row, convention: str = "both_directions") -> Comp
 def _difference(top1: np.ndarray | None, row: Row) -> Spread | None:
     if top1 is None:
         return None
-    own = np.array(row.top1.values)
+    points = np.array(row.top1.values)
     # the same seeds stand in the same order; weights that have no seeds are one value for all
-    return Spread(tuple(float(v) for v in top1 - (own if len(own) == len(top1) else own.mean())))
+    return Spread(tuple(float(v) for v in top1 - (points if len(points) == len(top1) else points.mean())))
 
 
-def text(curve: Curve, comparisons: Sequence[Comparison], convention: str = "both_directions") -> str:
+def text(curve: Curve, comparisons: Sequence[Comparison], convention: str = HONEST) -> str:
     """The comparisons as a table."""
     sizes = list(curve.ms)
     batches = [f"b{size}" for size in sizes]
