@@ -9,7 +9,7 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
 MIM := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mim
 
-.PHONY: help setup demo frontier check test lint format bench clean mm mm-demo mm-demo-one
+.PHONY: help setup demo compare check test lint format bench clean mm mm-demo mm-demo-one
 
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -25,8 +25,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard mambascope/ops/nati
 demo: $(STAMP)  ## train the coarse-to-fine classifier on the built-in data and write its report
 	$(BIN)/python tools/train_cls.py
 
-frontier: $(STAMP)  ## train, evaluate and time all methods on the built-in data and draw them (about an hour on two cores)
-	$(BIN)/python tools/frontier.py scopedigits --out benchmarks/results/frontier
+compare: $(STAMP)  ## train, evaluate and time all methods on the built-in data and draw them (about an hour on two cores)
+	$(BIN)/python tools/compare.py scopedigits --out benchmarks/results/comparison
 
 check: lint  ## lint, and run the tests that need no OpenMMLab (JOBS=1: one after the other)
 	$(PYTEST) --ignore tests/mm
