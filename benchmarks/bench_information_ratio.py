@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mambascope.eye.glimpses import Coverage, Placement, information_ratio, scan_positions
+from mambascope.eye.glimpses import Coverage, information_ratio, scan_positions
+from mambascope.eye.placement import Placement
 from mambascope.utils import atomic_path
 
 

@@ -17,15 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from mambascope.data.errors import DataError
-from mambascope.eye.glimpses import (
-    GlimpseSequence,
-    Placement,
-    as_bands,
-    from_bands,
-    make_sequence,
-    paste,
-    training_positions,
-)
+from mambascope.eye.glimpses import GlimpseSequence, make_sequence, training_positions
+from mambascope.eye.placement import Placement, as_bands, from_bands, paste
 
 _BLUR_KERNEL, _BLUR_SIGMA = (5, 9), (0.1, 5.0)  # width and height in pixels; standard deviation
 _ERASED_AREA, _ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mambascope.eye.glimpses import Coverage, Placement, Positions, as_bands, extract_patches, from_bands
+from mambascope.eye.glimpses import Coverage, Positions, extract_patches
 from mambascope.eye.model import EyeState, MambaEye
+from mambascope.eye.placement import Placement, as_bands, from_bands
 from mambascope.eye.stopping import corrected_confidence
 from mambascope.models.checkpoint import load_model
 from mambascope.models.scope import MambaScope

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from mambascope.eye.config import MambaEyeConfig
 from mambascope.eye.dataset import GlimpseOptions, ImageGlimpses
-from mambascope.eye.glimpses import Placement, information_ratio
+from mambascope.eye.glimpses import information_ratio
 from mambascope.eye.model import MambaEye
+from mambascope.eye.placement import Placement
 from mambascope.eye.stopping import AnytimeResult, answer_when_sure, corrected_confidence
 from mambascope.utils import evaluating, model_device
 
@@ -180,6 +181,15 @@ def read_glimpses(
     return ImageGlimpses(canvases, positions, torch.from_numpy(np.stack(ratios)), options.patch_size)
 
 
+def _stop_curves(stop: StopOptions | None) -> list[StopCurve]:
+    """A curve without images for each criterion."""
+    if stop is None:
+        return []
+    grid = np.array(stop.thresholds, dtype=np.float64)
+    zeros = np.zeros(len(grid), np.int64)
+    return [StopCurve(criterion, grid, zeros.copy(), zeros.copy()) for criterion in stop.criteria]
+
+
 class _Stops:
     """Where each image of a batch stops at each threshold of one criterion."""
 
@@ -240,13 +250,7 @@ def evaluate_glimpses(
             raise ValueError(f"{name} must be at least 1, got {value}")
     options = replace(options, patch_size=model.config.patch_size)
     length, device = options.length, model_device(model)
-    curve = GlimpseCurve(options, np.zeros(length, np.int64), np.zeros(length))
-    if stop is not None:
-        grid = np.array(stop.thresholds, dtype=np.float64)
-        curve.stops = [
-            StopCurve(name, grid, np.zeros(len(grid), np.int64), np.zeros(len(grid), np.int64))
-            for name in stop.criteria
-        ]
+    curve = GlimpseCurve(options, np.zeros(length, np.int64), np.zeros(length), stops=_stop_curves(stop))
     with evaluating(model):
         for numbers, images, labels in progress(batches(pictures, batch_size, limit)):
             glimpses = read_glimpses(images, options, [(seed, i) for i in numbers], chooser)

@@ -17,15 +17,14 @@ from torch.utils.data import Dataset
 from mambascope.data.errors import DataError
 from mambascope.eye.glimpses import (
     GlimpseSequence,
-    Placement,
     Seed,
     extract_patches,
     information_ratio,
     make_sequence,
     moves_from_positions,
-    place_image,
     scan_positions,
 )
+from mambascope.eye.placement import Placement, place_image
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class GlimpseOptions:
         length: Glimpses per image.
         pattern: Scan pattern.
         canvas_size: Side of the canvas, (height, width), or ``None`` for the image's own size.
-        resize_mode: ``none``, ``fit`` or ``full``; see :func:`mambascope.eye.glimpses.place_image`.
+        resize_mode: ``none``, ``fit`` or ``full``; see :func:`mambascope.eye.placement.place_image`.
         patch_size: Side of a glimpse in pixels.
         compat: Reproduce the published evaluation's scan area, pattern names and resampling.
     """
@@ -76,7 +75,7 @@ class GlimpseDataset(Dataset[tuple[GlimpseSequence, Any]]):
     Positions depend only on the seed, the epoch and the index: not on the batch size, the order or the workers.
 
     Args:
-        dataset: Images as :func:`mambascope.eye.glimpses.place_image` takes them.
+        dataset: Images as :func:`mambascope.eye.placement.place_image` takes them.
         options: How they become sequences.
         seed: Non-negative.
     """

@@ -20,15 +20,17 @@ from mambascope.eye.choice import CHOICES
 from mambascope.eye.config import MAMBAEYE_CONFIGS
 from mambascope.eye.curves import Pictures, StopOptions
 from mambascope.eye.dataset import GlimpseOptions
-from mambascope.eye.glimpses import RESIZE_MODES
+from mambascope.eye.measurements import ReportOptions
 from mambascope.eye.model import MambaEye
 from mambascope.eye.patterns import PATTERNS, resolve_pattern
+from mambascope.eye.placement import RESIZE_MODES
 from mambascope.eye.report import write_eye_report
 from mambascope.eye.stopping import CRITERIA
 from mambascope.models.checkpoint import load_checkpoint, load_model
 from mambascope.models.pictures import ValueRange
 from mambascope.models.preprocessing import stored_value_range
 from mambascope.models.ready import ready_model, use_value_range
+from mambascope.models.vim import VisionMamba
 from mambascope.models.weights import find_weights
 from mambascope.utils import pick_device, run_command
 
@@ -65,8 +67,8 @@ def ready_eye(checkpoint: str, name: str | None = None, device: str = "auto", va
 def stored_options(model: MambaEye) -> GlimpseOptions:
     """How the weights' file says that images become sequences; the paper's evaluation where it says nothing."""
     stored = dict(model.description.get("glimpses") or {})
-    known = {f.name for f in fields(GlimpseOptions)}
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known}
+    names = {f.name for f in fields(GlimpseOptions)}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in names}
     return replace(GlimpseOptions(), **{**values, "patch_size": model.config.patch_size})
 
 
@@ -135,7 +137,7 @@ def canvas(text: str) -> int | tuple[int, int] | None:
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
 
 
-def given_options(model: MambaEye, args: argparse.Namespace) -> GlimpseOptions:
+def changed_options(model: MambaEye, args: argparse.Namespace) -> GlimpseOptions:
     """The stored options with what the command line changes."""
     options = stored_options(model)
     changes: dict[str, Any] = {}
@@ -211,23 +213,45 @@ def _sizes(options: GlimpseOptions, texts: Sequence[str] | None) -> list[int | t
     return [options.canvas_size]
 
 
+def _report_options(args: argparse.Namespace, options: GlimpseOptions) -> ReportOptions:
+    sizes = _sizes(options, args.sizes)
+    if None in sizes and options.resize_mode != "none":
+        raise ValueError("size native needs --resize-mode none")
+    return ReportOptions(
+        sizes=sizes,
+        patterns=PATTERNS if args.patterns == ["all"] else [resolve_pattern(p, args.compat) for p in args.patterns],
+        choices=args.choose,
+        sharpness=args.sharpness,
+        stop=_stop_options(args),
+        limit=args.limit,
+        batch_size=args.batch_size,
+        chunk=args.chunk,
+        seed=args.seed,
+        figures=not args.no_figures,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def _vims(paths: Sequence[str], device: str) -> dict[str, VisionMamba]:
+    """The models to compare with, by what they are called."""
+    vims: dict[str, VisionMamba] = {}
+    for path in paths:
+        vim = ready_model(path, device=device)
+        label = type(vim).__name__.replace("VisionMamba", "Vim") + f" trained at {vim.config.image_hw[0]}²"
+        vims[label if label not in vims else f"{label} ({path})"] = vim
+    return vims
+
+
 def _run(args: argparse.Namespace) -> int:
     if args.seed < 0:
         raise ValueError(f"seed must not be negative, got {args.seed}")
     if args.length < 1:
         raise ValueError(f"length must be at least 1, got {args.length}")
     model = ready_eye(args.checkpoint, args.model, args.device, value_range(args.value_range))
-    options, stop = given_options(model, args), _stop_options(args)
-    sizes = _sizes(options, args.sizes)
-    if None in sizes and options.resize_mode != "none":
-        raise ValueError("size native needs --resize-mode none")
-    patterns = PATTERNS if args.patterns == ["all"] else [resolve_pattern(p, args.compat) for p in args.patterns]
+    options = changed_options(model, args)
+    measured = _report_options(args, options)
     checkpoint = find_weights(args.checkpoint)
-    vims = {}
-    for path in args.vim:
-        vim = ready_model(path, device=args.device)
-        label = type(vim).__name__.replace("VisionMamba", "Vim") + f" trained at {vim.config.image_hw[0]}²"
-        vims[label if label not in vims else f"{label} ({path})"] = vim
+    vims = _vims(args.vim, args.device)
     data = EyeData(model, checkpoint, args.data, args.split, args.length, args.input_key, args.target_key)
     print(f"evaluating on {data.name}", file=sys.stderr)
     out = Path(args.out) if args.out else checkpoint.parent / "eval"
@@ -235,20 +259,10 @@ def _run(args: argparse.Namespace) -> int:
         model,
         data.pictures,
         out,
-        options=options,
-        sizes=sizes,
-        patterns=patterns,
-        choices=args.choose,
-        sharpness=args.sharpness,
-        stop=stop,
+        options,
+        measured,
         calibration=data.calibration,
         vims=vims,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        chunk=args.chunk,
-        seed=args.seed,
-        figures=not args.no_figures,
-        progress=sys.stderr.isatty(),
     )
     print(report.table)
     print(f"report: {out}")

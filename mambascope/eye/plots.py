@@ -23,7 +23,7 @@ def plot_glimpse_curves(
     sizes: Mapping[str, GlimpseCurve],
     path: str | os.PathLike[str],
     *,
-    others: Mapping[str, Mapping[str, float]] | None = None,
+    peers: Mapping[str, Mapping[str, float]] | None = None,
     stopping: GlimpseCurve | None = None,
     orders: Mapping[str, GlimpseCurve] | None = None,
     title: str = "",
@@ -33,7 +33,7 @@ def plot_glimpse_curves(
     Args:
         sizes: One curve per image size, by its label.
         path: PNG to write.
-        others: Accuracy (0 to 1) of other models by name and size label, drawn beside the curves.
+        peers: Accuracy (0 to 1) of other models by name and size label, drawn beside the curves.
         stopping: A curve with early stopping; gets a panel of its own.
         orders: Curves of scan patterns and choices at one size; get a panel of their own.
         title: Of the whole figure.
@@ -42,7 +42,7 @@ def plot_glimpse_curves(
     with style.styled():
         figure = style.new_figure(4.9 * count, 4.6)
         axes = list(figure.subplots(1, count, squeeze=False)[0])
-        _size_panel(axes.pop(0), sizes, others or {})
+        _size_panel(axes.pop(0), sizes, peers or {})
         if stopping is not None:
             _stop_panel(axes.pop(0), stopping)
         if orders:
@@ -66,16 +66,16 @@ def _glimpse_axis(ax: Axes, length: int) -> None:
     ax.set_ylabel("top-1 accuracy (%)")
 
 
-def _size_panel(ax: Axes, sizes: Mapping[str, GlimpseCurve], others: Mapping[str, Mapping[str, float]]) -> None:
+def _size_panel(ax: Axes, sizes: Mapping[str, GlimpseCurve], peers: Mapping[str, Mapping[str, float]]) -> None:
     length = max(curve.options.length for curve in sizes.values())
     for (label, curve), colour in zip(sizes.items(), _SIZES, strict=False):
         steps = _steps(curve.options.length)
         ax.plot(steps, 100 * curve.top1[steps - 1], color=colour, label=f"MambaEye {label}")
         # other models have no glimpses: they stand beside the curves, in the colour of the size
-        for i, (name, marker) in enumerate(zip(others, _MARKERS, strict=False)):
-            if label in others[name]:
-                ax.plot(length * 1.5 ** (i + 1), 100 * others[name][label], marker, color=colour, ms=9, clip_on=False)
-    for name, marker in zip(others, _MARKERS, strict=False):
+        for i, (name, marker) in enumerate(zip(peers, _MARKERS, strict=False)):
+            if label in peers[name]:
+                ax.plot(length * 1.5 ** (i + 1), 100 * peers[name][label], marker, color=colour, ms=9, clip_on=False)
+    for name, marker in zip(peers, _MARKERS, strict=False):
         ax.plot([], [], marker, color=style.MUTED, ms=9, label=name)
     _glimpse_axis(ax, length)
     ax.set_title("image sizes")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,17 @@ from mambascope.commands.options import value_range
 from mambascope.data.batches import Skipped, surveyed
 from mambascope.data.errors import DataError
 from mambascope.data.files import LeftOut, Source, find_images
-from mambascope.data.image_io import BadImageError, open_image
+from mambascope.eye.answers import EyePrediction, predict_eye
 from mambascope.eye.choice import CHOICES, make_chooser
-from mambascope.eye.curves import Chooser, read_glimpses
-from mambascope.eye.dataset import GlimpseOptions, ImageGlimpses
-from mambascope.eye.evaluate import add_glimpse_arguments, canvas, ready_eye
-from mambascope.eye.evaluate import given_options as glimpse_options
-from mambascope.eye.glimpses import Placement, point_positions
+from mambascope.eye.curves import Chooser
+from mambascope.eye.dataset import ImageGlimpses
+from mambascope.eye.evaluate import add_glimpse_arguments, canvas, changed_options, ready_eye
+from mambascope.eye.glimpses import point_positions
 from mambascope.eye.model import MambaEye
-from mambascope.eye.stopping import answer_when_sure
+from mambascope.eye.placement import Placement
 from mambascope.models.preprocessing import stored_value_range
-from mambascope.utils import CommandError, RowWriter, evaluating, open_output
+from mambascope.utils import RowWriter, evaluating, open_output
 
-_NEVER = 2.0  # a threshold that no confidence reaches
-_STRIDE = 256  # glimpses read at once where nothing is checked in between
 _OPTIONS = ("glimpses", "pattern", "resize_mode", "canvas", "points", "choose", "animate")
 
 
@@ -52,31 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def given_options(args: argparse.Namespace) -> list[str]:
     """Options that only a MambaEye has, as far as they are given."""
     return [name for name in _OPTIONS if getattr(args, name) is not None] + ["compat"] * args.compat
-
-
-@dataclass(frozen=True)
-class EyePrediction:
-    """One image's answer.
-
-    Attributes:
-        file: Its path as given.
-        label: Name of the class, or its number.
-        class_index: Number of the class.
-        confidence: Probability of the answer, 0 to 1; it cannot be much larger than the coverage.
-        sure: Confidence measured against what has been seen, 0 to 1.
-        glimpses: Glimpses read.
-        coverage: Share of the image they show.
-        stopped: Whether it stopped because it was sure.
-    """
-
-    file: str
-    label: str
-    class_index: int
-    confidence: float
-    sure: float
-    glimpses: int
-    coverage: float
-    stopped: bool
 
 
 def read_points(path: str) -> np.ndarray:
@@ -124,94 +96,6 @@ def by_points(points: np.ndarray, patch_size: int) -> Chooser:
     return choose
 
 
-def predict_eye(
-    model: MambaEye,
-    sources: Iterator[Source],
-    options: GlimpseOptions,
-    *,
-    threshold: float | None = None,
-    chooser: Chooser | None = None,
-    every: int = 4,
-    seed: int = 0,
-    batch_size: int = 32,
-    skipped: Skipped | None = None,
-    check: Callable[[Placement], object] | None = None,
-) -> Iterator[tuple[list[EyePrediction], ImageGlimpses, list[Source]]]:
-    """Answers for images, a batch at a time, with the glimpses they rest on.
-
-    Args:
-        model: The model.
-        sources: Image files.
-        options: How images become sequences.
-        threshold: Confidence, for what has been seen, to stop at; ``None`` reads every glimpse.
-        chooser: Chooses the positions instead of the options' scan pattern.
-        every: Glimpses between two checks of the threshold.
-        seed: Of random positions.
-        batch_size: Images at a time.
-        skipped: What to do with files that cannot be read.
-        check: Called with every placement; raises :class:`DataError` for an image that the chooser cannot do.
-    """
-    labels, skipped, values = model.labels, skipped or Skipped(False), stored_value_range(model)
-
-    def name(index: int) -> str:
-        return str(labels[index]) if labels and index < len(labels) else str(index)
-
-    number = 0
-    files: list[Source] = []
-    pictures: list[Any] = []
-
-    def answer() -> tuple[list[EyePrediction], ImageGlimpses, list[Source]]:
-        seeds = [(seed, number - len(files) + i) for i in range(len(files))]
-        glimpses = read_glimpses(pictures, options, seeds, chooser)
-        with evaluating(model):
-            result = answer_when_sure(
-                model,
-                glimpses,
-                threshold=_NEVER if threshold is None else threshold,
-                min_coverage=0.05,
-                every=_STRIDE if threshold is None else every,
-            )
-        probabilities = result.logits.float().softmax(1).cpu()
-        best = probabilities.argmax(1).tolist()
-        rows = [
-            EyePrediction(
-                str(file.path),
-                name(best[i]),
-                best[i],
-                float(probabilities[i, best[i]]),
-                float(result.confidence[i]),
-                int(result.used[i]),
-                float(result.coverage[i]),
-                bool(result.stopped[i]),
-            )
-            for i, file in enumerate(files)
-        ]
-        return rows, glimpses, files
-
-    for source in sources:
-        try:
-            picture = open_image(source.path, None, model.in_chans, values)
-            # an image that cannot be placed, or has points outside, is named now and not in the middle of a batch
-            placement = options.place(picture)[1]
-            if check is not None:
-                check(placement)
-        except DataError as error:
-            named = error if isinstance(error, BadImageError) else BadImageError(f"{source.path}: {error}")
-            try:
-                skipped.add(named)
-            except CommandError:
-                if files:
-                    yield answer()
-                raise
-            continue
-        files, pictures, number = [*files, source], [*pictures, picture], number + 1
-        if len(files) == batch_size:
-            yield answer()
-            files, pictures = [], []
-    if files:
-        yield answer()
-
-
 def write_prediction(writer: RowWriter, row: EyePrediction) -> None:
     """Writes one answer."""
     numbers = f"{row.confidence:>10.3f}  {row.sure:>5.3f}  {row.glimpses:>8}  {100 * row.coverage:>4.0f} %"
@@ -248,8 +132,7 @@ def save_films(
         write_film(film, folder / f"{file.name}.{kind}")
 
 
-def run(args: argparse.Namespace) -> int:
-    """The command's body for a MambaEye."""
+def _check(args: argparse.Namespace) -> None:
     for name in ("alpha", "img_size", "save_dir"):
         if getattr(args, name) is not None:
             hint = {"img_size": "; use --canvas", "save_dir": "; use --animate"}.get(name, "")
@@ -262,8 +145,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"seed must not be negative, got {args.seed}")
     if args.points and (args.choose or args.glimpses or args.pattern):
         raise ValueError("points already say where to look: leave --choose, --glimpses and --pattern out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command's body for a MambaEye."""
+    _check(args)
     model = ready_eye(args.checkpoint, args.model, args.device, value_range(args.value_range))
-    options = glimpse_options(model, args)
+    options = changed_options(model, args)
     if args.canvas is not None:
         options = replace(options, canvas_size=canvas(args.canvas))
         if options.canvas_size is None and args.resize_mode is None:

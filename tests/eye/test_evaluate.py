@@ -1,4 +1,4 @@
-"""Accuracy against glimpses, choices and films of a MambaEye, and both tools on good and bad input."""
+"""Both tools with a MambaEye, on good and bad input."""
 
 import csv
 import json
@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,246 +14,13 @@ from PIL import Image
 from mambascope.commands import predict as predict_cli
 from mambascope.eye import MAMBAEYE_CONFIGS, MambaEye
 from mambascope.eye import evaluate as eye_cli
-from mambascope.eye.animation import Film, draw_frame, frame_steps, write_film
-from mambascope.eye.choice import (
-    ByContrast,
-    ByLookahead,
-    local_contrast,
-    make_chooser,
-    places,
-    positions_by_importance,
-)
-from mambascope.eye.curves import StopOptions, evaluate_glimpses, evaluate_stopping, glimpse_macs
+from mambascope.eye.curves import evaluate_glimpses
 from mambascope.eye.dataset import GlimpseOptions
-from mambascope.eye.glimpses import Placement, information_ratio, place_image
-from mambascope.eye.stopping import corrected_confidence
-from mambascope.models import MambaScope, ScopeConfig, VimConfig, VisionMamba
+from mambascope.models import VimConfig, VisionMamba
 from mambascope.models.checkpoint import save_safetensors
+from tests.eye.common import LABELS, OPTIONS
 
 ROOT = Path(__file__).parents[2]
-SMALL = {"embed_dim": 32, "depth": 2, "d_state": 8, "head_dim": 16, "move_dim": 8, "patch_size": 8, "num_classes": 3}
-LABELS = ["ant", "bee", "cat"]
-OPTIONS = GlimpseOptions(length=20, canvas_size=32, patch_size=8)
-
-
-class Pictures:
-    """Seven random pictures of different sizes."""
-
-    def __len__(self):
-        return 7
-
-    def __call__(self, index):
-        rng = np.random.default_rng(index)
-        return Image.fromarray(rng.integers(0, 256, (30 + index, 40, 3), dtype=np.uint8)), index % 3
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    eye = MambaEye(**SMALL).eval()
-    with torch.no_grad():
-        eye.get_classifier().weight.mul_(8)
-    return eye
-
-
-@pytest.fixture(scope="module")
-def checkpoint(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    glimpses = {"length": 20, "canvas_size": 32, "pattern": "random", "resize_mode": "fit", "patch_size": 8}
-    save_safetensors(model, path, {"labels": LABELS, "glimpses": glimpses})
-    return path
-
-
-@pytest.fixture
-def data(tmp_path):
-    for i, name in enumerate(LABELS):
-        (tmp_path / "data" / "val" / name).mkdir(parents=True)
-        for k in range(2):
-            Pictures()(3 * k + i)[0].save(tmp_path / "data" / "val" / name / f"{k}.png")
-    return tmp_path / "data"
-
-
-# ---- curves ----------------------------------------------------------------------------------------------------------
-
-
-def by_hand(model, seed=0):
-    """Logits, coverage and labels of all pictures, each as one whole sequence."""
-    rows = []
-    for i in range(7):
-        picture, label = Pictures()(i)
-        sequence = OPTIONS.sequence(picture, (seed, i))
-        with torch.no_grad():
-            logits = model(sequence.patches[None], sequence.moves[None])[0]
-        rows.append((logits, sequence.information_ratio, label))
-    return torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows]), torch.tensor([r[2] for r in rows])
-
-
-@pytest.mark.parametrize(("batch_size", "chunk"), [(64, 128), (3, 7), (1, 1)])
-def test_curves_equal_whole_sequences(model, batch_size, chunk):
-    logits, coverage, labels = by_hand(model)
-    stop = StopOptions(("confidence", "raw"), every=3, min_coverage=0.1, thresholds=(0.0, 0.3, 0.6, 0.9, 1.1))
-    curve = evaluate_glimpses(model, Pictures(), OPTIONS, stop=stop, batch_size=batch_size, chunk=chunk)
-    assert curve.images == 7
-    correct = logits.argmax(-1) == labels[:, None]
-    assert curve.hits.tolist() == correct.sum(0).tolist()
-    assert curve.mean_coverage == pytest.approx(coverage.mean(0).numpy(), abs=1e-6)
-    for part in curve.stops:
-        sure = corrected_confidence(logits, coverage, part.criterion)
-        for k, threshold in enumerate(stop.thresholds):
-            checks = [*range(2, 19, 3), 19]
-            ends = [
-                next((t for t in checks if sure[i, t] >= threshold and coverage[i, t] >= 0.1), 19) for i in range(7)
-            ]
-            assert part.used[k] == sum(e + 1 for e in ends)
-            assert part.hits[k] == sum(int(correct[i, e]) for i, e in enumerate(ends))
-    # really stopping gives what the sweep promised
-    middle = curve.stops[0]
-    top1, used, count = evaluate_stopping(model, Pictures(), OPTIONS, threshold=0.6, stop=stop, batch_size=batch_size)
-    assert (top1, used, count) == (middle.top1[2], pytest.approx(middle.mean_glimpses[2]), 7)
-    assert curve.needed(-1.0) == 1
-    assert curve.needed(1.1) is None
-    assert middle.choose(0.0) == int(np.flatnonzero(middle.used == middle.used.min())[0])
-    assert middle.choose(2.0) == int(middle.top1.argmax())
-
-
-def test_never_more_logits_than_a_chunk(model):
-    sizes = []
-    handle = model.classification_head.register_forward_hook(lambda _m, _i, out: sizes.append(out.shape[:2].numel()))
-    evaluate_glimpses(model, Pictures(), OPTIONS, batch_size=4, chunk=6)
-    handle.remove()
-    assert max(sizes) == 4 * 6
-    assert sum(sizes) == 7 * 20
-
-
-def test_cost_of_a_glimpse_is_the_published_one():
-    for size, macs in (("tiny", 6.93), ("small", 13.28), ("base", 25.97)):
-        assert glimpse_macs(MAMBAEYE_CONFIGS[f"mambaeye_{size}"]) / 1e6 == pytest.approx(macs, abs=0.006)
-
-
-# ---- choices ---------------------------------------------------------------------------------------------------------
-
-
-def test_important_places_are_seen_more_often():
-    placement = Placement.centred(40, 56, 64)
-    rows, columns = places(placement, 16)
-    spans = placement.spans(16)
-    assert (rows[0], rows[-1] + 16, columns[0], columns[-1] + 16) == (*spans[0], *spans[1])
-    importance = torch.zeros(5, 7)
-    importance[4, 6] = 1
-    sharp = positions_by_importance(importance, placement, 200, sharpness=50, seed=1)
-    corner = np.array([placement.top + 40 - 16, placement.left + 56 - 16])
-    assert np.abs(sharp - corner).max() <= 3
-    for flat in ({"sharpness": 0}, {}):  # the map is not looked at, or it shows nothing
-        even = positions_by_importance(importance * bool(flat), placement, 3000, seed=1, **flat)
-        assert np.abs(even.mean(0) - [rows.mean(), columns.mean()]).max() < 1
-        assert (even.min(0) == [rows[0], columns[0]]).all()
-        assert (even.max(0) == [rows[-1], columns[-1]]).all()
-    assert np.array_equal(sharp, positions_by_importance(importance, placement, 200, sharpness=50, seed=1))
-    # twice as important is twice as often
-    halves = torch.cat([torch.ones(8, 4), 2 * torch.ones(8, 4)], 1)
-    wide = Placement.centred(16, 400, 400)
-    often = positions_by_importance(halves, wide, 20_000, patch_size=16, seed=0)[:, 1]
-    assert (often >= 230).sum() / (often < 154).sum() == pytest.approx(2, rel=0.1)
-    for bad in (torch.zeros(3), torch.full((2, 2), float("nan")), -torch.ones(2, 2)):
-        with pytest.raises(ValueError, match="importance must be a finite map"):
-            positions_by_importance(bad, placement, 5)
-
-
-def test_contrast_finds_the_detail():
-    pixels = np.full((64, 64, 3), 90, dtype=np.uint8)
-    pixels[40:56, 8:24] = np.random.default_rng(0).integers(0, 256, (16, 16, 3))
-    canvas, placement = place_image(pixels, 64)
-    contrast = local_contrast(canvas)
-    assert contrast.shape == (64, 64)
-    assert contrast[44:52, 12:20].min() > 10 * contrast[:32, 32:].max()
-    (positions,) = ByContrast(50, 16)([canvas], [placement], [(0, 0)])
-    overlaps = (np.abs(positions - [40, 8]) < 16).all(1)
-    assert overlaps.mean() > 0.9  # a random scan has one in five
-
-
-def test_lookahead_takes_the_surest_of_its_candidates(model):
-    canvas, placement = OPTIONS.place(Pictures()(0)[0])
-    chooser = ByLookahead(model, 6, candidates=3)
-    (positions,) = chooser([canvas], [placement], [(0, 5)])
-    assert chooser.cost == 4
-    # the first glimpse by hand
-    rng, (rows, columns) = np.random.default_rng((0, 5)), places(placement, 8)
-    picked = [rng.integers(0, len(axis), 3) for axis in (rows, columns)]
-    cells = np.stack([rows[picked[0]], columns[picked[1]]], 1)
-    sure = []
-    for row, column in cells.tolist():
-        patch = canvas[:, row : row + 8, column : column + 8].reshape(1, -1)
-        with torch.no_grad():
-            logits = model.step(model.start(1), patch, torch.zeros(1, 2)).logits
-        ratio = torch.tensor(information_ratio([[row, column]], placement, 8))
-        sure.append(corrected_confidence(logits, ratio).item())
-    assert positions[0].tolist() == cells[int(np.argmax(sure))].tolist()
-    both = chooser([canvas, canvas], [placement, placement], [(0, 5), (0, 6)])
-    assert np.array_equal(both[0], positions)  # a batch does not change it
-
-
-def test_chooser_names(model, tmp_path):
-    scope = MambaScope(ScopeConfig(img_size=32, patch_size=4, embed_dim=16, depth=1, num_classes=3))
-    save_safetensors(scope, tmp_path / "scope.safetensors")
-    chooser = make_chooser(f"scope:{tmp_path / 'scope.safetensors'}", model, 9)
-    canvas, placement = OPTIONS.place(Pictures()(1)[0])
-    (positions,) = chooser([canvas], [placement], [(0, 1)])
-    assert positions.shape == (9, 2)
-    assert chooser.importance(canvas).shape == (4, 4)
-    assert make_chooser("lookahead:2", model, 9).candidates == 2
-    for bad in ("best", "lookahead:0", "contrast:3"):
-        with pytest.raises(ValueError, match="choice must be contrast, scope:WEIGHTS or lookahead"):
-            make_chooser(bad, model, 9)
-    save_safetensors(model, tmp_path / "eye.safetensors")
-    with pytest.raises(ValueError, match="needs a MambaScope, got a MambaEye"):
-        make_chooser(f"scope:{tmp_path / 'eye.safetensors'}", model, 9)
-
-
-# ---- films -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def film():
-    rng = np.random.default_rng(0)
-    canvas = np.full((40, 40, 3), 200, dtype=np.uint8)
-    probabilities = rng.dirichlet(np.ones(3), 9).astype(np.float32)
-    positions = np.array([[0, 0], [8, 8], [32, 32], *[[16, 0]] * 6])
-    return Film(canvas, positions, probabilities, np.linspace(0.1, 0.9, 9, dtype=np.float32), 8, LABELS, "a.png", True)
-
-
-def test_frames_show_what_was_seen(film):
-    first, third = (np.array(draw_frame(film, step)) for step in (1, 3))
-    assert first.shape == third.shape
-    scale, left, top = 256 / 40, 12, 36
-
-    def at(frame, row, column):
-        return frame[top + int(row * scale), left + int(column * scale)].tolist()
-
-    assert at(first, 4, 4) == at(third, 4, 4) == [200] * 3
-    assert at(first, 36, 36) == [56] * 3  # not seen yet
-    assert at(third, 36, 36) == [200] * 3
-
-
-@pytest.mark.parametrize(("ending", "frames"), [("gif", 60), ("png", 4)])
-def test_films_are_animations(film, tmp_path, ending, frames):
-    path = write_film(film, tmp_path / "new" / f"a.{ending}", frames=frames)
-    with Image.open(path) as image:
-        # the last glimpses look alike, and GIF joins equal frames
-        assert 4 <= image.n_frames <= 9
-        assert image.format == ending.upper()
-    with pytest.raises(ValueError, match=r"written as \.gif or \.png"):
-        write_film(film, tmp_path / "a.mp4")
-
-
-def test_frame_steps():
-    assert frame_steps(5, 60) == [1, 2, 3, 4, 5]
-    steps = frame_steps(4096, 40)
-    assert (steps[0], steps[-1]) == (1, 4096)
-    assert len(steps) <= 41
-    assert steps[:10] == list(range(1, 11))
-
-
-# ---- tools -----------------------------------------------------------------------------------------------------------
 
 
 def run(main, capsys, *argv):
@@ -284,8 +50,8 @@ def test_evaluation_writes_table_numbers_and_picture(model, checkpoint, data, tm
     expected = evaluate_glimpses(
         model, eye_cli.EyeData(model, checkpoint, str(data), "validation", 1).pictures, OPTIONS
     )
-    own = [r for r in rows if r["size"] == "32²" and r["order"] == "random"]
-    assert [float(r["top1"]) for r in own] == pytest.approx(expected.top1.tolist(), abs=1e-6)
+    base = [r for r in rows if r["size"] == "32²" and r["order"] == "random"]
+    assert [float(r["top1"]) for r in base] == pytest.approx(expected.top1.tolist(), abs=1e-6)
     stops = list(csv.DictReader((tmp_path / "report" / "early_stop.csv").open()))
     assert {r["criterion"] for r in stops} == {"confidence", "raw"}
     assert (tmp_path / "report" / "accuracy.png").stat().st_size > 10_000

@@ -14,18 +14,16 @@ from mambascope.data.errors import DataError
 from mambascope.eye.dataset import GlimpseDataset, GlimpseOptions, ImageGlimpses
 from mambascope.eye.glimpses import (
     Coverage,
-    Placement,
     extract_patches,
     information_ratio,
     make_sequence,
     moves_from_positions,
-    paste,
-    place_image,
     point_positions,
     scan_positions,
     training_positions,
 )
 from mambascope.eye.patterns import GRID_ORDERS, LEGACY_PATTERNS, PATTERNS
+from mambascope.eye.placement import Placement, paste, place_image
 from tests.conftest import GOLDEN
 
 
