@@ -140,7 +140,7 @@ def _answers(
             float(result.confidence[i]),
             int(result.used[i]),
             float(result.coverage[i]),
-            bool(result.stopped[i]),
+            bool(result.exited[i]),
         )
         for i, (file, index) in enumerate(zip(files, classes, strict=True))
     ]

@@ -22,7 +22,7 @@ from mambascope.eye.dataset import GlimpseOptions, ImageGlimpses
 from mambascope.eye.glimpses import information_ratio
 from mambascope.eye.model import MambaEye
 from mambascope.eye.placement import Placement
-from mambascope.eye.stopping import AnytimeResult, answer_when_sure, corrected_confidence
+from mambascope.eye.stopping import AnytimeResult, CoverageGate, Glance, answer_when_sure
 from mambascope.utils import evaluating, model_device
 
 THRESHOLDS = tuple(i / 100 for i in range(5, 101))
@@ -195,6 +195,7 @@ class _Stops:
 
     def __init__(self, curve: StopCurve, options: StopOptions, batch: int) -> None:
         self.curve, self.options = curve, options
+        self.gate = CoverageGate(curve.criterion, options.min_coverage)
         self.open = torch.ones(batch, len(curve.thresholds), dtype=torch.bool)
         self.thresholds = torch.from_numpy(curve.thresholds)
 
@@ -207,9 +208,8 @@ class _Stops:
 
     def check(self, logits: Tensor, coverage: Tensor, correct: Tensor, step: int, last: bool) -> None:
         """Closes what is sure now (everything after the last glimpse) and counts it."""
-        sure = corrected_confidence(logits, coverage, self.curve.criterion)
-        now = (sure[:, None] >= self.thresholds) & (coverage >= self.options.min_coverage)[:, None]
-        closes = self.open if last else self.open & now
+        _, exited = self.gate.decide(Glance(logits, coverage), self.thresholds)
+        closes = self.open if last else self.open & exited
         self.curve.used += step * closes.sum(0).numpy()
         self.curve.hits += (closes & correct[:, None]).sum(0).numpy()
         self.open = self.open & ~closes

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from mambascope.eye.model import MambaEye
+from mambascope.models.gate import Gate
 
 CRITERIA = ("confidence", "margin", "entropy", "raw")
 
@@ -65,6 +66,57 @@ def corrected_confidence(logits: Tensor, coverage: Tensor, criterion: str = "con
     return torch.where(r > 0, score, 0).clamp(0, 1)
 
 
+class Glance(NamedTuple):
+    """What a MambaEye leaves after some glimpses.
+
+    Attributes:
+        logits: Its answer [B, C].
+        coverage: Information ratio of the glimpses read [B].
+    """
+
+    logits: Tensor
+    coverage: Tensor
+
+
+class CoverageGate(Gate):
+    """Confidence measured against what has been seen: the gate of a MambaEye.
+
+    Args:
+        criterion: See :func:`corrected_confidence`.
+        min_coverage: No image exits below this information ratio, where dividing by it only magnifies noise.
+
+    Raises:
+        ValueError: If an option does not have an accepted value.
+    """
+
+    def __init__(self, criterion: str = "confidence", min_coverage: float = 0.05) -> None:
+        super().__init__()
+        if criterion not in CRITERIA:
+            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+        if not 0 <= min_coverage <= 1:
+            raise ValueError(f"min_coverage must lie in [0, 1], got {min_coverage!r}")
+        self.criterion, self.min_coverage = criterion, min_coverage
+
+    def forward(self, coarse: Glance) -> Tensor:
+        """Confidence [B] of the answers so far."""
+        return corrected_confidence(coarse.logits, coarse.coverage, self.criterion)
+
+    def decide(self, glance: Glance, threshold: float | Tensor) -> tuple[Tensor, Tensor]:
+        """How sure the answers are, and which images exit.
+
+        Args:
+            glance: Of the images.
+            threshold: Confidence at which an image exits, or several [K]; above 1 none does.
+
+        Returns:
+            Confidence [B], and whether the image exits [B], bool; [B, K] at several thresholds.
+        """
+        confidence, enough = self(glance), glance.coverage >= self.min_coverage
+        if isinstance(threshold, Tensor):
+            return confidence, (confidence[:, None] >= threshold) & enough[:, None]
+        return confidence, (confidence >= threshold) & enough
+
+
 class GlimpseReader(Protocol):
     """Glimpses of a batch of images, read when they are needed."""
 
@@ -92,7 +144,7 @@ class AnytimeResult:
     Attributes:
         logits: Answer of each image [B, C].
         used: Glimpses read for it [B] int64.
-        stopped: Whether it stopped before the last glimpse [B] bool.
+        exited: Whether it exited before the last glimpse [B] bool.
         confidence: Corrected confidence of the answer [B].
         coverage: Information ratio when it was given [B].
         steps_computed: Glimpses the model processed in all: the sum of ``used``.
@@ -100,7 +152,7 @@ class AnytimeResult:
 
     logits: Tensor
     used: Tensor
-    stopped: Tensor
+    exited: Tensor
     confidence: Tensor
     coverage: Tensor
     steps_computed: int
@@ -121,22 +173,19 @@ def answer_when_sure(
 
     Args:
         model: The model, in evaluation mode.
-        glimpses: Where patches come from; those after an image has stopped are never read.
-        threshold: Corrected confidence at which an image stops; above 1 never.
-        criterion: See :func:`corrected_confidence`.
-        min_coverage: No image stops below this information ratio, where dividing by it only magnifies noise.
+        glimpses: Where patches come from; those after an image has exited are never read.
+        threshold: Corrected confidence at which an image exits; above 1 never.
+        criterion: Of the :class:`CoverageGate`.
+        min_coverage: Of the gate.
         every: Glimpses between two checks.
         max_glimpses: Most glimpses per image; ``None`` for all there are.
 
     Raises:
         ValueError: If an option does not have an accepted value, or a batch holds no glimpse.
     """
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+    gate = CoverageGate(criterion, min_coverage)
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a positive integer, got {every!r}")
-    if not 0 <= min_coverage <= 1:
-        raise ValueError(f"min_coverage must lie in [0, 1], got {min_coverage!r}")
     length = glimpses.length if max_glimpses is None else min(glimpses.length, max_glimpses)
     if length < 1 or len(glimpses) < 1:
         raise ValueError(f"glimpses must hold at least one glimpse, got {len(glimpses)} images of {length}")
@@ -153,16 +202,15 @@ def answer_when_sure(
         computed += len(state) * (stop - start)
         assert state.logits is not None
         seen = coverage[:, -1]
-        sure = corrected_confidence(state.logits, seen, criterion)
-        done = (sure >= threshold) & (seen >= min_coverage)
-        leaves = torch.ones_like(done) if stop == length else done
+        confidence, exited = gate.decide(Glance(state.logits, seen), threshold)
+        leaves = torch.ones_like(exited) if stop == length else exited
         rows = leaves.nonzero().squeeze(1)
         if rows.numel():
-            early = done[rows] & (stop < length)
-            finished.append((active[rows], state.logits[rows], state.steps[rows], early, sure[rows], seen[rows]))
+            early = exited[rows] & (stop < length)
+            finished.append((active[rows], state.logits[rows], state.steps[rows], early, confidence[rows], seen[rows]))
             if rows.numel() == len(state):
                 break
             active, state = active[~leaves], state.index_select(~leaves)
     index, *parts = (torch.cat(part) for part in zip(*finished, strict=True))
-    logits, used, stopped, confidence, covered = (part[index.argsort()] for part in parts)
-    return AnytimeResult(logits, used, stopped, confidence, covered, computed)
+    logits, used, early, confidence, seen = (part[index.argsort()] for part in parts)
+    return AnytimeResult(logits, used, early, confidence, seen, computed)

@@ -47,7 +47,7 @@ def confidence(logits: Tensor) -> Tensor:
 
 
 class Gate(nn.Module):
-    """How sure the coarse answer is.
+    """How sure an answer is: of MambaScope's coarse look, of a dense model's, of a MambaEye after some glimpses.
 
     Training a model does not train its gate: no loss reads the confidence unless one's own does.
 
@@ -59,8 +59,13 @@ class Gate(nn.Module):
         super().__init__()
         del config
 
-    def forward(self, coarse: CoarseState) -> Tensor:
-        """Confidence [B], 0 to 1, in at least fp32."""
+    def forward(self, coarse: Any) -> Tensor:
+        """Confidence [B], 0 to 1, in at least fp32.
+
+        Args:
+            coarse: What was left behind with the answer; of MambaScope a
+                :class:`~mambascope.models.states.CoarseState`.
+        """
         raise NotImplementedError
 
 

@@ -6,7 +6,8 @@ import torch
 
 from mambascope.eye import MambaEye
 from mambascope.eye.dataset import GlimpseOptions, ImageGlimpses
-from mambascope.eye.stopping import answer_when_sure, corrected_confidence
+from mambascope.eye.stopping import CoverageGate, Glance, answer_when_sure, corrected_confidence
+from mambascope.models.gate import Gate, MaxProbability
 
 SMALL = {"embed_dim": 32, "depth": 3, "d_state": 8, "head_dim": 16, "move_dim": 8, "patch_size": 4, "num_classes": 5}
 
@@ -32,6 +33,22 @@ def test_confidence_is_measured_against_coverage():
         corrected_confidence(torch.zeros(3), torch.tensor(1.5))
 
 
+def test_the_gate_decides_as_all_gates_do():
+    logits, coverage = 2 * torch.randn(40, 5), torch.linspace(0, 1, 40)
+    gate = CoverageGate("confidence", min_coverage=0.3)
+    assert isinstance(gate, Gate)
+    confidence, exited = gate.decide(Glance(logits, coverage), 0.6)
+    assert torch.equal(confidence, corrected_confidence(logits, coverage))
+    assert torch.equal(exited, (confidence >= 0.6) & (coverage >= 0.3))
+    assert 0 < exited.sum() < (confidence >= 0.6).sum()
+    several = gate.decide(Glance(logits, coverage), torch.tensor([0.2, 0.6, 2.0]))[1]
+    assert torch.equal(several[:, 1], exited)
+    assert not several[:, 2].any()
+    # without correction it is the gate of a classifier
+    glance = Glance(logits, coverage)
+    torch.testing.assert_close(CoverageGate("raw")(glance), MaxProbability()(glance))
+
+
 @pytest.fixture
 def reader():
     rng = np.random.default_rng(0)
@@ -54,12 +71,12 @@ def test_early_stopping_compacts_the_batch(reader):
     model.init_fc.register_forward_hook(lambda _m, inputs, _o: rows_read.append(inputs[0].shape[:2].numel()))
     result = answer_when_sure(model, reader, threshold=threshold, min_coverage=0.2, every=4)
     assert sum(rows_read) == result.steps_computed == result.used.sum()  # what has stopped is not computed any more
-    assert result.stopped.sum() == 3
+    assert result.exited.sum() == 3
     # every image is answered as it would be alone, at the first check where it is sure
     for i in range(6):
         first = next((t for t in checks.tolist() if sure[i, t] >= threshold and ratios[i, t] >= 0.2), 49)
         assert result.used[i] == first + 1
-        assert bool(result.stopped[i]) == (first < 49)
+        assert bool(result.exited[i]) == (first < 49)
         assert torch.allclose(result.logits[i], logits[i, first], atol=1e-4)
         assert result.confidence[i] == pytest.approx(sure[i, first].item(), abs=1e-4)
         assert result.coverage[i] == ratios[i, first]
@@ -69,10 +86,10 @@ def test_thresholds_at_the_ends(reader):
     model = MambaEye(**SMALL).eval()
     never = answer_when_sure(model, reader, threshold=1.1, every=16)
     assert never.used.tolist() == [50] * 6
-    assert not never.stopped.any()
+    assert not never.exited.any()
     always = answer_when_sure(model, reader, threshold=0, min_coverage=0, every=1)
     assert always.used.tolist() == [1] * 6
-    assert always.stopped.all()
+    assert always.exited.all()
     assert answer_when_sure(model, reader, threshold=1.1, max_glimpses=7).used.tolist() == [7] * 6
     for bad, message in (
         ({"every": 0}, "every must be a positive integer"),
