@@ -53,13 +53,13 @@ def run(code, folder, env):
 @pytest.mark.parametrize(
     ("wings", "architectures"),
     [
-        (("eye",), {"vim", "mambascope", "reduced_vim", "timm"}),
-        (("peers",), {"vim", "mambascope", "mambaeye"}),
+        (("eye",), "vim mambascope reduced_vim timm"),
+        (("peers",), "vim mambascope mambaeye"),
     ],
-    ids=" ".join,
+    ids=["eye", "peers"],
 )
 def test_each_wing_can_be_deleted(wings, architectures, tmp_path):
-    assert set(run(USE, tmp_path, without(wings, tmp_path)).split()) == architectures
+    assert set(run(USE, tmp_path, without(wings, tmp_path)).split()) == set(architectures.split())
 
 
 def test_the_classifier_trains_evaluates_and_predicts_without_any_wing(tmp_path):
