@@ -6,6 +6,6 @@ Modules (imported one by one, so that a command pays only for what it uses):
   choose one.
 - ``throughput``: measured milliseconds per image. ``machine``: what they were measured on.
 - ``report``: the report folder that training and evaluation leave behind. ``tables``: its text.
-- ``examples``, ``figures``: images and pictures in it. ``options``: what it takes. ``published``: figures of the papers.
-  ``after_training``: the report of a run.
+- ``examples``, ``figures``: images and pictures in it. ``options``: what it takes. ``after_training``: that of a run.
+- ``published``: figures of the papers.
 """

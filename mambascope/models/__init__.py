@@ -1,11 +1,12 @@
 """The method, the encoder that it stands on, and what every model needs.
 
-- The method: ``scope`` and, as it is read, ``cells``, ``scores``, ``gate``, ``states``, ``losses``; ``scope_maps`` is what
-  timm asks of it, ``two_stage`` how others ask whether a model has two stages. The encoder: ``vim``.
+- The method: ``scope`` and, as it is read, ``cells``, ``scores``, ``gate``, ``states``, ``losses``. ``scope_maps``:
+  what timm asks of it. ``two_stage``: whether a model has two stages. The encoder: ``vim``.
 - Configs: ``configs``, ``meaning`` (what their fields mean to weights), ``retired``. Kinds of models:
   ``architectures``, ``registry`` (timm).
-- Weights: ``checkpoint``, ``description``, ``tables``, ``reading``, ``weights``, ``hub``, ``ready``.
-- Images: ``preprocessing``, ``pictures``, ``picture_files``. Cost: ``cost``, ``flop_count``. Use: ``engine``, ``export``.
+- Weights: ``checkpoint``, ``description``, ``tables``, ``reading``, ``saving``, ``weights``, ``hub``, ``ready``.
+- Images: ``preprocessing``, ``pictures``, ``picture_files``. Cost: ``cost``, ``flop_count``.
+- Use: ``engine``, ``export``.
 """
 
 from mambascope.models.checkpoint import LoadReport, load_checkpoint, load_model, read_state_dict, save_safetensors

@@ -1,6 +1,7 @@
 """Pictures of what a model does, written as PNG files without a display.
 
-``looks``: the method on one image. ``tradeoff``: accuracy against cost of one model. ``methods``: of several methods. ``heatmaps``: importance and refined
+``looks``: the method on one image.
+``tradeoff``: accuracy against cost of one model. ``methods``: of several. ``heatmaps``: importance and refined
 cells on the images. ``exits``: which images left after the coarse look (the paper's Figure 8). ``curves``: training
 curves from Lightning's CSV log. ``dense``: what dense models predict.
 
