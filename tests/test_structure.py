@@ -167,7 +167,12 @@ def test_types_of_models_are_asked_for_in_models_and_wings_only(name):
 
 
 def test_the_method_is_short():
+    from dataclasses import fields
+
+    from mambascope import ScopeConfig, VimConfig
+
     assert len((PACKAGE / "models" / "scope.py").read_text().splitlines()) <= 250
+    assert len({f.name for f in fields(ScopeConfig)} - {f.name for f in fields(VimConfig)}) <= 14
 
 
 SIZED = [p for folder in ("mambascope", "tests", "benchmarks", "tools") for p in sorted((ROOT / folder).rglob("*.py"))]
