@@ -212,28 +212,36 @@ def test_a_training_that_fails_ends_with_one_line(here, capsys):
     assert error.count("\n") == 1
 
 
-def test_several_trainings_at_a_time_give_the_same(here, tmp_path):
-    ended = run(here / "tiny.yaml", "--jobs", "3", "--out", "out", "--device", "cpu", cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("] training ") == 4
-    assert "vim, seed 0: vim_nano_patch8_64" in ended.stderr
+def here_and_now(folder, monkeypatch, *argv):
+    """The command in this process; the trainings that it starts are processes as always."""
+    monkeypatch.chdir(folder)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    return main([*map(str, argv), "--device", "cpu"])
+
+
+def test_several_trainings_at_a_time_give_the_same(here, tmp_path, monkeypatch, capfd):
+    assert here_and_now(tmp_path, monkeypatch, here / "tiny.yaml", "--jobs", 3, "--out", "out") == 0
+    output = capfd.readouterr()
+    assert output.out.count("] training ") == 4
+    assert "vim, seed 0: vim_nano_patch8_64" in output.err
     figures = [[(r["entry"], r["setting"], r["top1_mean"]) for r in table(folder)] for folder in (here, tmp_path)]
     assert figures[0] == figures[1]
 
 
-def test_a_failing_training_stops_the_others_and_is_named(here, tmp_path):
+def test_a_failing_training_stops_the_others_and_is_named(here, tmp_path, monkeypatch, capfd):
     entries = read_list(str(here / "tiny.yaml")).entries
     config = entries["vim"].config
     wrong = {"label": "a", "config": config, "start": "short", "options": {"model": {"net": {"args": {"width": 3}}}}}
     long = {"label": "b", "config": config, "options": {"trainer": {"max_epochs": 100000}}}
     short = {"label": "c", "config": config, "options": {"trainer": {"max_epochs": 20}}}
     path = comparison(tmp_path, entries={"long": long, "short": short, "wrong": wrong}, baseline="long", curve=None)
-    ended = run(path, "--jobs", "2", cwd=tmp_path)
-    assert ended.returncode == 1
-    last = ended.stderr.splitlines()[-1]
-    assert "trainings/wrong-" in last
-    assert "unknown model argument width" in last
-    assert "Traceback" not in ended.stderr
+    capfd.readouterr()
+    assert here_and_now(tmp_path, monkeypatch, path, "--jobs", 2) == 1
+    error = capfd.readouterr().err
+    assert "trainings/wrong-" in error.splitlines()[-1]
+    assert "unknown model argument width" in error.splitlines()[-1]
+    assert "Traceback" not in error
     assert list(tmp_path.glob("runs/compare/tiny/trainings/long-*/checkpoints/last.ckpt"))  # it had saved its state
 
 
@@ -242,31 +250,46 @@ def test_jobs_must_be_positive(here, capsys):
     assert capsys.readouterr().err == "error: jobs must be at least 1, got 0\n"
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_trainings_go_on(signum, jobs, tmp_path):
-    path = comparison(tmp_path, options={"trainer": {"max_epochs": 40}}, curve=None, seeds=list(range(jobs)))
+def interrupted(path, jobs, signum, steps, cwd):
+    """Runs the command, ends it by a signal once every training has saved so many steps; returns what all saved."""
     command = [sys.executable, str(TOOL), str(path), "--entries", "vim", "--jobs", str(jobs)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), **pipes)
+    process = subprocess.Popen(command, cwd=cwd, env=environment(), **pipes)
     end = time.monotonic() + 200
-    while len(list(tmp_path.glob("runs/compare/tiny/trainings/*/checkpoints/last.ckpt"))) < jobs:
+    while len(saved := saved_steps(cwd)) < jobs or min(saved) < steps:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.05)
     os.kill(process.pid, signum)
-    _, err = process.communicate(timeout=200)  # returns when the trainings have ended too: they hold the same pipe
-    runs = sorted(tmp_path.glob("runs/compare/tiny/trainings/*"))
-    assert len(runs) == jobs
-    assert not any((run_dir / "model.safetensors").exists() for run_dir in runs)
+    _, err = process.communicate(timeout=200)
+    before = []
+    while before != (saved := saved_steps(cwd)):  # trainings whose parent was killed save their state and end
+        before = saved
+        time.sleep(1)
     if signum == signal.SIGINT:
-        assert process.returncode == 130
+        assert process.returncode == 130, err
         assert "Traceback" not in err
         assert err.endswith("interrupted\n")
-    checkpoints = [run_dir / "checkpoints" / "last.ckpt" for run_dir in runs]
-    saved = [torch.load(path, weights_only=True)["global_step"] for path in checkpoints]
-    ended = run(path, "--entries", "vim", "--jobs", "1", cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("resumed from") == jobs
-    for steps, run_dir in zip(saved, runs, strict=True):
-        assert 0 < steps < mambascope.load(run_dir / "model.safetensors").description["steps"] == 160
+    runs = sorted(cwd.glob("runs/compare/tiny/trainings/*"))
+    assert len(runs) == jobs
+    assert not any((run_dir / "model.safetensors").exists() for run_dir in runs)
+    return saved
+
+
+def saved_steps(cwd):
+    paths = sorted(cwd.glob("runs/compare/tiny/trainings/*/checkpoints/last.ckpt"))
+    return [torch.load(path, weights_only=True)["global_step"] for path in paths]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_killed_and_interrupted_trainings_go_on(jobs, tmp_path, monkeypatch, capfd):
+    options = {"trainer": {"max_epochs": 60, "check_val_every_n_epoch": 60}}
+    path = comparison(tmp_path, options=options, curve=None, seeds=list(range(jobs)))
+    killed = interrupted(path, jobs, signal.SIGKILL, 1, tmp_path)
+    stopped = interrupted(path, jobs, signal.SIGINT, max(killed) + 1, tmp_path)
+    assert all(0 < a < b for a, b in zip(killed, stopped, strict=True))
+    capfd.readouterr()
+    assert here_and_now(tmp_path, monkeypatch, path, "--entries", "vim", "--jobs", 1) == 0
+    assert capfd.readouterr().out.count("resumed from") == jobs
+    for steps, run_dir in zip(stopped, sorted(tmp_path.glob("runs/compare/tiny/trainings/*")), strict=True):
+        assert steps < mambascope.load(run_dir / "model.safetensors").description["steps"] == 240
