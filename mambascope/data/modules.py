@@ -42,13 +42,6 @@ def is_module_name(name: str) -> bool:
     return name in DATA_MODULES or (_CLASS_PATH.fullmatch(name) is not None and not Path(name).exists())
 
 
-def run_data(config: Path, model: Any) -> ResumableDataModule:
-    """The data that a run was trained with."""
-    module = run_module(config)
-    fit_data(module, model, str(config))
-    return module
-
-
 def fit_data(module: LightningDataModule, model: Any, where: str) -> None:
     """Makes a data module's images fit a model, as far as it says how many classes and channels they have.
 
