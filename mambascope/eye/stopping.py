@@ -25,9 +25,8 @@ def corrected_confidence(logits: Tensor, coverage: Tensor, criterion: str = "con
     """How sure an answer is, 0 to 1, where 1 is as sure as training allows at this coverage.
 
     ``confidence``: ``(p_1 - (1 - r) / C) / r``, the largest probability with the target's two parts undone; an even
-    answer comes out as chance, ``1 / C``. ``margin``:
-    ``(p_1 - p_2) / r``. ``entropy``: ``(log C - H(p)) / (log C - H(q_r))``, the share of the reachable information.
-    ``raw``: ``p_1``, not corrected.
+    answer comes out as chance, ``1 / C``. ``margin``: ``(p_1 - p_2) / r``. ``entropy``:
+    ``(log C - H(p)) / (log C - H(q_r))``, the share of the reachable information. ``raw``: ``p_1``, not corrected.
 
     Args:
         logits: [..., C].
@@ -146,7 +145,7 @@ class AnytimeResult:
         used: Glimpses read for it [B] int64.
         exited: Whether it exited before the last glimpse [B] bool.
         confidence: Corrected confidence of the answer [B].
-        coverage: Information ratio when it was given [B].
+        coverage: Information ratio of the glimpses read for it [B].
         steps_computed: Glimpses the model processed in all: the sum of ``used``.
     """
 
