@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from mambascope.data.image_io import open_image
     from mambascope.data.scopedigits import ScopeDigits
     from mambascope.data.scopedigits_config import ScopeDigitsConfig
+    from mambascope.data.small_datamodule import SmallImageDataModule
 
 DATA_MODULES = {
     "ImageDataModule": "mambascope.data.image_datamodule",
     "ScopeDigitsDataModule": "mambascope.data.digits_datamodule",
+    "SmallImageDataModule": "mambascope.data.small_datamodule",
 }
 """The file of each data module that ``--data NAME`` means; wings add theirs."""
 
@@ -36,6 +38,7 @@ __all__ = [
     "ScopeDigits",
     "ScopeDigitsConfig",
     "ScopeDigitsDataModule",
+    "SmallImageDataModule",
     "load_data_modules",
     "open_image",
 ]
