@@ -46,6 +46,7 @@ class EarlyExit:
         names = [output.name for output in self.coarse.get_outputs()]
         coarse = dict(zip(names, self.coarse.run(None, {"images": images})))  # noqa: B905 (any Python 3)
         confidence, logits = coarse["confidence"], coarse["logits"].copy()
+        coarse["coarse_logits"] = coarse["logits"]  # as the fine model calls them where both looks answer
         # at 0 and 1 the threshold alone decides, whatever the confidences round to
         exited = confidence >= self.threshold if 0 < self.threshold < 1 else np.full(len(images), self.threshold <= 0)
         rows = np.flatnonzero(~exited)

@@ -1,6 +1,7 @@
 """Building blocks of the encoders: norm, mixer, block, patch and position embedding, stem, feature reuse, rows."""
 
 from mambascope.layers.block import VimBlock
+from mambascope.layers.look import LookOffsets
 from mambascope.layers.mixer import BidirectionalMamba
 from mambascope.layers.norm import RMSNorm
 from mambascope.layers.patch_embed import PatchEmbed, pad_to
@@ -15,6 +16,7 @@ __all__ = [
     "BlockTrace",
     "ConvStem",
     "FeatureReuse",
+    "LookOffsets",
     "PatchEmbed",
     "RMSNorm",
     "VimBlock",

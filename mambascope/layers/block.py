@@ -5,6 +5,7 @@ from __future__ import annotations
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from mambascope.layers.look import BlockOffsets
 from mambascope.layers.mixer import BidirectionalMamba
 from mambascope.layers.norm import RMSNorm
 from mambascope.layers.trace import BlockTrace
@@ -29,7 +30,11 @@ class VimBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(
-        self, hidden: Tensor, residual: Tensor | None, trace: tuple[str, ...] = ()
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        trace: tuple[str, ...] = (),
+        offsets: BlockOffsets | None = None,
     ) -> tuple[Tensor, Tensor, BlockTrace | None]:
         """Mixes the tokens of the residual stream.
 
@@ -37,12 +42,17 @@ class VimBlock(nn.Module):
             hidden: Output of the block before [B, L, d].
             residual: Residual stream that it joins [B, L, d].
             trace: Fields of :class:`~mambascope.layers.trace.BlockTrace` that are wanted.
+            offsets: What this look adds to the parameters.
 
         Returns:
             The block's output [B, L, d], the residual stream that it joins [B, L, d] and, if asked for, the trace.
         """
-        normed, residual = self.norm(hidden, residual)
-        out, left = self.mixer(normed, trace)
+        if offsets is None:
+            normed, residual = self.norm(hidden, residual)
+            out, left = self.mixer(normed, trace)
+        else:
+            normed, residual = self.norm(hidden, residual, offsets.norm)
+            out, left = self.mixer(normed, trace, offsets)
         if left is not None and "tokens" in trace:
             left = left._replace(tokens=(residual.detach(), (residual + out).detach()))
         return self.drop_path(out), residual, left

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambascope.layers.look import BlockOffsets
 from mambascope.layers.plain import convolve, is_plain, project
 from mambascope.layers.trace import BlockTrace
 from mambascope.ops import ScanDirection, bidirectional_conv, bidirectional_scan, selective_scan
@@ -104,7 +105,7 @@ class BidirectionalMamba(nn.Module):
         """One of the two convolutions with SiLU, [B, L, E]."""
         return convolve(self.conv1d_b if reverse else self.conv1d, x_BLE, reverse=reverse, backend=self.scan_backend)
 
-    def direction(self, x_BLE: Tensor, *, reverse: bool) -> ScanDirection:
+    def direction(self, x_BLE: Tensor, *, reverse: bool, offsets: BlockOffsets | None = None) -> ScanDirection:
         """What the scan of one direction needs, from its convolved tokens [B, L, E]."""
         if reverse:
             x_proj, dt_proj, a_log, d_skip = self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
@@ -117,25 +118,35 @@ class BidirectionalMamba(nn.Module):
             n = a_log.shape[1]
             low, b, c = proj.split([proj.shape[-1] - 2 * n, n, n], dim=-1)
             proj = torch.cat([dt_proj(low), b, c], dim=-1)
-        return ScanDirection(x_BLE, proj, weight, bias, -torch.exp(_at_least_fp32(a_log)), _at_least_fp32(d_skip))
+        d_skip = _at_least_fp32(d_skip)
+        if offsets is not None:
+            more_bias, more_skip = offsets.direction(reverse)
+            bias, d_skip = more_bias if bias is None else bias + more_bias, d_skip + more_skip
+        return ScanDirection(x_BLE, proj, weight, bias, -torch.exp(_at_least_fp32(a_log)), d_skip)
 
-    def directions(self, x_BLE: Tensor) -> tuple[ScanDirection, ScanDirection]:
+    def directions(self, x_BLE: Tensor, offsets: BlockOffsets | None = None) -> tuple[ScanDirection, ScanDirection]:
         """Both directions of tokens [B, L, E] that are not yet convolved."""
         x_f, x_b = self.convolve(x_BLE)
-        return self.direction(x_f, reverse=False), self.direction(x_b, reverse=True)
+        return (
+            self.direction(x_f, reverse=False, offsets=offsets),
+            self.direction(x_b, reverse=True, offsets=offsets),
+        )
 
-    def forward(self, u_BLD: Tensor, trace: tuple[str, ...] = ()) -> tuple[Tensor, BlockTrace | None]:
+    def forward(
+        self, u_BLD: Tensor, trace: tuple[str, ...] = (), offsets: BlockOffsets | None = None
+    ) -> tuple[Tensor, BlockTrace | None]:
         """Mixes tokens [B, L, D].
 
         Args:
             u_BLD: Tokens.
             trace: Fields of :class:`~mambascope.layers.trace.BlockTrace` that are wanted.
+            offsets: What this look adds to the step-size biases and to D.
 
         Returns:
             The mixed tokens [B, L, D] and, if anything was asked for, the trace.
         """
         x_BLE, z_BLE = self.project(u_BLD)
-        forward, backward = self.directions(x_BLE)
+        forward, backward = self.directions(x_BLE, offsets)
         if not trace:
             return project(self.out_proj, self.scan_both(forward, backward, z_BLE)), None
         top, outputs = None, None

@@ -21,9 +21,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns ``(RMSNorm(residual + hidden), residual + hidden)``, both [B, L, d]; the sum is at least fp32."""
-        return add_rms_norm(hidden, residual, self.weight, self.eps)
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None = None, offset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns ``(RMSNorm(residual + hidden), residual + hidden)``, both [B, L, d]; the sum is at least fp32.
+
+        ``offset`` [d] is added to the gain.
+        """
+        weight = self.weight if offset is None else self.weight + offset
+        return add_rms_norm(hidden, residual, weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"

@@ -162,6 +162,10 @@ class ScopeConfig(VimConfig):
         reuse_ratio: Hidden width of the reuse MLP as a multiple of d.
         reuse_cls: Whether the coarse CLS output is reused too (Figure 5).
         coarse_pos: Position table of the coarse grid: its ``own``, or the fine one ``resampled``.
+        coarse_offsets: Whether the coarse look has norm gains, step-size biases, CLS and D of its own, as offsets to
+            the shared ones (ours, after arXiv 2007.09558).
+        coarse_weight: Share of the coarse log-probabilities that is added to the fine ones where both looks were taken
+            (ours). 0: the fine answer alone, as published.
     """
 
     alpha: float = 0.7
@@ -178,6 +182,8 @@ class ScopeConfig(VimConfig):
     reuse_ratio: float = 4.0
     reuse_cls: bool = False
     coarse_pos: str = "own"
+    coarse_offsets: bool = False
+    coarse_weight: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,8 +213,13 @@ class ScopeConfig(VimConfig):
         ratio = as_number(self.reuse_ratio)
         if ratio is None or not 0 < ratio < math.inf:
             raise ValueError(f"reuse_ratio must be a positive number, got {self.reuse_ratio!r}")
-        if not isinstance(self.reuse_cls, bool):
-            raise ValueError(f"reuse_cls must be true or false, got {self.reuse_cls!r}")
+        for name in ("reuse_cls", "coarse_offsets"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        weight = as_number(self.coarse_weight)
+        if weight is None or not 0 <= weight < math.inf:
+            raise ValueError(f"coarse_weight must be a number >= 0, got {self.coarse_weight!r}")
+        object.__setattr__(self, "coarse_weight", weight)
         if self.reuse_cls and self.reuse == "off":
             raise ValueError("reuse_cls needs reuse to be 'mlp' or 'linear', got reuse='off'")
 
@@ -229,6 +240,7 @@ VIM_CONFIGS: dict[str, VimConfig] = {
     "vim_small_patch16_224": VimConfig(embed_dim=384),
     "vim_base_patch16_224": VimConfig(embed_dim=768),
     "vim_nano_patch8_64": VimConfig(img_size=64, patch_size=8, embed_dim=96, depth=6, num_classes=10),
+    "vim_pico_patch2_28": VimConfig(img_size=28, patch_size=2, embed_dim=64, depth=4, d_state=8, num_classes=10),
 }
 
 SCOPE_CONFIGS: dict[str, ScopeConfig] = {

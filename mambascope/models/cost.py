@@ -10,7 +10,8 @@ plus ``in_chans·patch²·d`` for every patch that is embedded, and with a stem 
 The published fine stage embeds every patch of the full-size image and projects every coarse output, also those of cells
 it then leaves out; so does this count. The model in this package skips them: :func:`skipped_macs` says how much that
 saves (about 1 %). A stem's convolutions read the whole image in both. Left out, as in the published tables: classifier
-head (also where it reads every patch, ``global_pool="lse"``: :func:`head_macs`), norms, activations, residual
+head (also where it reads every patch, ``global_pool="lse"``: :func:`head_macs`; but not where a score asks it about
+every cell), norms, activations, residual
 additions, position tables, resizing and ranking the cells.
 
 Two conventions, both in GFLOPs = multiply-adds / 1e9 as the field writes it:
@@ -176,12 +177,13 @@ def stage_macs(
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
     k = num_selected(alpha, cells)
+    scoring = cells * config.embed_dim * config.num_classes if config.score.head else 0
     return StageCost(
         convention=convention,
         params=params,
         tokens_coarse=1 + cells,
         tokens_fine=1 + 4 * k + cells - k,
-        coarse=encoder_macs(config, 1 + cells, cells, convention),
+        coarse=encoder_macs(config, 1 + cells, cells, convention) + scoring,
         reuse=reuse_macs(config, cells),
         fine=encoder_macs(config, 1 + 4 * k + cells - k, 4 * cells, convention),
     )

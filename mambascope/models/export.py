@@ -45,6 +45,8 @@ class CoarseStage(nn.Module):
 class FineStage(nn.Module):
     """Second look: the same images with what the coarse stage said about them.
 
+    With a ``coarse_weight`` the coarse logits are an input too: both looks answer.
+
     Args:
         model: A MambaScope.
         alpha: Share of cells to re-read, fixed from here on.
@@ -58,12 +60,19 @@ class FineStage(nn.Module):
         self.alpha = share("alpha", model.alpha if alpha is None else alpha)
 
     def forward(
-        self, images: Tensor, importance: Tensor, features: Tensor, tokens: Tensor, cls: Tensor
+        self,
+        images: Tensor,
+        importance: Tensor,
+        features: Tensor,
+        tokens: Tensor,
+        cls: Tensor,
+        coarse_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W] and four outputs of the coarse stage to logits [B, classes] and cells [B, k]."""
+        """Images [B, C, H, W] and outputs of the coarse stage to logits [B, classes] and cells [B, k]."""
         patch = 2 * self.model.config.patch_size
         grid = (-(-images.shape[2] // patch), -(-images.shape[3] // patch))
-        coarse = CoarseState(cls, cls, features, tokens, importance, grid)  # its logits are not looked at
+        logits = cls if coarse_logits is None else coarse_logits  # without a weight they are not looked at
+        coarse = CoarseState(logits, cls, features, tokens, importance, grid)
         fine = self.model.forward_fine(images, coarse, self.alpha)
         return fine.logits, fine.selected
 
@@ -127,7 +136,9 @@ def stages(
         raise ValueError("alpha must be larger than 0 to export a fine stage, got 0")
     coarse = CoarseStage(model).eval()
     with torch.no_grad():
-        _, _, *state = coarse(images)
+        logits, _, *state = coarse(images)
+    if model.coarse_weight:
+        state.append(logits)
     return {
         "coarse": (coarse, (images,)),
         "fine": (fine.eval(), (images, *state)),

@@ -19,12 +19,12 @@ SIZES = (
 MEANING = (
     "patch_size", "stride", "move_dim",  # a MambaEye's first layer takes patch and move together: no shape tells them
     "cls_position", "global_pool", "norm_eps", "reduction",
-    "fine_cls", "fine_order", "cell_order", "reuse", "reuse_cls", "coarse_pos",
+    "fine_cls", "fine_order", "cell_order", "reuse", "reuse_cls", "coarse_pos", "coarse_offsets",
     "name", "args",
 )  # fmt: skip
 """What the weights were trained to compute: another value makes other answers of the same tensors."""
 
-CHOICES = ("alpha", "beta", "threshold", "gate", "score_metric", "score_topk", "score_layers")
+CHOICES = ("alpha", "beta", "threshold", "gate", "score_metric", "score_topk", "score_layers", "coarse_weight")
 """How much is computed, and which cells are read again: free after training too, but results depend on it."""
 
 SILENT = ("img_size", "drop_rate", "drop_path_rate", "scan_backend", "chunk_size")

@@ -28,10 +28,12 @@ from mambascope.models.weights import PRETRAINED
 __all__ = [
     "mambascope_base_patch16_224",
     "mambascope_nano_patch8_64",
+    "mambascope_pico_patch2_28",
     "mambascope_small_patch16_224",
     "mambascope_tiny_patch16_224",
     "vim_base_patch16_224",
     "vim_nano_patch8_64",
+    "vim_pico_patch2_28",
     "vim_small_patch16_224",
     "vim_tiny_patch16_224",
 ]
@@ -53,9 +55,9 @@ register(
         MambaScope,
         SCOPE_CONFIGS,
         module="mambascope.training.scope_module:ScopeModule",
-        settings=("alpha", "threshold"),
+        settings=("alpha", "threshold", "coarse_weight"),
         mark="cls_token",
-        additions=("reuse.", "pos_embed_coarse", "gate."),
+        additions=("reuse.", "pos_embed_coarse", "gate.", "coarse_offsets."),
         tables={"pos_embed": None, "pos_embed_coarse": "pos_embed"},
     )
 )
@@ -224,3 +226,15 @@ def mambascope_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Visi
 def mambascope_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
     """The small MambaScope of the built-in data."""
     return _create("mambascope_nano_patch8_64", pretrained, **kwargs)
+
+
+@register_model
+def vim_pico_patch2_28(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """A Vim for images of 28 pixels in 14 x 14 patches: width 64, 4 blocks, 8 states."""
+    return _create("vim_pico_patch2_28", pretrained, **kwargs)
+
+
+@register_model
+def mambascope_pico_patch2_28(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """MambaScope for images of 28 pixels: 14 x 14 fine and 7 x 7 coarse tokens, width 64, 4 blocks, 8 states."""
+    return _create("mambascope_pico_patch2_28", pretrained, **kwargs)

@@ -12,10 +12,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambascope.layers import FeatureReuse, cls_index, gather_rows, insert_cls, pad_to, remove_cls, resample_pos_embed
+from mambascope.layers import (
+    FeatureReuse,
+    LookOffsets,
+    cls_index,
+    gather_rows,
+    insert_cls,
+    pad_to,
+    remove_cls,
+    resample_pos_embed,
+)
 from mambascope.models.cells import children, num_selected, select_cells
 from mambascope.models.configs import ScopeConfig
 from mambascope.models.gate import GATES, check_threshold, exit_mask
@@ -45,11 +53,15 @@ class MambaScope(TwoStageContract):
         config = self.config
         self.alpha = config.alpha
         self.threshold = config.threshold
+        self.coarse_weight = config.coarse_weight
         self.pos_embed_coarse: nn.Parameter | None = None
         if config.coarse_pos == "own":
             cells = (self.grid[0] // 2) * (self.grid[1] // 2)
             self.pos_embed_coarse = nn.Parameter(torch.zeros(1, cells + 1, config.embed_dim))
             nn.init.trunc_normal_(self.pos_embed_coarse, std=0.02)
+        self.coarse_offsets = (
+            LookOffsets(config.embed_dim, config.inner_dim, config.depth) if config.coarse_offsets else None
+        )
         self.reuse = None if config.reuse == "off" else FeatureReuse(config.embed_dim, config.reuse, config.reuse_ratio)
         self.gate = GATES[config.gate](config)
 
@@ -71,14 +83,22 @@ class MambaScope(TwoStageContract):
             table, table_grid = self.pos_embed, self.grid
         else:
             table, table_grid = self.pos_embed_coarse, (self.grid[0] // 2, self.grid[1] // 2)
-        half = self.embed(self.half_image(self.whole_cells(x)), table, table_grid)
-        encoded = self.encode(half.tokens, take=take, trace=config.score.needs, trace_layers=config.taking_part)
+        image = self.half_image(self.whole_cells(x))
+        half = self.embed(image, table, table_grid, self.coarse_offsets)
+        encoded = self.encode(
+            half.tokens,
+            take=take,
+            trace=config.score.needs,
+            trace_layers=config.taking_part,
+            offsets=self.coarse_offsets,
+        )
+        logits = self.answer(encoded.tokens, config.cls_position)
         return CoarseState(
-            logits=self.answer(encoded.tokens, config.cls_position),
+            logits=logits,
             cls=encoded.tokens[:, cls_index(half.tokens.shape[1] - 1, config.cls_position)],
             features=remove_cls(encoded.tokens, config.cls_position),
             tokens=remove_cls(half.tokens, config.cls_position),
-            importance=self.importance(encoded),
+            importance=self.importance(encoded, logits, image, half.grid),
             grid=half.grid,
             taken=encoded.taken,
             stem_maps=half.stem_maps,
@@ -89,25 +109,20 @@ class MambaScope(TwoStageContract):
         self.check_images(x)
         return pad_to(x, 2 * self.config.patch_size)
 
-    def half_image(self, x: Tensor) -> Tensor:
-        """Images [B, C, H, W] at half their size."""
-        if x.device.type == "cpu" and x.dtype == torch.float32:
-            rows = x[..., 0::2, :] + x[..., 1::2, :]  # pooling runs one pixel at a time there: 6 times slower
-            return (rows[..., 0::2] + rows[..., 1::2]) * 0.25
-        return F.avg_pool2d(x, 2)  # bilinear at one half is the mean of four pixels
-
     # ---- token importance (eq. 11-12) ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def importance(self, coarse: Encoded) -> Tensor:
-        """Importance of each cell [B, M] from what the coarse pass left."""
+    def importance(self, coarse: Encoded, logits: Tensor, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Importance of each cell [B, M] from what the coarse pass left, its answer, and the half-size images."""
         config = self.config
         position = config.cls_position
         cls = coarse.tokens[:, cls_index(coarse.tokens.shape[1] - 1, position)]
         features = remove_cls(coarse.tokens, position)
-        return config.score.compute(
-            CoarseTrace(coarse.traces, features, cls, self.classify, position, config.beta, config.score_topk)
+        head = self.classify if self.has_classifier else None
+        trace = CoarseTrace(
+            coarse.traces, features, cls, head, position, config.beta, config.score_topk, logits, image, grid
         )
+        return config.score.compute(trace)
 
     # ---- selection (eq. 13), fine sequence (eq. 14-16), feature reuse (eq. 17-19) --------------------------------
 
@@ -129,7 +144,8 @@ class MambaScope(TwoStageContract):
         tokens, taken, _ = self.encode(sequence, take=take)
         position = self.config.fine_cls
         cls = tokens[:, cls_index(tokens.shape[1] - 1, position)]
-        return FineState(self.answer(tokens, position), cls, tokens, selected, remaining, taken, stem_maps)
+        logits = self.answer_of_both(self.answer(tokens, position), coarse.logits)
+        return FineState(logits, cls, tokens, selected, remaining, taken, stem_maps)
 
     def refined_tokens(self, x: Tensor, stem_maps: list[Tensor], coarse: CoarseState, selected: Tensor) -> Tensor:
         """Tokens [B, 4k, d] of the selected cells' patches, with positions and reused features.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ class TwoStageContract(VisionMamba):
     two_stage = True
     config: ScopeConfig
     pos_embed_coarse: nn.Parameter | None
+    coarse_weight: float
 
     def forward_coarse(self, x: Tensor, take: tuple[int, ...] | list[int] = ()) -> CoarseState:
         """First look at images [B, C, H, W]."""
@@ -34,6 +36,19 @@ class TwoStageContract(VisionMamba):
     ) -> FineState:
         """Second look at images [B, C, H, W]."""
         raise NotImplementedError
+
+    def half_image(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] at half their size."""
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            rows = x[..., 0::2, :] + x[..., 1::2, :]  # pooling runs one pixel at a time there: 6 times slower
+            return (rows[..., 0::2] + rows[..., 1::2]) * 0.25
+        return F.avg_pool2d(x, 2)  # bilinear at one half is the mean of four pixels
+
+    def answer_of_both(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        """Logits [B, C] of images that both looks were taken at; while training, the fine look answers alone."""
+        if self.coarse_weight == 0 or self.training or not self.has_classifier:
+            return fine
+        return fine.log_softmax(-1) + self.coarse_weight * coarse.log_softmax(-1)
 
     @property
     def has_classifier(self) -> bool:
@@ -86,9 +101,9 @@ class TwoStageContract(VisionMamba):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes the head only: the coarse pass needs every block and the final norm."""
+        """Removes the head only, unless the score asks it: the coarse pass needs every block and the final norm."""
         take, _ = feature_take_indices(len(self.layers), indices)
-        if prune_head:
+        if prune_head and not self.config.score.head:
             self.reset_classifier(0, "")
         return take
 

@@ -39,19 +39,25 @@ class CoarseTrace(NamedTuple):
         blocks: What the blocks that take part left, in order, with the fields that the score needs.
         features: Normalised patch outputs [B, M, d].
         cls: Normalised CLS output [B, d].
-        classify: The head: features [..., d] to logits [..., C].
+        classify: The head: features [..., d] to logits [..., C]; ``None`` without a classifier.
         cls_position: Place of the CLS token among a block's tokens: ``first``, ``middle`` or ``last``.
         beta: Momentum of the average over blocks.
         topk: Channels that ``topk`` averages.
+        logits: The coarse answer [B, C].
+        image: What was looked at: the half-size images [B, channels, h, w].
+        grid: Rows and columns of the cells.
     """
 
     blocks: list[BlockTrace]
     features: Tensor
     cls: Tensor
-    classify: Callable[[Tensor], Tensor]
+    classify: Callable[[Tensor], Tensor] | None
     cls_position: str
     beta: float
     topk: int
+    logits: Tensor
+    image: Tensor
+    grid: tuple[int, int]
 
     def average(self, metric: Callable[[BlockTrace], Tensor]) -> Tensor:
         """Momentum average over the blocks of a metric [B, L] of their tokens, CLS left out: [B, M] (eq. 12)."""
@@ -64,10 +70,12 @@ class Score(NamedTuple):
     Attributes:
         compute: Importance [B, M] from what the coarse pass left.
         needs: Fields of :class:`~mambascope.layers.BlockTrace` that it reads. Without ``outputs`` the fused scan runs.
+        head: Whether it runs the classifier head on every cell, which the cost then counts.
     """
 
     compute: Callable[[CoarseTrace], Tensor]
     needs: tuple[str, ...] = ()
+    head: bool = False
 
 
 def average_blocks(metric: Callable[[BlockTrace], Tensor], *needs: str) -> Score:
@@ -114,11 +122,33 @@ def mean_step(block: BlockTrace) -> Tensor:
 
 
 def class_evidence(coarse: CoarseTrace) -> Tensor:
-    """How surely the head sees any one class in a cell [B, M]: the largest probability of the cell's own logits.
+    """How likely a cell's own logits make the class of the coarse answer [B, M].
 
     For models whose head reads every token (``global_pool="lse"``): the patches of others have not learned to answer.
+    Without a classifier no cell says more than another: all are 1.
     """
-    return coarse.classify(coarse.features).float().softmax(-1).amax(-1)
+    if coarse.classify is None:
+        return coarse.features.new_ones(coarse.features.shape[:2])
+    answer = coarse.logits.argmax(1).view(-1, 1, 1).expand(-1, coarse.features.shape[1], 1)
+    return coarse.classify(coarse.features).float().softmax(-1).gather(2, answer).squeeze(2)
+
+
+_PLAIN = 1e-3  # standard deviation of normalised pixels; a grey level is about 0.018
+
+
+def contrast(coarse: CoarseTrace) -> Tensor:
+    """Standard deviation of a cell's pixels, mean over the channels [B, M].
+
+    What is a twentieth of a grey level is none: rounding must not rank the cells of a plain area.
+    """
+    (rows, cols), (height, width) = coarse.grid, coarse.image.shape[-2:]
+    pixels = coarse.image.float().unflatten(3, (cols, width // cols)).unflatten(2, (rows, height // rows))
+    return (pixels.var(dim=(3, 5), correction=0).sqrt().mean(1).flatten(1) - _PLAIN).clamp_min(0)
+
+
+def evident_contrast(coarse: CoarseTrace) -> Tensor:
+    """:func:`class_evidence` times :func:`contrast` [B, M]: where the answer is seen, and something can be read."""
+    return class_evidence(coarse) * contrast(coarse)
 
 
 SCORES: dict[str, Score] = {
@@ -129,7 +159,9 @@ SCORES: dict[str, Score] = {
     "softplus": average_blocks(lambda block: F.softplus(ssm_output(block)).mean(-1), "outputs"),
     "topk": Score(lambda coarse: coarse.average(partial(top_channels, channels=coarse.topk)), ("outputs",)),
     "step": average_blocks(mean_step, "steps"),
-    "evidence": Score(class_evidence),
+    "evidence": Score(class_evidence, head=True),
+    "evidence_contrast": Score(evident_contrast, head=True),
 }
 """Importance by name, see ``ScopeConfig.score_metric``: the paper's six (Table 4; ``mean`` is its "no clip"), MTR's
-step sizes, and what the head sees in each cell."""
+step sizes, and ours: what the head sees in each cell of the class that the coarse look answers, alone or times the
+contrast of the pixels."""

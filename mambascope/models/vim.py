@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mambascope.layers import (
     BidirectionalMamba,
     BlockTrace,
+    LookOffsets,
     PatchEmbed,
     RMSNorm,
     VimBlock,
@@ -160,12 +161,15 @@ class VisionMamba(nn.Module, HubMixin):
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, H, W], got {list(x.shape)}")
 
-    def embed(self, x: Tensor, table: Tensor, table_grid: tuple[int, int]) -> Embedded:
-        """The encoder's input for images [B, C, H, W]: patches, CLS and a position table of some grid."""
+    def embed(
+        self, x: Tensor, table: Tensor, table_grid: tuple[int, int], offsets: LookOffsets | None = None
+    ) -> Embedded:
+        """The encoder's input for images [B, C, H, W]: patches, CLS (and its offset), and a position table."""
         self.check_images(x)
         position, grid = self.config.cls_position, self.patch_embed.grid_size(*x.shape[-2:])
         stem_maps = self.patch_embed.stem_maps(x)
-        tokens = insert_cls(self.patch_embed(x, stem_maps), self.cls_token, position)
+        cls = self.cls_token if offsets is None else self.cls_token + offsets.cls_token
+        tokens = insert_cls(self.patch_embed(x, stem_maps), cls, position)
         return Embedded(tokens + resample_pos_embed(table, table_grid, grid, position), grid, stem_maps)
 
     def _tokens(self, x: Tensor) -> Embedded:
@@ -180,6 +184,7 @@ class VisionMamba(nn.Module, HubMixin):
         stop_after: int | None = None,
         trace: tuple[str, ...] = (),
         trace_layers: tuple[int, ...] = (),
+        offsets: LookOffsets | None = None,
     ) -> Encoded:
         """Runs the blocks and the final norm.
 
@@ -189,6 +194,7 @@ class VisionMamba(nn.Module, HubMixin):
             stop_after: Last block to run; the final norm is then skipped.
             trace: Fields of :class:`~mambascope.layers.BlockTrace` that a token score reads.
             trace_layers: Blocks in which it does.
+            offsets: What this look adds to the parameters of blocks and final norm.
         """
         hidden: Tensor = tokens
         residual: Any = None
@@ -196,17 +202,19 @@ class VisionMamba(nn.Module, HubMixin):
         traces: list[BlockTrace] = []
         for i, block in enumerate(self.layers[: None if stop_after is None else stop_after + 1]):
             fields = trace if i in trace_layers else ()
+            more = () if offsets is None else (offsets.layers[i],)
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                hidden, residual, left = checkpoint(block, hidden, residual, fields, use_reentrant=False)
+                hidden, residual, left = checkpoint(block, hidden, residual, fields, *more, use_reentrant=False)
             else:
-                hidden, residual, left = block(hidden, residual, fields)
+                hidden, residual, left = block(hidden, residual, fields, *more)
             if left is not None:
                 traces.append(left)
             if i in take:
                 taken.append(residual + hidden)
         if stop_after is not None or isinstance(self.norm_f, nn.Identity):
             return Encoded(residual + hidden, taken, traces)
-        return Encoded(self.norm_f(hidden, residual)[0], taken, traces)
+        gain = () if offsets is None else (offsets.norm_f,)
+        return Encoded(self.norm_f(hidden, residual, *gain)[0], taken, traces)
 
     # ---- timm's model contract -----------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ CONFIG_DIR = Path(__file__).parent.parent / "configs"
 _FOLDER = Path(__file__).parent.parent / "weights"
 SHIPPED = {
     "scopedigits": _FOLDER / "scopedigits_nano.safetensors",
+    "scopedigits_published": _FOLDER / "scopedigits_published_nano.safetensors",
     "scopedigits_dense": _FOLDER / "scopedigits_dense_nano.safetensors",
 }
 """File of each model that is shipped, by the name that stands for it, which is also its training configuration's."""

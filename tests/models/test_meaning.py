@@ -40,11 +40,13 @@ def test_the_shipped_weights_do_not_load_into_a_model_of_other_answers():
     model = timm.create_model(NANO, num_classes=10)
     before = model.head.weight.clone()
     with pytest.raises(CheckpointError, match="fine_cls is 'middle' in the file and 'first' in the model") as caught:
-        load_checkpoint(model, "scopedigits")
+        load_checkpoint(model, "scopedigits_published")
     assert "create the model with fine_cls='middle', alpha=0.8, " in str(caught.value)  # what to pass
     assert "\n" not in str(caught.value)
     assert torch.equal(model.head.weight, before)
-    report = load_checkpoint(timm.create_model(NANO, num_classes=10, fine_cls="middle"), "scopedigits", verbose=False)
+    report = load_checkpoint(
+        timm.create_model(NANO, num_classes=10, fine_cls="middle"), "scopedigits_published", verbose=False
+    )
     # free, but results depend on them
     assert {difference.name for difference in report.differs} == {"alpha", "threshold"}
 

@@ -82,11 +82,11 @@ def test_every_patch_learns_and_bfloat16_stays_close():
 
 
 def test_a_classifier_that_reads_cls_starts_one_that_reads_patches(capsys):
-    source = timm.create_model("mambascope_nano_patch8_64", pretrained=True)
+    source = mambascope.load("scopedigits_published")
     model = timm.create_model("mambascope_nano_patch8_64", num_classes=10, fine_cls="middle", global_pool="lse")
     with pytest.raises(CheckpointError, match="global_pool is 'token' in the file and 'lse' in the model"):
-        load_checkpoint(model, "scopedigits")  # by the name of a shipped model, as elsewhere
-    report = load_checkpoint(model, "scopedigits", strict=False)
+        load_checkpoint(model, "scopedigits_published")  # by the name of a shipped model, as elsewhere
+    report = load_checkpoint(model, "scopedigits_published", strict=False)
     assert "differs    3: global_pool is 'token' in the file" in capsys.readouterr().out
     assert not report.new
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())

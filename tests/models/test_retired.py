@@ -84,7 +84,7 @@ def test_fields_that_did_nothing_are_no_reason(model, tmp_path):
     assert load_model(write(model, tmp_path, alpha_min=0.1, alpha_max=0.5, alpha_buckets=2)).config == model.config
 
 
-@pytest.mark.parametrize("name", ["scopedigits", "scopedigits_dense"])
+@pytest.mark.parametrize("name", ["scopedigits_published", "scopedigits_dense"])
 def test_the_shipped_weights_are_of_an_earlier_version(name, tmp_path):
     with safe_open(SHIPPED[name], framework="pt") as file:
         config = json.loads(file.metadata()["mambascope"])["config"]

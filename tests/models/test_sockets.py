@@ -135,8 +135,32 @@ def test_what_a_block_leaves(x):
 
 
 @torch.no_grad()
-def test_class_evidence_asks_every_cell(x):
+def test_class_evidence_asks_every_cell_about_the_answer(x):
     model = create(score_metric="evidence", global_pool="lse")
     coarse = model.forward_coarse(x)
-    expected = model.classify(coarse.features).softmax(-1).amax(-1)
-    torch.testing.assert_close(coarse.importance, expected)
+    of_each_cell = model.classify(coarse.features).softmax(-1)
+    for image, answer in enumerate(coarse.logits.argmax(1).tolist()):
+        torch.testing.assert_close(coarse.importance[image], of_each_cell[image, :, answer])
+
+
+@torch.no_grad()
+def test_contrast_weighs_the_evidence(x):
+    evidence = create(score_metric="evidence", global_pool="lse")
+    both = create(score_metric="evidence_contrast", global_pool="lse")
+    both.load_state_dict(evidence.state_dict())
+    side = 2 * both.config.patch_size // 2  # of a cell in the half-size image
+    image = both.half_image(both.whole_cells(x))
+    cells = image.unfold(2, side, side).unfold(3, side, side).flatten(4)
+    contrast = (cells.std(-1, correction=0).mean(1).flatten(1) - 1e-3).clamp_min(0)
+    want = evidence.forward_coarse(x).importance * contrast
+    torch.testing.assert_close(both.forward_coarse(x).importance, want)
+    flat = both.forward_coarse(torch.full_like(x, 0.3)).importance  # nothing can be read: no NaN, the first cells
+    assert not bool(flat.any())
+
+
+@torch.no_grad()
+def test_without_a_classifier_contrast_is_left(x):
+    model = create(score_metric="evidence_contrast", global_pool="lse")
+    model.reset_classifier(0)
+    assert model.forward_features(x).isfinite().all()
+    assert bool((model.forward_coarse(x).importance > 0).any())
