@@ -18,7 +18,7 @@ model = dict(
         threshold=0.5,
         coarse_resize="learned",
         exit_prob=0.5,  # both kinds of features learn equally fast in the few minutes
-        init_cfg=dict(type="Pretrained", checkpoint="scopedigits"),
+        init_cfg=dict(type="Pretrained", checkpoint="scopedigits_published"),
     ),
 )
 val_evaluator = [dict(type="IoUMetric", iou_metrics=["mIoU"]), dict(type="GateMetric")]

@@ -14,7 +14,7 @@ model = dict(
         img_size=64,
         out_channels=64,
         readout=True,  # the classifier it starts from keeps the class in CLS
-        init_cfg=dict(type="Pretrained", checkpoint="scopedigits"),
+        init_cfg=dict(type="Pretrained", checkpoint="scopedigits_published"),
     ),
 )
 val_evaluator = [dict(type="IoUMetric", iou_metrics=["mIoU"])]
