@@ -174,6 +174,10 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
         feature_cfg={"out_indices": feature_blocks(config.depth), "feature_cls": "getter"},
         **{**rest, **loading},
     )
+    if pretrained and rest.get("features_only") and isinstance(config, ScopeConfig) and config.score.head:
+        head: Any = model.model.head  # timm leaves it out of feature extractors, whose score asks it here
+        if head.weight.shape == state["head.weight"].shape:
+            head.load_state_dict({name: state[f"head.{name}"] for name in ("weight", "bias")})
     if pretrained and isinstance(model, VisionMamba):
         same_head = config.num_classes == base.num_classes
         model.description = {k: v for k, v in description.items() if k != "labels" or same_head}

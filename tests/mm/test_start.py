@@ -234,7 +234,7 @@ def test_train_cls_command(segmentor, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     small = {"embed_dim": 32, "depth": 4, "fine_cls": "middle"}
     arguments = [
-        "--config=scopedigits",
+        "--config=scopedigits_published",
         f"--model.net.checkpoint={segmentor[0]}",
         *(f"--model.net.args.{k}={v}" for k, v in small.items()),
         "--data.train_length=8",

@@ -14,6 +14,7 @@ from mambascope.commands.train import TrainCLI, complete_args, main
 from mambascope.models.cost import count_parameters
 from mambascope.models.losses import ScopeLoss
 from mambascope.training.runs import find_checkpoint, find_config, leave_runs, new_run, run_of, shipped_configs
+from tests.data.test_small_images import write_fashion
 from tests.training.helpers import tiny, train
 from tests.training.test_module import HingeLoss
 
@@ -45,9 +46,13 @@ def test_all_configs_ship():
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "mambaeye" not in name])
 def test_config_parses_and_builds(name, here, folder):
     root = [] if name.startswith("scopedigits") else ["--data.root", str(folder)]
+    if name.startswith("fashion"):
+        write_fashion(folder)
+        root += ["--data.calibration_length", "10"]
+    classes_here = 2 if name.endswith(("imagenet", "384")) else 10
     net = yaml.safe_load(CONFIGS[name].read_text())["model"]["net"]
     if "reduction" in net.get("args", {}):  # it is retrained from a Vim, which may also be its teacher
-        classes = {"num_classes": 10 if name.startswith("scopedigits") else 2}
+        classes = {"num_classes": classes_here, "stem_width": net["args"].get("stem_width", 0)}
         mambascope.models.save_safetensors(timm.create_model(net["name"], depth=4, **classes), here / "vim.safetensors")
         root += ["--model.net.checkpoint", str(here / "vim.safetensors")]
     elif net.get("checkpoint"):  # of all blocks
@@ -58,7 +63,7 @@ def test_config_parses_and_builds(name, here, folder):
     config = yaml.safe_load(CONFIGS[name].read_text())["model"]["net"]
     args = {**config.get("args", {}), "img_size": model.config.img_size, "num_classes": model.num_classes, "depth": 4}
     assert sum(p.numel() for p in model.parameters()) == count_parameters(model_config(config["name"], **args))
-    assert model.num_classes == (10 if name.startswith("scopedigits") else 2)
+    assert model.num_classes == classes_here
     size = built.datamodule.img_size
     assert model.config.image_hw == tuple(size)
     assert built.run_dir.name == name
