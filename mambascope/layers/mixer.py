@@ -111,18 +111,20 @@ class BidirectionalMamba(nn.Module):
             x_proj, dt_proj, a_log, d_skip = self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
         else:
             x_proj, dt_proj, a_log, d_skip = self.x_proj, self.dt_proj, self.A_log, self.D
-        proj, weight, bias = project(x_proj, x_BLE), None, None
+        weight: Tensor | None = None
+        bias: Tensor | None = None
+        proj = project(x_proj, x_BLE)
         if is_plain(dt_proj, nn.Linear) and dt_proj.bias is not None:
             weight, bias = dt_proj.weight, dt_proj.bias
         else:
             n = a_log.shape[1]
             low, b, c = proj.split([proj.shape[-1] - 2 * n, n, n], dim=-1)
             proj = torch.cat([dt_proj(low), b, c], dim=-1)
-        d_skip = _at_least_fp32(d_skip)
+        skip = _at_least_fp32(d_skip)
         if offsets is not None:
             more_bias, more_skip = offsets.direction(reverse)
-            bias, d_skip = more_bias if bias is None else bias + more_bias, d_skip + more_skip
-        return ScanDirection(x_BLE, proj, weight, bias, -torch.exp(_at_least_fp32(a_log)), d_skip)
+            bias, skip = more_bias if bias is None else bias + more_bias, skip + more_skip
+        return ScanDirection(x_BLE, proj, weight, bias, -torch.exp(_at_least_fp32(a_log)), skip)
 
     def directions(self, x_BLE: Tensor, offsets: BlockOffsets | None = None) -> tuple[ScanDirection, ScanDirection]:
         """Both directions of tokens [B, L, E] that are not yet convolved."""

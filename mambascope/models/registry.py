@@ -175,7 +175,8 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
         **{**rest, **loading},
     )
     if pretrained and rest.get("features_only") and isinstance(config, ScopeConfig) and config.score.head:
-        head: Any = model.model.head  # timm leaves it out of feature extractors, whose score asks it here
+        extractor: Any = model
+        head = extractor.model.head  # timm leaves it out of feature extractors, whose score asks it here
         if head.weight.shape == state["head.weight"].shape:
             head.load_state_dict({name: state[f"head.{name}"] for name in ("weight", "bias")})
     if pretrained and isinstance(model, VisionMamba):
