@@ -43,7 +43,13 @@ def test_all_configs_ship():
     assert CONFIGS.keys() >= expected
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if "mambaeye" not in name])
+def test_the_recipe_of_timms_deit_builds(here):
+    built = cli("--config", "scopedigits_deit")
+    assert (built.model.model.num_classes, built.model.model.embed_dim) == (10, 96)
+    assert built.datamodule.img_size == (64, 64)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.endswith("_deit") and "mambaeye" not in name])
 def test_config_parses_and_builds(name, here, folder):
     root = [] if name.startswith("scopedigits") else ["--data.root", str(folder)]
     if name.startswith("fashion"):
