@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from torch.utils.data import Dataset
 
 from mambascope.data.errors import DataError
 from mambascope.data.loader import ResumableLoader, StreamLoader
+from mambascope.data.sampling import EpochBatchSampler
 from mambascope.data.seeding import check_seed
+from mambascope.data.sources import first
 
 Loader = ResumableLoader | StreamLoader
 
@@ -68,6 +71,28 @@ class ResumableDataModule(LightningDataModule):
             return None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return int(progress.processed)  # type: ignore[attr-defined]
+
+    def _packet_loader(self, images: Dataset, length: int, *, training: bool) -> ResumableLoader:
+        """Loader of a data set that answers with whole batches (packets), of its first `length` rows."""
+        rank, world_size = self._processes()
+        sampler = EpochBatchSampler(
+            length,
+            self.batch_size if training else self.val_batch_size,
+            self.seed,
+            shuffle=training,
+            drop_last=training and self.drop_last,
+            rank=rank,
+            world_size=world_size,
+            even=training,
+        )
+        return ResumableLoader(
+            images,
+            sampler,
+            num_workers=self.num_workers if training else 0,
+            pin_memory=self.pin_memory,
+            collate=first,
+            progress=self._batches_trained if training else None,
+        )
 
     def _make_train_loader(self) -> Loader:
         raise NotImplementedError

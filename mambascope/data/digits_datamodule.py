@@ -6,10 +6,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from mambascope.data.datamodule import ResumableDataModule
 from mambascope.data.loader import ResumableLoader
-from mambascope.data.sampling import EpochBatchSampler
 from mambascope.data.scopedigits import CLASS_NAMES, ScopeDigits
 from mambascope.data.scopedigits_config import ScopeDigitsConfig
-from mambascope.data.sources import KeyedDigits, first
+from mambascope.data.sources import KeyedDigits
 
 _DIGITS = ScopeDigitsConfig()
 
@@ -72,24 +71,10 @@ class ScopeDigitsDataModule(ResumableDataModule):
         self.val_digits = ScopeDigits("cls", "val", val_length, self.digits)
 
     def _make_train_loader(self) -> ResumableLoader:
-        rank, world_size = self._processes()
         if not self.fresh_each_epoch:
             self.train_digits.preload()
-        return ResumableLoader(
-            KeyedDigits(self.train_digits, self.mean, self.std, self.fresh_each_epoch, size=self.img_size[0]),
-            EpochBatchSampler(
-                len(self.train_digits),
-                self.batch_size,
-                self.seed,
-                drop_last=self.drop_last,
-                rank=rank,
-                world_size=world_size,
-            ),
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            collate=first,
-            progress=self._batches_trained,
-        )
+        images = KeyedDigits(self.train_digits, self.mean, self.std, self.fresh_each_epoch, size=self.img_size[0])
+        return self._packet_loader(images, len(self.train_digits), training=True)
 
     def _make_val_loader(self) -> ResumableLoader:
         self.val_digits.preload()
@@ -100,18 +85,5 @@ class ScopeDigitsDataModule(ResumableDataModule):
         return self._eval_loader(self.calibration_length, start=len(self.val_digits))
 
     def _eval_loader(self, length: int, start: int = 0) -> ResumableLoader:
-        rank, world_size = self._processes()
-        return ResumableLoader(
-            KeyedDigits(self.val_digits, self.mean, self.std, start=start, size=self.img_size[0]),
-            EpochBatchSampler(
-                length,
-                self.val_batch_size,
-                shuffle=False,
-                drop_last=False,
-                rank=rank,
-                world_size=world_size,
-                even=False,
-            ),
-            pin_memory=self.pin_memory,
-            collate=first,
-        )
+        images = KeyedDigits(self.val_digits, self.mean, self.std, start=start, size=self.img_size[0])
+        return self._packet_loader(images, length, training=False)

@@ -17,9 +17,8 @@ from torch.utils.data import Dataset
 from mambascope.data.datamodule import ResumableDataModule
 from mambascope.data.errors import DataError
 from mambascope.data.loader import Item, Packet, ResumableLoader
-from mambascope.data.sampling import EpochBatchSampler, SampleKey
+from mambascope.data.sampling import SampleKey
 from mambascope.data.small_images import DEFAULT_ROOT, SMALL_IMAGES, Arrays, download, open_split
-from mambascope.data.sources import first
 from mambascope.utils import check_choice
 
 
@@ -187,19 +186,8 @@ class SmallImageDataModule(ResumableDataModule):
         return KeyedArrays(self._part(part), self.mean, self.std, self.seed, shift, hflip, self.img_size[0])
 
     def _make_train_loader(self) -> ResumableLoader:
-        rank, world_size = self._processes()
         images = self._keyed("train", augmented=True)
-        sampler = EpochBatchSampler(
-            len(images), self.batch_size, self.seed, drop_last=self.drop_last, rank=rank, world_size=world_size
-        )
-        return ResumableLoader(
-            images,
-            sampler,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            collate=first,
-            progress=self._batches_trained,
-        )
+        return self._packet_loader(images, len(images), training=True)
 
     def _make_val_loader(self) -> ResumableLoader:
         return self._eval_loader("test")
@@ -209,15 +197,5 @@ class SmallImageDataModule(ResumableDataModule):
         return self._eval_loader("calibration")
 
     def _eval_loader(self, part: str) -> ResumableLoader:
-        rank, world_size = self._processes()
         images = self._keyed(part)
-        sampler = EpochBatchSampler(
-            len(images),
-            self.val_batch_size,
-            shuffle=False,
-            drop_last=False,
-            rank=rank,
-            world_size=world_size,
-            even=False,
-        )
-        return ResumableLoader(images, sampler, pin_memory=self.pin_memory, collate=first)
+        return self._packet_loader(images, len(images), training=False)

@@ -18,10 +18,10 @@ from mambascope.data.digits_datamodule import ScopeDigitsDataModule
 from mambascope.data.errors import DataError
 from mambascope.data.image_datamodule import ImageDataModule
 from mambascope.data.loader import Item, Packet, ResumableLoader
-from mambascope.data.sampling import EpochBatchSampler, SampleKey
+from mambascope.data.sampling import SampleKey
 from mambascope.data.scopedigits import ScopeDigits
 from mambascope.data.scopedigits_config import ScopeDigitsConfig
-from mambascope.data.sources import ImageSource, KeyedImages, first
+from mambascope.data.sources import ImageSource, KeyedImages
 from mambascope.eye.augment import GlimpseAugment, TrainGlimpses
 from mambascope.eye.dataset import GlimpseOptions
 from mambascope.eye.glimpses import GlimpseSequence
@@ -300,31 +300,12 @@ class GlimpseDigitsDataModule(ScopeDigitsDataModule):
         return self.glimpses.sequence(picture, (self.seed, key.row))
 
     def _loader(self, training: bool) -> ResumableLoader:
-        rank, world_size = self._processes()
         digits = self.train_digits if training else self.val_digits
         if not training or not self.fresh_each_epoch:
             digits.preload()
-        return ResumableLoader(
-            KeyedGlimpseDigits(
-                digits,
-                self._train_sequence if training else self._val_sequence,
-                fresh=training and self.fresh_each_epoch,
-            ),
-            EpochBatchSampler(
-                len(digits),
-                self.batch_size if training else self.val_batch_size,
-                self.seed,
-                shuffle=training,
-                drop_last=training and self.drop_last,
-                rank=rank,
-                world_size=world_size,
-                even=training,
-            ),
-            num_workers=self.num_workers if training else 0,
-            pin_memory=self.pin_memory,
-            collate=first,
-            progress=self._batches_trained if training else None,
-        )
+        sequence = self._train_sequence if training else self._val_sequence
+        images = KeyedGlimpseDigits(digits, sequence, fresh=training and self.fresh_each_epoch)
+        return self._packet_loader(images, len(digits), training=training)
 
     def _make_train_loader(self) -> ResumableLoader:
         return self._loader(True)

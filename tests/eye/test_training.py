@@ -115,7 +115,8 @@ def test_the_module_follows_the_name(here):
     for path in CONFIGS.values():
         name = module_of(["--config", str(path)]).__name__
         reduced = any(peer in path.stem for peer in ("dyvm", "r_meeto", "hidden_align"))
-        expected = "ReducedModule" if reduced else "ClassifierModule" if "vim" in path.stem else "ScopeModule"
+        one_stage = any(model in path.stem for model in ("vim", "deit"))
+        expected = "ReducedModule" if reduced else "ClassifierModule" if one_stage else "ScopeModule"
         assert name == ("EyeModule" if "mambaeye" in path.stem else expected)
 
 
