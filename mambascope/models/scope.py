@@ -9,6 +9,7 @@ Shape letters: B batch, M coarse cells, k selected cells, L tokens, d model widt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,9 +29,8 @@ from mambascope.models.cells import children, num_selected, select_cells
 from mambascope.models.configs import ScopeConfig
 from mambascope.models.gate import GATES, check_threshold, exit_mask
 from mambascope.models.scope_maps import TwoStageContract
-from mambascope.models.scores import CoarseTrace
+from mambascope.models.scores import CoarseTrace, Presence
 from mambascope.models.states import CoarseState, FineState, ScopeOutput, StageLogits
-from mambascope.models.vim import Encoded
 from mambascope.utils import share
 
 
@@ -71,14 +71,16 @@ class MambaScope(TwoStageContract):
 
     # ---- coarse look (section 3.2) -------------------------------------------------------------------------------
 
-    def forward_coarse(self, x: Tensor, take: tuple[int, ...] | list[int] = ()) -> CoarseState:
+    def forward_coarse(self, x: Tensor, take: Sequence[int] = (), presence: Presence | None = None) -> CoarseState:
         """First look: the half-size image through the encoder.
 
         Args:
             x: Images [B, C, H, W] at full size.
             take: Blocks whose outputs are wanted.
+            presence: What tells the score which classes a cell has; ``None`` for the classifier.
         """
         config = self.config
+        position = config.cls_position
         if self.pos_embed_coarse is None:
             table, table_grid = self.pos_embed, self.grid
         else:
@@ -87,18 +89,23 @@ class MambaScope(TwoStageContract):
         half = self.embed(image, table, table_grid, self.coarse_offsets)
         encoded = self.encode(
             half.tokens,
-            take=take,
+            take=tuple(take),
             trace=config.score.needs,
             trace_layers=config.taking_part,
             offsets=self.coarse_offsets,
         )
-        logits = self.answer(encoded.tokens, config.cls_position)
+        cls = encoded.tokens[:, cls_index(half.tokens.shape[1] - 1, position)]
+        features = remove_cls(encoded.tokens, position)
+        logits = self.answer(encoded.tokens, position)
+        head = self.classify if self.has_classifier else None
+        settings = (position, config.beta, config.score_topk)
+        trace = CoarseTrace(encoded.traces, features, cls, head, presence, *settings, logits, image, half.grid)
         return CoarseState(
             logits=logits,
-            cls=encoded.tokens[:, cls_index(half.tokens.shape[1] - 1, config.cls_position)],
-            features=remove_cls(encoded.tokens, config.cls_position),
-            tokens=remove_cls(half.tokens, config.cls_position),
-            importance=self.importance(encoded, logits, image, half.grid),
+            cls=cls,
+            features=features,
+            tokens=remove_cls(half.tokens, position),
+            importance=self.importance(trace),
             grid=half.grid,
             taken=encoded.taken,
             stem_maps=half.stem_maps,
@@ -112,22 +119,14 @@ class MambaScope(TwoStageContract):
     # ---- token importance (eq. 11-12) ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def importance(self, coarse: Encoded, logits: Tensor, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Importance of each cell [B, M] from what the coarse pass left, its answer, and the half-size images."""
-        config = self.config
-        position = config.cls_position
-        cls = coarse.tokens[:, cls_index(coarse.tokens.shape[1] - 1, position)]
-        features = remove_cls(coarse.tokens, position)
-        head = self.classify if self.has_classifier else None
-        trace = CoarseTrace(
-            coarse.traces, features, cls, head, position, config.beta, config.score_topk, logits, image, grid
-        )
-        return config.score.compute(trace)
+    def importance(self, trace: CoarseTrace) -> Tensor:
+        """Importance of each cell [B, M] from what the coarse pass left."""
+        return self.config.score.compute(trace)
 
     # ---- selection (eq. 13), fine sequence (eq. 14-16), feature reuse (eq. 17-19) --------------------------------
 
     def forward_fine(
-        self, x: Tensor, coarse: CoarseState, alpha: float | None = None, take: tuple[int, ...] | list[int] = ()
+        self, x: Tensor, coarse: CoarseState, alpha: float | None = None, take: Sequence[int] = ()
     ) -> FineState:
         """Second look (section 3.3): selected cells at full resolution, the others as coarse tokens.
 
@@ -141,7 +140,7 @@ class MambaScope(TwoStageContract):
         x = self.whole_cells(x)
         stem_maps = self.patch_embed.stem_maps(x)
         sequence = self.fine_sequence(self.refined_tokens(x, stem_maps, coarse, selected), coarse, remaining)
-        tokens, taken, _ = self.encode(sequence, take=take)
+        tokens, taken, _ = self.encode(sequence, take=tuple(take))
         position = self.config.fine_cls
         cls = tokens[:, cls_index(tokens.shape[1] - 1, position)]
         logits = self.answer_of_both(self.answer(tokens, position), coarse.logits)

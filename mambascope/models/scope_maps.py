@@ -5,6 +5,7 @@ Shape letters: B batch, M coarse cells, L tokens, d model width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mambascope.layers import cls_index, remove_cls
 from mambascope.models.cells import children
 from mambascope.models.configs import ScopeConfig
+from mambascope.models.scores import Presence
 from mambascope.models.states import CoarseState, FineState
 from mambascope.models.vim import Intermediates, VisionMamba
 
@@ -27,12 +29,12 @@ class TwoStageContract(VisionMamba):
     pos_embed_coarse: nn.Parameter | None
     coarse_weight: float
 
-    def forward_coarse(self, x: Tensor, take: tuple[int, ...] | list[int] = ()) -> CoarseState:
+    def forward_coarse(self, x: Tensor, take: Sequence[int] = (), presence: Presence | None = None) -> CoarseState:
         """First look at images [B, C, H, W]."""
         raise NotImplementedError
 
     def forward_fine(
-        self, x: Tensor, coarse: CoarseState, alpha: float | None = None, take: tuple[int, ...] | list[int] = ()
+        self, x: Tensor, coarse: CoarseState, alpha: float | None = None, take: Sequence[int] = ()
     ) -> FineState:
         """Second look at images [B, C, H, W]."""
         raise NotImplementedError

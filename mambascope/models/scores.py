@@ -32,6 +32,10 @@ def average_importance(scores: Iterable[Tensor], beta: float) -> Tensor:
     return total
 
 
+Presence = Callable[[Tensor], Tensor]
+"""Features [..., d] to the probabilities [..., C] that each class is there, where several can be."""
+
+
 class CoarseTrace(NamedTuple):
     """What the coarse pass left for a score.
 
@@ -40,6 +44,7 @@ class CoarseTrace(NamedTuple):
         features: Normalised patch outputs [B, M, d].
         cls: Normalised CLS output [B, d].
         classify: The head: features [..., d] to logits [..., C]; ``None`` without a classifier.
+        presence: A dense model's gate; ``None`` for classifiers.
         cls_position: Place of the CLS token among a block's tokens: ``first``, ``middle`` or ``last``.
         beta: Momentum of the average over blocks.
         topk: Channels that ``topk`` averages.
@@ -52,6 +57,7 @@ class CoarseTrace(NamedTuple):
     features: Tensor
     cls: Tensor
     classify: Callable[[Tensor], Tensor] | None
+    presence: Presence | None
     cls_position: str
     beta: float
     topk: int
@@ -70,7 +76,7 @@ class Score(NamedTuple):
     Attributes:
         compute: Importance [B, M] from what the coarse pass left.
         needs: Fields of :class:`~mambascope.layers.BlockTrace` that it reads. Without ``outputs`` the fused scan runs.
-        head: Whether it runs the classifier head on every cell, which the cost then counts.
+        head: Whether it asks the classifier head (a dense model's gate) about every cell, which the cost then counts.
     """
 
     compute: Callable[[CoarseTrace], Tensor]
@@ -125,8 +131,11 @@ def class_evidence(coarse: CoarseTrace) -> Tensor:
     """How likely a cell's own logits make the class of the coarse answer [B, M].
 
     For models whose head reads every token (``global_pool="lse"``): the patches of others have not learned to answer.
-    Without a classifier no cell says more than another: all are 1.
+    Images of dense models have objects of several classes: there it is how likely the cell has any of them, classes
+    taken as independent. Where nothing tells classes no cell says more than another: all are 1.
     """
+    if coarse.presence is not None:
+        return 1 - (1 - coarse.presence(coarse.features).float()).prod(-1)
     if coarse.classify is None:
         return coarse.features.new_ones(coarse.features.shape[:2])
     answer = coarse.logits.argmax(1).view(-1, 1, 1).expand(-1, coarse.features.shape[1], 1)
@@ -163,5 +172,5 @@ SCORES: dict[str, Score] = {
     "evidence_contrast": Score(evident_contrast, head=True),
 }
 """Importance by name, see ``ScopeConfig.score_metric``: the paper's six (Table 4; ``mean`` is its "no clip"), MTR's
-step sizes, and ours: what the head sees in each cell of the class that the coarse look answers, alone or times the
-contrast of the pixels."""
+step sizes, and ours: what the head sees in each cell of the class that the coarse look answers (a dense model's gate:
+of any class), alone or times the contrast of the pixels."""
