@@ -182,7 +182,7 @@ class EncoderBackbone(BaseModule):
     # ---- features ------------------------------------------------------------------------------------------------
 
     @property
-    def _cell(self) -> int:
+    def cell(self) -> int:
         """Side of a coarse cell in pixels."""
         return 2 * self.encoder.config.patch_size
 
@@ -190,7 +190,7 @@ class EncoderBackbone(BaseModule):
         """The images without padding, those of one grid together, and their checked sizes."""
         self.encoder.check_images(x)
         image_sizes = check_sizes(x, sizes)
-        return group_images(x, image_sizes, self._cell), image_sizes
+        return group_images(x, image_sizes, self.cell), image_sizes
 
     def _levels(
         self, looks: Sequence[Look], groups: Sequence[Group], canvas: Size, sizes: Sequence[Size]
@@ -199,7 +199,7 @@ class EncoderBackbone(BaseModule):
 
         Once for all groups: processes that see different numbers of them would wait for each other in a ``SyncBN``.
         """
-        rows, cols = cover(canvas, self._cell)
+        rows, cols = cover(canvas, self.cell)
         look = join_looks([look.on_canvas((2 * rows, 2 * cols)) for look in looks], batch_order(groups))
         levels = []
         for level, stride in zip(self.pyramid(*look), self.strides, strict=True):
@@ -223,8 +223,8 @@ class EncoderBackbone(BaseModule):
             For an image that exits and for one that is refined; the same figure twice for a plain Vim.
         """
         config = self.encoder.config
-        rows, cols = cover((height, width), self._cell)
-        size = (rows * self._cell, cols * self._cell)
+        rows, cols = cover((height, width), self.cell)
+        size = (rows * self.cell, cols * self.cell)
         alpha: dict[str, Any] = {"alpha": self.encoder.alpha} if isinstance(self.encoder, MambaScope) else {}
         cost = stage_macs(config, size, convention=convention, **alpha)
         pyramid = self.pyramid.macs(2 * rows, 2 * cols)
@@ -261,7 +261,7 @@ class VimBackbone(EncoderBackbone):
     """
 
     # a MambaScope file starts a plain Vim too: the encoder is the same
-    ignored = ("head.", "reuse.", "pos_embed_coarse", "norm_f.")
+    ignored = ("head.", "reuse.", "pos_embed_coarse", "coarse_offsets.", "norm_f.")
 
     def __init__(self, arch: str = "", **kwargs: Any) -> None:
         super().__init__(arch, **kwargs)

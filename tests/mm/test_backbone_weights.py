@@ -50,6 +50,23 @@ def test_plain_vim_starts_from_a_mambascope_file(tmp_path, classifier):
     assert torch.equal(plain.encoder.layers[3].mixer.A_log, classifier.layers[3].mixer.A_log)
 
 
+def test_parameters_of_the_coarse_look_come_with_the_weights(tmp_path):
+    source = MambaScope(img_size=64, patch_size=8, num_classes=10, coarse_offsets=True, **common.TINY)
+    with torch.no_grad():
+        for parameter in source.coarse_offsets.parameters():
+            parameter.normal_()
+    save_safetensors(source, tmp_path / "a.safetensors")
+    model = start(tmp_path / "a.safetensors", arch_options={"coarse_offsets": True})
+    state = source.coarse_offsets.state_dict()
+    assert state
+    assert all(torch.equal(v, state[k]) for k, v in model.encoder.coarse_offsets.state_dict().items())
+    with pytest.raises(ValueError, match="coarse_offsets=True"):
+        start(tmp_path / "a.safetensors")
+    plain = vim(init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / "a.safetensors")})
+    plain.init_weights()  # a plain Vim has no coarse look
+    assert torch.equal(plain.encoder.pos_embed, source.pos_embed)
+
+
 @torch.no_grad()
 def test_a_stem_comes_with_the_weights(tmp_path):
     torch.manual_seed(0)
