@@ -156,12 +156,19 @@ class ScopeMixin(UnpaddedMixin):
         """Classes present in each image [B, C], and which images are labelled [B]; all if ``None``."""
         raise NotImplementedError
 
+    def cell_presence(self, data_samples: Any, features: ScopeFeatures) -> tuple[Tensor, Tensor]:
+        """Classes present in each cell [B, M, C], and which cells are labelled [B, M]."""
+        raise NotImplementedError
+
     def loss(self, inputs: Tensor, data_samples: Any) -> dict:
-        """The base model's losses and ``loss_gate``."""
+        """The base model's losses and ``loss_gate``; ``loss_cells`` where the gate is asked about cells."""
         # before the heads, which would fail on a label out of range with an index error or a CUDA assertion
         presence, labelled = self.presence(data_samples)
         losses, [features] = self._run("loss", inputs, data_samples, image_sizes(inputs, data_samples))
         losses["loss_gate"] = self.backbone.gate.loss(features.gate_logits, presence.to(inputs.device), labelled)
+        if features.cell_logits is not None:
+            cells, labelled_cells = self.cell_presence(data_samples, features)
+            losses["loss_cells"] = self.backbone.gate.cell_loss(features.cell_logits, cells, labelled_cells)
         losses["exit_share"] = features.exited.float().mean()
         return losses
 

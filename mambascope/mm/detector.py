@@ -8,12 +8,15 @@ from mmdet.datasets.transforms import Pad
 from mmdet.models.detectors import CascadeRCNN
 from mmdet.models.test_time_augs import DetTTAModel
 from mmdet.registry import MODELS, TRANSFORMS
+from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
+from mambascope.mm.cell_labels import cells_from_boxes
 from mambascope.mm.coco import number_by_name
 from mambascope.mm.compat import float32_box_operators
 from mambascope.mm.dense import ScopeMixin, ScopeTTAMixin, UnpaddedMixin, sample_names
 from mambascope.mm.gate import presence_from_labels
+from mambascope.mm.scope_backbone import ScopeFeatures
 
 float32_box_operators()
 number_by_name()
@@ -53,6 +56,20 @@ class ScopeCascadeRCNN(ScopeMixin, CascadeRCNN):
         """Classes among the boxes; crowd regions do not count, and an image without boxes has none."""
         labels = [sample.gt_instances.labels for sample in data_samples]
         return presence_from_labels(labels, self.num_classes, sample_names(data_samples, "img_path")), None
+
+    def cell_presence(self, data_samples: Any, features: ScopeFeatures) -> tuple[Tensor, Tensor]:
+        """Classes of the boxes that reach into each cell; cells of crowd regions are not known."""
+        objects = [sample.gt_instances for sample in data_samples]
+        crowds = [sample.ignored_instances for sample in data_samples]
+        return cells_from_boxes(
+            [get_box_tensor(instances.bboxes) for instances in objects],
+            [instances.labels for instances in objects],
+            [get_box_tensor(instances.bboxes) for instances in crowds],
+            features.sizes,
+            self.num_classes,
+            self.backbone.cell,
+            features.grid,
+        )
 
 
 @MODELS.register_module()

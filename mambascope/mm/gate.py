@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from mambascope.data.errors import DataError
 from mambascope.models.gate import Gate
 from mambascope.models.states import CoarseState
-from mambascope.utils import check_positive
+from mambascope.ops.flops import count_macs
+from mambascope.utils import check_positive, evaluating
 
 
 def _mean_present(logits: Tensor) -> Tensor:
@@ -199,6 +200,51 @@ class DenseGate(Gate):
         """Multi-label logits [B, C] of the classes in the images."""
         raise NotImplementedError
 
+    def cell_logits(self, features: Tensor) -> Tensor:
+        """Multi-label logits [B, M, C] of the classes in each cell, from the coarse patch outputs [B, M, d].
+
+        Asked for where the cells are ranked by evidence (``score_metric``), and then trained too.
+        """
+        raise NotImplementedError
+
+    @property
+    def tells_cells(self) -> bool:
+        """Whether the gate can be asked about single cells."""
+        return type(self).cell_logits is not DenseGate.cell_logits
+
+    def cell_macs(self, dim: int) -> int:
+        """Multiply-adds of :meth:`cell_logits` for one cell; ``dim``: model width d.
+
+        Raises:
+            ValueError: If it does not give one logit per class.
+        """
+        one = torch.zeros(1, 1, dim)
+        with evaluating(self):
+            shape = tuple(self.cell_logits(one).shape)
+            if shape != (1, 1, self.num_classes):
+                raise ValueError(
+                    f"cell_logits of {type(self).__name__} must give [1, 1, {self.num_classes}] for one cell, "
+                    f"got {list(shape)}"
+                )
+            return count_macs(self.cell_logits, one)
+
+    def cell_presence(self, features: Tensor) -> Tensor:
+        """Probabilities [B, M, C] of the classes in each cell, without those that the confidence leaves out."""
+        logits = self.cell_logits(features)
+        return (
+            (logits[..., self.kept_classes] if len(self.kept_classes) < self.num_classes else logits).float().sigmoid()
+        )
+
+    def cell_loss(self, logits: Tensor, presence: Tensor, labelled: Tensor) -> Tensor:
+        """The loss of cells, as that of images.
+
+        Args:
+            logits: [B, M, C].
+            presence: Classes that are really there [B, M, C], 0 or 1.
+            labelled: Cells that take part [B, M] bool.
+        """
+        return self.loss(logits.flatten(0, 1), presence.flatten(0, 1), labelled.flatten())
+
     def confidence(self, logits: Tensor) -> Tensor:
         """Confidence [B] of logits [B, C], see :func:`gate_confidence`; no gradient."""
         logits = logits.detach()
@@ -253,6 +299,10 @@ class GateHead(DenseGate):
     def logits(self, coarse: CoarseState) -> Tensor:
         """Multi-label logits [B, C] of the classes in the images."""
         return self.fc(coarse.cls)
+
+    def cell_logits(self, features: Tensor) -> Tensor:
+        """Multi-label logits [B, M, C] of the classes in each cell: the same layer on the coarse patch outputs."""
+        return self.fc(features)
 
 
 def build_gate(options: Mapping[str, Any] | None, dim: int) -> DenseGate | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mambascope.layers import cls_index, remove_cls
 from mambascope.mm.backbone import EncoderBackbone
 from mambascope.mm.canvas import Look, Size, batch_order, cells_on_canvas, cover, join, join_looks, pad_map
-from mambascope.mm.gate import build_gate
+from mambascope.mm.gate import DenseGate, build_gate
 from mambascope.mm.pyramid import STEPS, double
 from mambascope.models.cells import num_selected
 from mambascope.models.configs import SCOPE_CONFIGS
@@ -34,6 +34,7 @@ class ScopeFeatures:
             padding.
         gate_logits: Multi-label logits [B, C] of the coarse look; ``None`` without a gate.
         confidence: Of the gate [B]; ``None`` without one.
+        cell_logits: Of the gate [B, M, C] in training, zero in padding; ``None`` where the score does not ask for them.
         exited: Which images kept the coarse features [B] bool.
         importance: Importance of each coarse cell [B, M]; zero in padding.
         selected: Re-read cells [B, k]; -1 where an image has fewer than k, or exited.
@@ -44,6 +45,7 @@ class ScopeFeatures:
     maps: tuple[Tensor, ...]
     gate_logits: Tensor | None
     confidence: Tensor | None
+    cell_logits: Tensor | None
     exited: Tensor
     importance: Tensor
     selected: Tensor
@@ -57,6 +59,7 @@ class _Part(NamedTuple):
     look: Look
     gate_logits: Tensor | None
     confidence: Tensor | None
+    cell_logits: Tensor | None
     exited: Tensor
     importance: Tensor
     selected: Tensor
@@ -115,9 +118,21 @@ class ScopeBackbone(EncoderBackbone):
             self.coarse_up = nn.ModuleList(maps)
         if not 0 <= exit_prob <= 1:
             raise ValueError(f"exit_prob must lie in [0, 1], got {exit_prob!r}")
-        self.gate = build_gate(gate, self.encoder.embed_dim)
+        self.gate = build_gate(gate, dim)
+        self._cell_macs = 0
+        if self.encoder.config.score.head:
+            self._cell_macs = self._cell_gate(self.encoder.config.score_metric).cell_macs(dim)
         self.threshold = check_threshold(threshold)
         self.exit_prob = exit_prob
+
+    def _cell_gate(self, score: str) -> DenseGate:
+        if self.gate is None or not self.gate.tells_cells:
+            kind = "none" if self.gate is None else f"a {type(self.gate).__name__} without cell_logits"
+            raise ValueError(
+                f"score_metric={score!r} asks a gate what is in each cell: gate must be a GateHead or another "
+                f"DenseGate with cell_logits, got {kind}"
+            )
+        return self.gate
 
     def forward(self, x: Tensor, sizes: Sequence[Sequence[int]] | None = None) -> tuple[Tensor, ...]:
         """Maps [B, channels, H/s, W/s], see :meth:`forward_scope`."""
@@ -151,16 +166,18 @@ class ScopeBackbone(EncoderBackbone):
         parts = [self._part(group.images) for group in groups]
         levels = self._levels([part.look for part in parts], groups, canvas, image_sizes)
         order = batch_order(groups)
-        grid = cover(canvas, self._cell)
+        grid = cover(canvas, self.cell)
         most = max(part.selected.shape[1] for part in parts)
         importance = [pad_map(part.importance.unflatten(1, part.grid), grid).flatten(1) for part in parts]
         selected = [cells_on_canvas(part.selected, part.grid, grid, most) for part in parts]
         logits = [part.gate_logits for part in parts if part.gate_logits is not None]
+        of_cells = [self._cells_on(grid, part.cell_logits, part.grid) for part in parts if part.cell_logits is not None]
         confidence = [part.confidence for part in parts if part.confidence is not None]
         return ScopeFeatures(
             maps=levels,
             gate_logits=join(logits, order) if logits else None,
             confidence=join(confidence, order) if confidence else None,
+            cell_logits=join(of_cells, order) if of_cells else None,
             exited=join([part.exited for part in parts], order),
             importance=join(importance, order),
             selected=join(selected, order),
@@ -170,7 +187,9 @@ class ScopeBackbone(EncoderBackbone):
 
     def _part(self, x: Tensor) -> _Part:
         """Look, decide, refine, merge, as a MambaScope does, on images [n, 3, H, W] of whole cells."""
-        coarse = self.encoder.forward_coarse(x, self.out_indices)
+        gate = self.gate if self.encoder.config.score.head else None
+        coarse = self.encoder.forward_coarse(x, self.out_indices, None if gate is None else gate.cell_presence)
+        of_cells = gate.cell_logits(coarse.features) if gate is not None and self.training else None
         logits, confidence, exited = self._decide(coarse)
         batch, cells = coarse.importance.shape
         selected = torch.full((batch, num_selected(self.encoder.alpha, cells)), -1, dtype=torch.long, device=x.device)
@@ -188,7 +207,12 @@ class ScopeBackbone(EncoderBackbone):
             look = join_looks(
                 [self._coarse_look(x.index_select(0, exits), exit_state), fine], torch.cat([exits, refined]).argsort()
             )
-        return _Part(look, logits, confidence, exited, coarse.importance, selected, coarse.grid)
+        return _Part(look, logits, confidence, of_cells, exited, coarse.importance, selected, coarse.grid)
+
+    @staticmethod
+    def _cells_on(canvas: Size, logits: Tensor, grid: Size) -> Tensor:
+        """What was told of cells [n, M, C] of images of one grid, on the grid of the canvas."""
+        return pad_map(logits.transpose(1, 2).unflatten(2, grid), canvas).flatten(2).transpose(1, 2)
 
     def _coarse_grids(self, coarse: CoarseState) -> list[Tensor]:
         """Coarse tokens as maps [B, d, h/2, w/2]."""
@@ -221,13 +245,13 @@ class ScopeBackbone(EncoderBackbone):
         return Look(maps, [t[:, at] for t in fine.taken], detail), fine.selected
 
     def cost(self, height: int, width: int, convention: str = "both_directions") -> tuple[float, float]:
-        """As for :class:`VimBackbone`, with the learned resize."""
+        """As for :class:`VimBackbone`, with the learned resize and what the score asks the gate about every cell."""
         exits, refined = super().cost(height, width, convention)
-        if self.coarse_up is None:
-            return exits, refined
-        rows, cols = cover((height, width), self._cell)
-        places = 4 * rows * cols * self.encoder.embed_dim**2 / 1e9  # of one learned map
-        return exits + len(STEPS) * places, refined + len(STEPS) * places
+        rows, cols = cover((height, width), self.cell)
+        cell = self._cell_macs
+        if self.coarse_up is not None:
+            cell += len(STEPS) * 4 * self.encoder.embed_dim**2
+        return exits + rows * cols * cell / 1e9, refined + rows * cols * cell / 1e9
 
     def image_gflops(self, features: ScopeFeatures) -> dict[str, list[float]]:
         """Backbone GFLOPs of every image of a batch, padding not counted, per convention of :meth:`cost`."""

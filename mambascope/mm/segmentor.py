@@ -8,8 +8,10 @@ from mmseg.models.segmentors import EncoderDecoder, SegTTAModel
 from mmseg.registry import MODELS
 from torch import Tensor
 
+from mambascope.mm.cell_labels import cells_from_masks
 from mambascope.mm.dense import ScopeMixin, ScopeTTAMixin, UnpaddedMixin, sample_names
 from mambascope.mm.gate import presence_from_masks
+from mambascope.mm.scope_backbone import ScopeFeatures
 
 
 @MODELS.register_module()
@@ -42,6 +44,12 @@ class ScopeEncoderDecoder(ScopeMixin, EncoderDecoder):
         masks = [sample.gt_sem_seg.data for sample in data_samples]
         names = sample_names(data_samples, "seg_map_path", "img_path")
         return presence_from_masks(masks, self.num_classes, self.decode_head.ignore_index, names)
+
+    def cell_presence(self, data_samples: Any, features: ScopeFeatures) -> tuple[Tensor, Tensor]:
+        """Classes in the cells of the masks; cells without a labelled pixel are not known."""
+        masks = [sample.gt_sem_seg.data for sample in data_samples]
+        cell = self.backbone.cell
+        return cells_from_masks(masks, self.num_classes, cell, features.grid, self.decode_head.ignore_index)
 
 
 @MODELS.register_module()

@@ -14,6 +14,7 @@ from tests.mm.common import scope, vim
         {"coarse_resize": "learned", "detail": True},
         {"detail": True, "arch_options": {"stem_width": 12}},
         {"gate": None},
+        {"arch_options": {"score_metric": "evidence", "coarse_offsets": True}},
         {"gate": None, "arch_options": {"reuse": "off", "alpha": 1.0}},
         {"gate": None, "out_indices": (0, 1, 2, 3), "arch_options": {"depth": 5}},
         {"arch_options": {"alpha": 0.0}},
