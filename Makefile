@@ -9,7 +9,7 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
 MIM := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mim
 
-.PHONY: help setup demo compare check test lint format bench clean mm mm-demo mm-demo-one
+.PHONY: help setup demo compare fashion fashion-compare frontier check test lint format bench clean mm mm-demo mm-demo-one
 
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -27,6 +27,18 @@ demo: $(STAMP)  ## train the coarse-to-fine classifier on the built-in data and 
 
 compare: $(STAMP)  ## train, evaluate and time all methods on the built-in data and draw them (about an hour on two cores)
 	$(BIN)/python tools/compare.py scopedigits --out benchmarks/results/comparison
+
+# The pieces are those of fashion-compare, which goes on from them.
+fashion: $(STAMP)  ## train MambaScope and Vim on Fashion-MNIST, one seed, and write the report to runs/fashion (DOWNLOAD=1 fetches the data)
+	$(if $(DOWNLOAD),$(BIN)/python -c "from mambascope.data import SmallImageDataModule as M; M(download=True).prepare_data()")
+	$(BIN)/python tools/compare.py fashion --entries vim mambascope --seeds 0 --out runs/fashion
+	$(BIN)/python tools/eval_cls.py $$(ls -td runs/compare/fashion/trainings/mambascope-*-seed0 | head -1) \
+		--target-acc-drop 0 --out runs/fashion/report
+
+fashion-compare: $(STAMP)  ## the same as compare on Fashion-MNIST (about eight hours on two cores with AVX2; resumable)
+	$(BIN)/python tools/compare.py fashion --out benchmarks/results/fashion
+
+frontier: compare fashion-compare  ## both comparisons
 
 check: lint  ## lint, and run the tests that need no OpenMMLab (JOBS=1: one after the other)
 	$(PYTEST) --ignore tests/mm

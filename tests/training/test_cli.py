@@ -14,7 +14,7 @@ from mambascope.commands.train import TrainCLI, complete_args, main
 from mambascope.models.cost import count_parameters
 from mambascope.models.losses import ScopeLoss
 from mambascope.training.runs import find_checkpoint, find_config, leave_runs, new_run, run_of, shipped_configs
-from tests.data.test_small_images import write_fashion
+from tests.data.test_small_images import write_cifar, write_fashion
 from tests.training.helpers import tiny, train
 from tests.training.test_module import HingeLoss
 
@@ -43,10 +43,13 @@ def test_all_configs_ship():
     assert CONFIGS.keys() >= expected
 
 
-def test_the_recipe_of_timms_deit_builds(here):
-    built = cli("--config", "scopedigits_deit")
-    assert (built.model.model.num_classes, built.model.model.embed_dim) == (10, 96)
-    assert built.datamodule.img_size == (64, 64)
+@pytest.mark.parametrize(("name", "width", "side"), [("scopedigits_deit", 96, 64), ("fashion_deit", 64, 28)])
+def test_the_recipe_of_timms_deit_builds(here, folder, name, width, side):
+    write_fashion(folder)
+    fashion = ["--data.root", str(folder), "--data.calibration_length", "10"] if name.startswith("fashion") else []
+    built = cli("--config", name, *fashion)
+    assert (built.model.model.num_classes, built.model.model.embed_dim) == (10, width)
+    assert built.datamodule.img_size == (side, side)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if not name.endswith("_deit") and "mambaeye" not in name])
@@ -54,11 +57,15 @@ def test_config_parses_and_builds(name, here, folder):
     root = [] if name.startswith("scopedigits") else ["--data.root", str(folder)]
     if name.startswith("fashion"):
         write_fashion(folder)
+    elif name.startswith("cifar"):
+        write_cifar(folder, name.partition("_")[0])
+    if name.startswith(("fashion", "cifar")):
         root += ["--data.calibration_length", "10"]
-    classes_here = 2 if name.endswith(("imagenet", "384")) else 10
+    classes_here = 2 if name.endswith(("imagenet", "384")) else 100 if name.startswith("cifar100") else 10
     net = yaml.safe_load(CONFIGS[name].read_text())["model"]["net"]
     if "reduction" in net.get("args", {}):  # it is retrained from a Vim, which may also be its teacher
-        classes = {"num_classes": classes_here, "stem_width": net["args"].get("stem_width", 0)}
+        classes = {"num_classes": classes_here}
+        classes |= {key: net["args"][key] for key in ("stem_width", "in_chans") if key in net["args"]}
         mambascope.models.save_safetensors(timm.create_model(net["name"], depth=4, **classes), here / "vim.safetensors")
         root += ["--model.net.checkpoint", str(here / "vim.safetensors")]
     elif net.get("checkpoint"):  # of all blocks
@@ -139,7 +146,7 @@ def test_print_config_is_a_config(here, capsys):
     [
         (
             ["--config", "nothing.yaml"],
-            "config 'nothing.yaml' does not exist; the package has dyvm_small_imagenet, ",
+            "config 'nothing.yaml' does not exist; the package has cifar100_mambascope, ",
         ),
         (["--config", "vim_tiny_imagenet"], "required: --data.root"),
         (["--config", "vim_tiny_imagenet", "--data.root", "/nowhere"], "data folder /nowhere does not exist"),
