@@ -122,8 +122,9 @@ class TwoStageContract(VisionMamba):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups for layer-wise learning rates; reuse and gate go with the head."""
+        """Parameter groups for layer-wise rates: reuse and gate go with the head, offsets with what they add to."""
+        of_look = r"^(?:coarse_offsets\.)?"
         return {
-            "stem": r"^cls_token|pos_embed|patch_embed",
-            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f|^reuse|^gate", (99999,))],
+            "stem": of_look + "cls_token|pos_embed|patch_embed",
+            "blocks": [(of_look + r"layers\.(\d+)", None), (of_look + "norm_f|^reuse|^gate", (99999,))],
         }

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.models import group_parameters
 
 from mambascope import MambaScope
 from mambascope.evaluation.both_looks import WEIGHTS, best_weight, fit_coarse_weight
@@ -109,3 +110,21 @@ def test_a_fit_leaves_the_model_as_it_is_and_needs_images(x):
     assert fit_coarse_weight(model, batches) in WEIGHTS
     assert model.coarse_weight == 0.4
     assert model.training
+
+
+def test_offsets_learn_at_the_rate_of_what_they_add_to():
+    model = MambaScope(**SMALL, coarse_offsets=True)
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    offsets = {name for name, _ in model.named_parameters() if name.startswith("coarse_offsets.")}
+    shared = {"norm": "norm.weight", "dt_bias": "mixer.dt_proj.bias"}
+    assert offsets
+    for name in offsets:
+        place = name.removeprefix("coarse_offsets.")
+        start, _, last = place.rpartition(".")
+        kin = {"cls_token": "cls_token", "norm_f": "norm_f.weight"}.get(
+            place, f"{start}.{shared.get(last, 'norm.weight')}"
+        )
+        assert layers[name] == layers[kin], name
+    plain = MambaScope(**SMALL)
+    without = group_parameters(plain, plain.group_matcher(), reverse=True)
+    assert {name: layers[name] for name in without} == without
