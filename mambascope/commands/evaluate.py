@@ -44,6 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument(
         "--target-acc-drop", type=float, metavar="POINTS", help="choose the cheapest threshold within it"
     )
+    parser.add_argument(
+        "--with-confidence",
+        type=float,
+        metavar="C",
+        help="promise the --target-acc-drop for other images of the same kind with this probability, e.g. 0.95",
+    )
     parser.add_argument("--threshold", type=float, help="report this threshold instead of choosing one")
     parser.add_argument("--measure", type=float, nargs="*", default=[0.3, 0.5, 0.7, 0.9], metavar="ETA")
     parser.add_argument("--batch-size", type=int, default=64, help="the large batch of the timings (default 64)")
@@ -67,13 +73,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def chosen_target(args: argparse.Namespace) -> Target | None:
     """What the options ask for; ``None`` without a target."""
+    if args.with_confidence is not None and args.target_acc_drop is None:
+        raise ValueError("--with-confidence needs --target-acc-drop: it promises that drop")
     if args.target_gflops is not None:
         convention = "both_directions" if args.both_directions else "one_direction"
         return Target("gflops", args.target_gflops, convention)
     if args.target_ms is not None:
         return Target("ms", args.target_ms)
     if args.target_acc_drop is not None:
-        return Target("acc_drop", args.target_acc_drop / 100)
+        return Target("acc_drop", args.target_acc_drop / 100, confidence=args.with_confidence)
     return None
 
 

@@ -39,7 +39,9 @@ def best_weight(coarse: Tensor, fine: Tensor, confidence: Tensor, labels: Tensor
 def fit_coarse_weight(model: Any, loader: Iterable[Any]) -> float:
     """:func:`best_weight` of a model on images [B, C, H, W] and labels [B]; the model is left as it is.
 
-    With fewer than :data:`FEWEST` images, or nothing to refine, the model's own weight.
+    Every other image is left out, for a threshold to be promised on (:mod:`mambascope.evaluation.promise`): what was
+    fitted to promises nothing. With fewer than :data:`FEWEST` images in use, or nothing to refine, the model's own
+    weight.
     """
     if not is_two_stage(model) or model.alpha == 0 or not model.has_classifier:
         return float(getattr(model, "coarse_weight", 0.0))
@@ -56,7 +58,7 @@ def fit_coarse_weight(model: Any, loader: Iterable[Any]) -> float:
                 rows.append((coarse, fine, confidence, labels.cpu().long()))
     finally:
         model.coarse_weight = before
-    if sum(len(row[3]) for row in rows) < FEWEST:
+    if (sum(len(row[3]) for row in rows) + 1) // 2 < FEWEST:
         return before
-    coarse, fine, confidence, labels = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    coarse, fine, confidence, labels = (torch.cat(parts)[::2] for parts in zip(*rows, strict=True))
     return best_weight(coarse, fine, confidence, labels)

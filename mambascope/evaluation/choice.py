@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mambascope.evaluation.promise import images_to_promise
 from mambascope.evaluation.sweep import StageRecord, Target
 
 CONFIDENCE = 0.95
@@ -44,6 +45,8 @@ def images_for_share() -> int:
 
 def images_needed(target: Target) -> int:
     """How many images can decide which threshold meets a target; fewer leave the model's own in place."""
+    if target.confidence is not None:
+        return images_to_promise(target.value, target.confidence)
     return images_for_drop(target.value) if target.kind == "acc_drop" else images_for_share()
 
 
@@ -68,6 +71,8 @@ def describe_choice(target: Target, record: StageRecord, eta: float, model_eta: 
     lost = int((~refined & record.fine_correct & ~record.coarse_correct).sum())
     won = int((~refined & record.coarse_correct & ~record.fine_correct).sum())
     rule = target.describe()
+    if target.confidence is not None and eta >= 1:
+        rule += f"; no threshold below 1 can be promised on {n:,} images"
     if n < needed:
         rule = f"the model's own {model_eta:g} stays: {n:,} images are too few to choose ({rule}); {needed:,} can"
     return {
@@ -80,7 +85,8 @@ def describe_choice(target: Target, record: StageRecord, eta: float, model_eta: 
         "drop_interval": list(drop_interval(lost, won, n)),
         "share_refined": float(refined.mean()),
         "share_interval": list(binomial_interval(int(refined.sum()), n)),
-        "confidence": CONFIDENCE,
+        "confidence": CONFIDENCE,  # of the intervals
+        "promised_confidence": target.confidence,
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from mambascope.evaluation.choice import describe_choice, images_needed, interva
 from mambascope.evaluation.collect import Collected, collect
 from mambascope.evaluation.machine import machine_info
 from mambascope.evaluation.options import ReportOptions
+from mambascope.evaluation.promise import promised_threshold
 from mambascope.evaluation.tables import card_rows, curve_csv, curve_rows, results_table, savings, timings_csv
 from mambascope.evaluation.throughput import Timing, measure_all, measure_model
 from mambascope.models.cost import CONVENTIONS, StageCost, format_gflops, plain_vim, stage_macs
@@ -76,7 +78,18 @@ def write_report(
         OSError: The folder cannot be written.
     """
     out = Path(out_dir)
+    begun = out.exists()
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        return _write(model, data, out, options)
+    except BaseException:
+        if not begun:
+            with suppress(OSError):  # a report that was refused leaves nothing; what was written stays
+                out.rmdir()
+        raise
+
+
+def _write(model: VisionMamba, data: Any, out: Path, options: ReportOptions) -> Report:
     sample = _collect(model, data.val_dataloader() if hasattr(data, "val_dataloader") else data, options)
     registered = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     facts = {
@@ -189,9 +202,14 @@ def _choose(model: MambaScope, sample: Collected, options: ReportOptions) -> tup
         curve = sw.sweep(record, ms_coarse=coarse.ms, ms_refined=full.ms)
     else:
         curve = sw.sweep(record, costs_of(model, tuple(sample.images.shape[-2:])))
-    eta = float(curve.threshold[target.pick(curve)])  # also where it is not used: it may refuse the target
-    if len(record) < images_needed(target):
-        eta = model.threshold
+    if target.confidence is not None:
+        # the other half may have been fitted to, see `fit_coarse_weight`
+        record = record.part(slice(1, None, 2)) if source == CALIBRATION and model.coarse_weight else record
+        eta = promised_threshold(record, target.value, target.confidence)
+    else:
+        eta = float(curve.threshold[target.pick(curve)])  # also where it is not used: it may refuse the target
+        if len(record) < images_needed(target):
+            eta = model.threshold
     choice = describe_choice(target, record, eta, model.threshold)
     return eta, {**asdict(target), "data": source, **choice}
 

@@ -69,6 +69,10 @@ class StageRecord:
         (c_conf, c_pred, c_top5), (f_conf, f_pred, f_top5) = _stage(coarse, y), _stage(fine, y)
         return cls(y.astype(np.int64), c_conf, c_pred, c_top5, f_conf, f_pred, f_top5)
 
+    def part(self, rows: slice | np.ndarray) -> StageRecord:
+        """The record of some of the images."""
+        return StageRecord(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
     @classmethod
     def concatenate(cls, parts: Sequence[StageRecord]) -> StageRecord:
         """Joins records of several batches, in order."""
@@ -258,11 +262,14 @@ class Target:
             refining every image. ``"gflops"``, ``"ms"``: the most accurate one with at most `value` per image.
         value: The bound.
         convention: Of the GFLOPs.
+        confidence: Of ``"acc_drop"``: promise the bound for other images of the same kind with this probability
+            (:mod:`mambascope.evaluation.promise`) instead of meeting it on the images at hand.
     """
 
     kind: str = "acc_drop"
     value: float = 0.005
     convention: str = "one_direction"
+    confidence: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("acc_drop", "gflops", "ms"):
@@ -270,6 +277,14 @@ class Target:
         if not np.isfinite(self.value) or self.value < 0 or (self.kind == "acc_drop" and self.value > 1):
             accepted = "in [0, 1] (0.005 is half a point)" if self.kind == "acc_drop" else "a positive number"
             raise ValueError(f"target {self.kind} must be {accepted}, got {self.value!r}")
+        if self.confidence is None:
+            return
+        if self.kind != "acc_drop":
+            raise ValueError(f"confidence can be asked for with a target of acc_drop, got {self.kind}")
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence must lie between 0 and 1, e.g. 0.95, got {self.confidence!r}")
+        if not 0 < self.value < 1:
+            raise ValueError(f"with a confidence the accepted drop must lie between 0 and 1, got {self.value!r}")
 
     def pick(self, curve: SweepCurve) -> int:
         """Index of the chosen threshold; raises ``ValueError`` if the target cannot be met."""
@@ -280,7 +295,13 @@ class Target:
     def describe(self) -> str:
         """The rule in words."""
         if self.kind == "acc_drop":
-            return f"fewest refined images with top-1 at most {100 * self.value:g} points below refining every image"
+            rule = f"fewest refined images with top-1 at most {100 * self.value:g} points below refining every image"
+            kept = (
+                ""
+                if self.confidence is None
+                else f", promised for other such images with a confidence of {self.confidence:g}"
+            )
+            return rule + kept
         unit = f"GFLOPs ({self.convention.replace('_', ' ')})" if self.kind == "gflops" else "ms"
         return f"highest top-1 with at most {self.value:g} {unit} per image"
 
