@@ -10,8 +10,11 @@ model = dict(
     backbone=dict(
         type="ScopeBackbone",
         arch="mambascope_nano_patch8_64",
-        # CLS in the middle as in the demo's classifier; the stem sees digits of one and a half patches
-        arch_options=dict(fine_cls="middle", alpha=0.7, stem_width=32),
+        # CLS in the middle as in the demo's classifier; the stem sees digits of one and a half patches; cells are
+        # ranked by the objects that the gate sees in them, times their contrast
+        arch_options=dict(
+            fine_cls="middle", alpha=0.5, stem_width=32, score_metric="evidence_contrast", coarse_offsets=True
+        ),
         img_size=64,
         out_channels=64,
         readout=True,  # what the classifier that it starts from knows of the whole image

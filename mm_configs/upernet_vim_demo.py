@@ -11,10 +11,12 @@ model = dict(
     backbone=dict(
         type="VimBackbone",
         arch="vim_nano_patch8_64",
+        arch_options=dict(stem_width=32),
         img_size=64,
         out_channels=64,
-        readout=True,  # the classifier it starts from keeps the class in CLS
-        init_cfg=dict(type="Pretrained", checkpoint="scopedigits_published"),
+        readout=True,  # what the classifier that it starts from knows of the whole image
+        detail=True,
+        init_cfg=dict(type="Pretrained", checkpoint="scopedigits_dense"),
     ),
 )
 val_evaluator = [dict(type="IoUMetric", iou_metrics=["mIoU"])]

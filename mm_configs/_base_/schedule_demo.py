@@ -8,9 +8,9 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-2, by_epoch=False, begin=0, end=60),
-    dict(type="CosineAnnealingLR", eta_min_ratio=0.01, by_epoch=False, begin=60, end=2000),
+    dict(type="CosineAnnealingLR", eta_min_ratio=0.01, by_epoch=False, begin=60, end=1000),
 ]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=2000, val_interval=1000)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=1000, val_interval=1000)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 randomness = dict(seed=0)

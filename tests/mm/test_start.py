@@ -36,11 +36,18 @@ def scope(checkpoint="", classes=11, **init):
     )
 
 
+def plain_demo(kind):
+    """The demo without what its encoder has beside the published one."""
+    arch = {"fine_cls": "middle", "stem_width": 0, "coarse_offsets": False}
+    options = {f"model.backbone.arch_options.{name}": value for name, value in arch.items()}
+    return common.demo_config(kind, **options, **{"model.backbone.detail": False})
+
+
 @pytest.fixture
 def segmentor(tmp_path):
     """A segmentor's checkpoint as mmengine writes it, with its logged scalars, and the model."""
     torch.manual_seed(0)
-    model = loading.build_model(common.demo_config("seg", **{"model.backbone.arch_options.fine_cls": "middle"}))
+    model = loading.build_model(plain_demo("seg"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)  # zero initialisations would be equal without loading
@@ -85,9 +92,7 @@ def test_the_report_names_gate_pyramid_and_tables(segmentor, mm_log):
 
 def test_a_detector_starts_from_a_segmentor(segmentor):
     path, source = segmentor
-    options = {"fine_cls": "middle", "stem_width": 0}
-    cfg = common.demo_config("det", **{f"model.backbone.arch_options.{k}": v for k, v in options.items()})
-    cfg.model.backbone.detail = False
+    cfg = plain_demo("det")
     cfg.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": str(path), "prefix": "backbone."}
     model = loading.build_model(cfg)
     model.init_weights()
@@ -181,7 +186,7 @@ def test_urls_are_loaded(url, tmp_path, segmentor):
     model = scope(f"{url}/iter_2.pth", prefix="backbone.")
     model.init_weights()
     assert same(model.pyramid, segmentor[1].backbone.pyramid)
-    cfg = common.demo_config("seg", **{"model.backbone.arch_options.fine_cls": "middle"})
+    cfg = plain_demo("seg")
     assert same(loading.build_model(cfg, f"{url}/iter_2.pth"), segmentor[1])  # what eval_dense and predict_dense do
 
 
