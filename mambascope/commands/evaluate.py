@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mambascope.commands.options import CHECKPOINT_HELP, add_column_arguments, add_value_range, image_size, value_range
-from mambascope.data.open import validation_loader
+from mambascope.data.open import EvalData, validation_loader
 from mambascope.evaluation.options import ReportOptions
 from mambascope.evaluation.report import Report, write_report
 from mambascope.evaluation.sweep import Target
@@ -125,6 +125,21 @@ def _export(model: VisionMamba, report: Report, target: Path) -> None:
     save_safetensors(model.cpu(), target, {"report": figures})
 
 
+def _data(args: argparse.Namespace, model: VisionMamba, checkpoint: Path) -> EvalData:
+    return validation_loader(
+        model,
+        checkpoint,
+        args.data,
+        split=args.split,
+        batch_size=args.batch_size,
+        num_workers=args.workers,
+        length=args.length,
+        skip_bad_files=args.skip_bad,
+        input_key=args.input_key,
+        target_key=args.target_key,
+    )
+
+
 def _run(args: argparse.Namespace) -> int:
     target = chosen_target(args)
     checkpoint = find_weights(args.checkpoint)
@@ -146,24 +161,14 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("give a target or --threshold, not both")
     if args.export and Path(args.export).suffix != ".safetensors":
         raise ValueError(f"--export must name a .safetensors file, got {args.export!r}")
-    data = validation_loader(
-        model,
-        checkpoint,
-        args.data,
-        split=args.split,
-        batch_size=args.batch_size,
-        num_workers=args.workers,
-        length=args.length,
-        skip_bad_files=args.skip_bad,
-        input_key=args.input_key,
-        target_key=args.target_key,
-    )
+    data = _data(args, model, checkpoint)
     # nothing is written into the package itself
     beside = Path("runs") / f"eval_{args.checkpoint}" if checkpoint in SHIPPED.values() else checkpoint.parent / "eval"
     out = Path(args.out) if args.out else beside
     print(f"evaluating on {data.name}", file=sys.stderr)
     options = ReportOptions(
         name=model.description.get("model"),
+        object_masks=data.object_masks,
         calibration_loader=data.calibration,
         threshold=args.threshold,
         target=target or Target(),

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from mambascope.data.datamodule import ResumableDataModule
@@ -83,6 +89,13 @@ class ScopeDigitsDataModule(ResumableDataModule):
     def calibration_dataloader(self) -> ResumableLoader:
         """Loader of the images that follow the validation images."""
         return self._eval_loader(self.calibration_length, start=len(self.val_digits))
+
+    def object_masks(self, rows: Sequence[int]) -> NDArray[np.bool_]:
+        """Which pixels [K, H, W] of validation images belong to the object that is to be recognised."""
+        masks = np.stack([self.val_digits.object_mask(int(row)) for row in rows])
+        if masks.shape[1:] == self.img_size:
+            return masks
+        return F.interpolate(torch.from_numpy(masks)[None].float(), self.img_size, mode="area")[0].numpy() > 0
 
     def _eval_loader(self, length: int, start: int = 0) -> ResumableLoader:
         images = KeyedDigits(self.val_digits, self.mean, self.std, start=start, size=self.img_size[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +27,14 @@ class EvalData(NamedTuple):
         loader: Of (images [B, C, H, W], labels [B]).
         name: What to call it.
         calibration: Loader of other images on which to choose a threshold; ``None`` where there are none to spare.
+        object_masks: From places among the images to the pixels [K, H, W] of their objects, bool; ``None`` where nobody
+            knows them.
     """
 
     loader: Iterable[Any]
     name: str
     calibration: Iterable[Any] | None = None
+    object_masks: Callable[[Sequence[int]], Any] | None = None
 
 
 def validation_loader(
@@ -59,7 +62,7 @@ def validation_loader(
         split: Of a folder or a timm data set.
         batch_size: Images per batch.
         num_workers: Worker processes.
-        length: Images of ScopeDigits.
+        length: Images of ScopeDigits, and as many others on which to choose a threshold.
         skip_bad_files: Leave unreadable files out instead of stopping.
         input_key: Column of the images in a data set of Hugging Face.
         target_key: Column of the labels.
@@ -95,7 +98,8 @@ def _digits(model: VisionMamba, batch_size: int, length: int) -> ScopeDigitsData
             f"{model.num_classes} and {model.in_chans}"
         )
     digits = ScopeDigitsConfig(size=height)
-    return ScopeDigitsDataModule(1, length, digits=digits, batch_size=1, val_batch_size=batch_size)
+    # as many others for the threshold: a promise may need more than a thousand
+    return ScopeDigitsDataModule(1, length, digits, calibration_length=length, batch_size=1, val_batch_size=batch_size)
 
 
 def _module_data(module: LightningDataModule, model: VisionMamba, name: str, where: str | None = None) -> EvalData:
@@ -105,4 +109,5 @@ def _module_data(module: LightningDataModule, model: VisionMamba, name: str, whe
         module.prepare_data()
         module.setup("fit")
     calibration = getattr(module, "calibration_dataloader", None)
-    return EvalData(module.val_dataloader(), name, None if calibration is None else calibration())
+    masks = getattr(module, "object_masks", None)
+    return EvalData(module.val_dataloader(), name, None if calibration is None else calibration(), masks)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _MAX_OVERLAP = 0.08  # of the smaller digit's box
 _TRIES = 20
-_VISIBLE = 0.35  # opacity from which a pixel belongs to the digit
+VISIBLE = 0.35  # opacity from which a pixel belongs to the digit
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def draw_scene(rng: np.random.Generator, config: ScopeDigitsConfig, scans: Scans
     for n, ((row, is_small), (x0, y0, x1, y1)) in enumerate(zip(digits, boxes, strict=True)):
         alpha = enlarge(scans.images[row], y1 - y0, x1 - x0)
         canvas.paint(alpha, y0, x0, config.hard_outline if is_small else 0.0)
-        masks[n, y0:y1, x0:x1] = alpha > _VISIBLE
+        masks[n, y0:y1, x0:x1] = alpha > VISIBLE
         masks[:n] &= ~masks[n]  # the later digit lies on top
     keep = masks.any((1, 2))
     masks = masks[keep]

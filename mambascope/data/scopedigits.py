@@ -26,7 +26,7 @@ from PIL import Image
 
 from mambascope.data.canvas import Box, Canvas
 from mambascope.data.glyphs import NUM_CLASSES, check_split, enlarge, load_scans
-from mambascope.data.scenes import Scene, draw_scene
+from mambascope.data.scenes import VISIBLE, Scene, draw_scene
 from mambascope.data.scopedigits_config import ScopeDigitsConfig
 
 Task = Literal["cls", "seg", "det"]
@@ -142,6 +142,16 @@ class ScopeDigits(torch.utils.data.Dataset):
             return plan
         scene = self.scene(index)
         return {"is_hard": scene.is_hard, "count": len(scene.labels)}
+
+    def object_mask(self, index: int) -> NDArray[np.bool_]:
+        """Which pixels [H, W] of an image belong to its digits."""
+        if self.task != "cls":
+            return np.any(self.scene(index).masks, axis=0)
+        plan = self._plan(self._rng(index), index)
+        x0, y0, x1, y1 = plan["box"]
+        mask = np.zeros((self.config.size, self.config.size), bool)
+        mask[y0:y1, x0:x1] = enlarge(load_scans(self.split).images[plan["row"]], y1 - y0, x1 - x0) > VISIBLE
+        return mask
 
     def targets(self) -> NDArray[np.int64]:
         """Class of every image [length] (task "cls")."""

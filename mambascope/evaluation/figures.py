@@ -22,6 +22,7 @@ from mambascope.plotting import (
 )
 from mambascope.plotting.exits import Answers
 from mambascope.plotting.published import PublishedPoint
+from mambascope.plotting.selection import plot_selection
 from mambascope.plotting.tradeoff import ChosenPoint, TimedPoint, Tradeoff
 
 PICTURE_IMAGES = 192  # candidates for the figures
@@ -101,6 +102,14 @@ def draw_pictures(
     plot_exits(answers(sample.record), examples, eta, out / "exits.png", title=f"{name}: where images leave")
     plot_heatmaps(pick_examples(examples), out / "heatmaps.png", title=f"{name}: importance and refined cells")
     return ["exits.png", "heatmaps.png"]
+
+
+def draw_selection(quality: dict[str, Any] | None, alpha: float, out: Path, name: str) -> list[str]:
+    """Where the selected cells lie, if the data know; names of the files."""
+    if quality is None:
+        return []
+    plot_selection(quality["curve"], out / "selection.png", alpha, title=f"{name}: what the selected cells show")
+    return ["selection.png"]
 
 
 def pick_examples(examples: Sequence[Example], count: int = 6) -> list[Example]:

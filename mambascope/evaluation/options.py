@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ class ReportOptions:
         class_names: Names of the classes for the figures; default: the model's, else numbers.
         mean, std: Normalisation of the images, to show them; default: the model's.
         metrics_csv: Lightning's CSV log, for the training curves.
+        object_masks: From places among the evaluated images to the pixels [K, H, W] of their objects, bool, for the
+            quality of the selection; ``None`` where nobody knows them.
         calibration_loader: Data on which η is chosen; default: the evaluation data.
         threshold: Use this η instead of choosing one.
         target: What η is chosen for; with too few images to decide it the model's own stays.
@@ -44,6 +46,7 @@ class ReportOptions:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     metrics_csv: str | os.PathLike[str] | None = None
+    object_masks: Callable[[Sequence[int]], Any] | None = None
     calibration_loader: Iterable[Any] | None = None
     threshold: float | None = None
     target: Target = Target()  # noqa: RUF009 (frozen)

@@ -25,6 +25,7 @@ from mambascope.evaluation.collect import Collected, collect
 from mambascope.evaluation.machine import machine_info
 from mambascope.evaluation.options import ReportOptions
 from mambascope.evaluation.promise import promised_threshold
+from mambascope.evaluation.selection import selection_quality, selection_text
 from mambascope.evaluation.tables import card_rows, curve_csv, curve_rows, results_table, savings, timings_csv
 from mambascope.evaluation.throughput import Timing, measure_all, measure_model
 from mambascope.models.cost import CONVENTIONS, StageCost, format_gflops, plain_vim, stage_macs
@@ -136,6 +137,11 @@ def _write_two_stages(
     top1 = [_top1_at(record, timing) for timing in timings]
     results = _results(record, costs, eta, timings)
     table = results_table(results, eta) + f"\n{_how_chosen(choice)}"
+    selection = None
+    if options.object_masks is not None:
+        masks = options.object_masks(sample.index.tolist())
+        selection = selection_quality(model, sample.images, masks)
+        table += f"\n{selection_text(selection)}"
     data = {
         **facts,
         "alpha": model.alpha,
@@ -144,6 +150,7 @@ def _write_two_stages(
         "results": results,
         "savings": savings(results),
         "gate": _gate(record, results["dynamic"]),
+        "selection": selection,
         "cost": _cost_section(model, costs, size),
         "timings": [{**t.to_dict(), "top1": y} for t, y in zip(timings, top1, strict=True)],
         "curve": curve_rows(curve),
@@ -160,6 +167,7 @@ def _write_two_stages(
         name = facts["model"]
         at_eta, timed = sw.sweep(record, costs, thresholds=[eta]), list(zip(timings, top1, strict=True))
         drawn = figures.draw_tradeoff(curve, at_eta, timed, out, name, options.published)
+        drawn += figures.draw_selection(selection, model.alpha, out, name)
         drawn += figures.draw_pictures(model, sample, eta, out, name, options)
         drawn += figures.draw_training(options.metrics_csv, out, name)
         data["files"] = sorted([*data["files"], *drawn])
