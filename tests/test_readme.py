@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mambascope.evaluation.published import DYNAMIC_SYSTEMS
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TEXT = " ".join(README.split())
@@ -130,3 +132,10 @@ def test_the_number_of_cells_of_an_image_is_worth_what_its_rows_say():
     }
     claim = re.search(r"([\d.]+) ± 0\.2 at a mass of 0\.98 and at 15 of 16 cells, (-[\d.]+) ± 0\.2 at 0\.95", TEXT)
     assert [float(v) for v in claim.groups()] == [round(v, 1) for v in gain.values()]
+
+
+def test_the_published_systems_are_those_of_the_package():
+    rows = [
+        f"| {s.label} | {s.backbone} | {s.top1:g} | {s.gflops:g} | {s.means} | {s.source} |" for s in DYNAMIC_SYSTEMS
+    ]
+    assert "\n".join(rows) in README

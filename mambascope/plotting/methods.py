@@ -81,7 +81,8 @@ def plot_methods(
         draw_published(axes[0], published, fontsize=6.5)
         axes[0].set_ylabel("top-1 accuracy (%)")
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
+        columns = 5 if sum(map(len, labels)) < 120 else 3  # long labels would run over both edges
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         return style.save(figure, path)

@@ -61,7 +61,7 @@ def test_config_parses_and_builds(name, here, folder):
         write_cifar(folder, name.partition("_")[0])
     if name.startswith(("fashion", "cifar")):
         root += ["--data.calibration_length", "10"]
-    classes_here = 2 if name.endswith(("imagenet", "384")) else 100 if name.startswith("cifar100") else 10
+    classes_here = 2 if name.endswith(("imagenet", "384", "evidence")) else 100 if name.startswith("cifar100") else 10
     net = yaml.safe_load(CONFIGS[name].read_text())["model"]["net"]
     if "reduction" in net.get("args", {}):  # it is retrained from a Vim, which may also be its teacher
         classes = {"num_classes": classes_here}
