@@ -23,6 +23,9 @@ class PatchGate(DenseGate):
     def logits(self, coarse):
         return self.layers(coarse.features.mean(1))
 
+    def cell_logits(self, features):
+        return self.layers(features)
+
     def confidence(self, logits):
         return logits.detach().float().abs().amin(1).tanh()
 

@@ -6,6 +6,7 @@ import torch
 
 from mambascope.mm.dense import image_sizes
 from mambascope.mm.loading import plain_config
+from mambascope.models.cells import num_selected
 from tests.mm import common
 from tests.mm.common import scope, vim
 from tests.mm.test_configs import build, load
@@ -201,7 +202,8 @@ def test_predictions_alone_in_a_batch_and_on_a_larger_canvas(kind, plain):
                 same_result(kind, a, b)
     for fact in (s.metainfo["scope"] for s in together if not plain):
         assert fact["importance"].shape == fact["grid"] == tuple(-(-side // 16) for side in fact["size"])
-        assert len(cells(fact["selected"], fact["grid"])) == -(-7 * np.prod(fact["grid"]) // 10)
+        count = num_selected(model.backbone.encoder.alpha, int(np.prod(fact["grid"])))
+        assert len(cells(fact["selected"], fact["grid"])) == count
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["scope", "vim"])
