@@ -108,7 +108,7 @@ def draw_selection(quality: dict[str, Any] | None, alpha: float, out: Path, name
     """Where the selected cells lie, if the data know; names of the files."""
     if quality is None:
         return []
-    plot_selection(quality["curve"], out / "selection.png", alpha, title=f"{name}: what the selected cells show")
+    plot_selection(quality["curve"], out / "selection.png", alpha, title=f"{name}\nwhat the selected cells show")
     return ["selection.png"]
 
 

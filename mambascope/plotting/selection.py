@@ -15,7 +15,7 @@ def plot_selection(
     """Draws the shares of object pixels in selected, random and best cells.
 
     Args:
-        curve: Rows with ``alpha``, ``selected``, ``random`` and ``best``, 0 to 1.
+        curve: Rows with ``alpha``, ``selected``, ``random``, ``fixed`` and ``best``, 0 to 1.
         path: The picture.
         alpha: The model's own share of cells, marked.
         title: Above the picture.
@@ -27,6 +27,7 @@ def plot_selection(
         for name, colour, line, label in (
             ("best", style.MUTED, "--", "best possible cells"),
             ("selected", style.DYNAMIC, "-", "selected cells"),
+            ("fixed", style.MUTED, "-.", "the same cells of every image"),
             ("random", style.MUTED, ":", "random cells"),
         ):
             ax.plot(x, [100 * row[name] for row in curve], line, color=colour, label=label)

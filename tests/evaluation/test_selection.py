@@ -19,9 +19,22 @@ def test_by_hand():
     importance = torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3], [1, 1, 1, 1]])
     pixels = torch.tensor([[0.0, 6, 2, 2], [0, 0, 0, 5], [0, 0, 0, 0]])  # the third image shows nothing
     half, none, all_cells = object_shares(importance, pixels, (0.5, 0.0, 1.0))
-    assert half == {"alpha": 0.5, "selected": pytest.approx((0.6 + 1) / 2), "random": 0.5, "best": pytest.approx(0.9)}
+    expected = {"selected": (0.6 + 1) / 2, "random": 0.5, "fixed": (0.2 + 0) / 2, "best": 0.9}
+    assert half == {"alpha": 0.5, **{name: pytest.approx(value) for name, value in expected.items()}}
     assert (none["selected"], none["random"], none["best"]) == (0, 0, 0)
     assert (all_cells["selected"], all_cells["random"], all_cells["best"]) == pytest.approx((1, 1, 1))
+
+
+def test_fixed_places_are_those_of_other_images():
+    """They hold everything where all objects stand at one place, and nothing more than their share where none does."""
+    same = torch.zeros(10, 16)
+    same[:, 5] = 1
+    generator = torch.Generator().manual_seed(0)
+    anywhere = torch.zeros(4000, 16).scatter_(1, torch.randint(16, (4000, 1), generator=generator), 1.0)
+    scores = torch.rand(4000, 16, generator=generator)
+    assert object_shares(scores[:10], same, (1 / 16,))[0]["fixed"] == 1
+    assert object_shares(scores, anywhere, (0.5,))[0]["fixed"] == pytest.approx(0.5, abs=0.03)
+    assert object_shares(scores[:1], same[:1], (0.5,))[0]["fixed"] in (0, 1)  # no other image to learn from
 
 
 def test_random_cells_have_the_share_of_the_cells():
@@ -91,7 +104,8 @@ def test_the_report_has_it_where_the_data_know_the_objects(model, tmp_path, caps
     assert data["selection"]["images"] == 12  # of the sample: those timed and half as many
     assert "selection.png" in data["files"]
     assert (tmp_path / "digits" / "selection.png").stat().st_size > 5000
-    line = f"object pixels in re-read cells, 12 images: {100 * rows[0.3]['selected']:.0f} % at α 0.3 (random 50, best"
+    selected = f"{100 * rows[0.3]['selected']:.0f} % at α 0.3"
+    line = f"object pixels in re-read cells, 12 images: {selected} (random 50, fixed places"
     assert line in capsys.readouterr().out
     for name in "abcdefghij":
         (tmp_path / "images" / name).mkdir(parents=True)
