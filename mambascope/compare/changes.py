@@ -48,7 +48,7 @@ def resized(model: Any, size: tuple[int, int]) -> Any:
 
 
 def with_control(model: Any, cells: str, seed: int) -> Any:
-    """The model, which then reads ``random`` cells again, or the ``least`` important ones.
+    """The model, which then reads ``random`` cells again, the ``least`` important or the most ``central`` ones.
 
     Raises:
         ValueError: If the model has one stage.
@@ -62,15 +62,18 @@ def with_control(model: Any, cells: str, seed: int) -> Any:
 
     def forward_coarse(*args: Any, **kwargs: Any) -> Any:
         coarse = look(*args, **kwargs)
-        coarse.importance = reranked(coarse.importance, cells, generator)
+        coarse.importance = reranked(coarse.importance, cells, generator, coarse.grid)
         return coarse
 
     model.forward_coarse = forward_coarse  # type: ignore[method-assign]
     return model
 
 
-def reranked(importance: Tensor, cells: str, generator: torch.Generator) -> Tensor:
-    """Importance [B, M] by which the cells of a control are chosen."""
+def reranked(importance: Tensor, cells: str, generator: torch.Generator, grid: tuple[int, int]) -> Tensor:
+    """Importance [B, M] by which the cells of a control are chosen; ``grid``: rows and columns of M cells."""
     if cells == "least":
         return -importance
+    if cells == "central":  # the same for every image: what it gains is where objects usually are
+        rows, cols = (torch.arange(n).sub((n - 1) / 2).abs() for n in grid)
+        return -torch.maximum(rows[:, None], cols).flatten().expand_as(importance).to(importance)
     return torch.rand(importance.shape, generator=generator).to(importance)

@@ -20,7 +20,7 @@ from mambascope.utils import as_number, check_choice, flat
 
 LIST_DIR = CONFIG_DIR / "compare"
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-CELLS = ("important", "random", "least")
+CELLS = ("important", "random", "least", "central")
 TABLES = ("best", "gain")
 
 
@@ -53,8 +53,8 @@ class Setting:
             mappings are merged. The model is built anew with them and gets the same weights.
         data: Options of the data module to change, e.g. ``{"img_size": 48}``; the model is then run at that size.
         training: What to change in the training config: the setting has a training of its own.
-        cells: Which cells are read again: the most important ones, or as a control ``random`` or the ``least``
-            important ones.
+        cells: Which cells are read again: the most important ones, or as a control ``random`` ones, the
+            ``least`` important ones or the most ``central`` ones, which are the same in every image.
         published: The paper's top-1 in per cent, on its own data; ``None`` where it has no such row.
     """
 

@@ -113,14 +113,17 @@ def test_images_of_the_first_seed_are_the_runs_own(run_folder, tmp_path):
 def test_controls_read_other_cells(run_folder):
     importance = torch.rand(3, 16)
     generator = torch.Generator().manual_seed(7)
-    assert torch.equal(reranked(importance, "least", generator).argmax(1), importance.argmin(1))
-    assert not torch.equal(reranked(importance, "random", generator).argsort(1), importance.argsort(1))
+    assert torch.equal(reranked(importance, "least", generator, (4, 4)).argmax(1), importance.argmin(1))
+    assert not torch.equal(reranked(importance, "random", generator, (4, 4)).argsort(1), importance.argsort(1))
     model, image = load_model(run_folder / "model.safetensors"), torch.randn(1, 3, 32, 32)
     cells = {how: with_control(load_model(run_folder / "model.safetensors"), how, 0) for how in CELLS}
     selected = {how: set(m.forward_scope(image, 1.0).selected[0].tolist()) for how, m in cells.items()}
     assert selected["important"] == set(model.forward_scope(image, 1.0).selected[0].tolist())
     assert selected["least"] == set(range(16)) - selected["important"]  # half of the cells
     assert selected["random"] not in (selected["least"], selected["important"])
+    assert {5, 6, 9, 10} <= selected["central"]
+    middle = reranked(torch.zeros(2, 15), "central", generator, (3, 5))
+    assert middle[0].argmax() == middle[1].argmax() == 7
 
 
 def test_every_table_of_the_paper_is_in_a_list():
@@ -313,7 +316,7 @@ def test_gains_are_paired_by_seed():
     assert "| other | 50.00 | 80.00 | 0.1000 | 74.00 | 74.00 | 74.00 | -1.00 ± 0.00 | 2 |" in text
 
 
-@pytest.mark.parametrize("name", ["ablations", "trained_ablations"])
+@pytest.mark.parametrize("name", ["ablations", "trained_ablations", "selection"])
 def test_every_row_is_a_model_and_a_training(name):
     """The options exist under the names that the lists use."""
     plan = read_list(name)
