@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -46,6 +47,65 @@ def _run(script: str, seconds: int = 120, **environment: str) -> subprocess.Comp
         timeout=seconds,
         check=False,
     )
+
+
+_FAILING_ALLOCATOR = r"""
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int refused = 0;  // 1: on every thread, 2: on every thread but the first
+void *aligned_alloc(size_t alignment, size_t size) {
+  void *memory = 0;
+  if (refused == 1 || (refused == 2 && syscall(SYS_gettid) != getpid())) return 0;
+  return posix_memalign(&memory, alignment, size) ? 0 : memory;
+}
+"""
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="replaces the C library's allocator by LD_PRELOAD")
+@pytest.mark.parametrize("refused", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_running_out_of_memory_is_an_error_on_any_thread(tmp_path, threads, refused):
+    """An exception that left a worker thread would end the process."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source, library = tmp_path / "failing.c", tmp_path / "failing.so"
+    source.write_text(_FAILING_ALLOCATOR)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    done = _run(
+        f"""
+import ctypes, torch
+from mambascope.ops import native
+torch.set_num_threads({threads})
+refused = ctypes.c_int.in_dll(ctypes.CDLL({str(library)!r}), "refused")
+x, dt, A, B, C = torch.randn(8, 50, 96), torch.rand(8, 50, 96), -torch.rand(96, 8), *torch.randn(2, 8, 50, 8)
+calls = {{
+    "forward": lambda: native.scan_forward(x, dt, A, B, C),
+    "backward": lambda: native.scan_backward(torch.ones_like(x), x, dt, A, B, C)[0],
+}}
+for name, call in calls.items():
+    refused.value = {refused}
+    try:
+        call()
+        print(name, "went through")
+    except MemoryError as error:
+        print(name, error)
+    refused.value = 0
+    assert bool(call().isfinite().all())
+""",
+        LD_PRELOAD=str(library),
+        OMP_NUM_THREADS=str(threads),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, line in zip(("forward", "backward"), done.stdout.splitlines(), strict=True):
+        failed = f"{name} native scan_{name} could not allocate its buffers"
+        if refused == 1:
+            assert line == failed
+        else:  # the first thread may have done the work of all before they came to it
+            assert line in ((failed, f"{name} went through") if threads > 1 else (f"{name} went through",))
 
 
 @needs_kernels

@@ -8,13 +8,15 @@
 
 namespace {
 
-enum Status { OK = 0, OUT_OF_MEMORY = 1 };
+enum Status { OK = 0, OUT_OF_MEMORY = 1, NO_THREADS = 2 };
 
 template <class F> int guarded(F f) {
   try {
     f();
   } catch (const std::bad_alloc &) {
     return OUT_OF_MEMORY;
+  } catch (...) {  // a thread that could not be started
+    return NO_THREADS;
   }
   return OK;
 }

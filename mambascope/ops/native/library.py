@@ -54,9 +54,17 @@ class Library:
         return int(self._lib.mambascope_cpu_level())
 
     def run(self, entry: str, arguments: bytes) -> None:
-        """Calls a kernel; the GIL is released meanwhile. Raises MemoryError if it could not allocate its buffers."""
-        if self._entries[entry](arguments):
+        """Calls a kernel; the GIL is released meanwhile.
+
+        Raises:
+            MemoryError: If one of its threads could not allocate its buffers.
+            RuntimeError: If a thread could not be started.
+        """
+        status = self._entries[entry](arguments)
+        if status == 1:
             raise MemoryError(f"native {entry} could not allocate its buffers")
+        if status:
+            raise RuntimeError(f"native {entry} could not start its threads: lower torch.set_num_threads")
 
 
 def _find() -> tuple[Library | None, str | None]:

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <new>
 
 #if defined(_OPENMP)
@@ -35,21 +36,46 @@ int usable_threads(int64_t requested, int64_t tasks) {
   return (int)std::max<int64_t>(1, std::min(requested, tasks));
 }
 
-// Runs body(thread, threads) on `threads` threads (the runtime may grant fewer: body must use the second argument).
+// First exception of several threads: none may leave the thread it was thrown on, where it would end the process.
+class Failure {
+ public:
+  template <class F> void guard(F f) noexcept {
+    try {
+      f();
+    } catch (...) {
+      if (!failed_.exchange(true)) first_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (failed_.load()) std::rethrow_exception(first_);
+  }
+
+ private:
+  std::atomic<bool> failed_{false};
+  std::exception_ptr first_;
+};
+
+// Runs body(thread, threads) on `threads` threads (the runtime may grant fewer: body must use the second argument).  An
+// exception of any of them is thrown here after all have ended.
 template <class F> void run_threads(int threads, F body) {
   if (threads <= 1) {
     body(0, 1);
     return;
   }
+  Failure failure;
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(threads)
-  body(omp_get_thread_num(), omp_get_num_threads());
+  failure.guard([&] { body(omp_get_thread_num(), omp_get_num_threads()); });
 #else
   std::vector<std::thread> pool;
-  for (int t = 1; t < threads; t++) pool.emplace_back(body, t, threads);
-  body(0, threads);
+  failure.guard([&] {
+    for (int t = 1; t < threads; t++)
+      pool.emplace_back([&, t] { failure.guard([&] { body(t, threads); }); });
+  });
+  failure.guard([&] { body(0, threads); });
   for (auto &t : pool) t.join();
 #endif
+  failure.rethrow();
 }
 
 // Tasks in any order on any thread: for work whose result does not depend on who does it.
