@@ -67,6 +67,15 @@ def test_fashion_is_read_from_every_layout(tmp_path, where, packed):
     assert len(together) == 60  # none of them twice: the threshold is chosen on images that nothing was trained on
 
 
+def test_articles_on_black_are_their_own_masks(tmp_path):
+    written = write_fashion(tmp_path)["test"][0]
+    data = SmallImageDataModule(root=str(tmp_path), calibration_length=10)
+    np.testing.assert_array_equal(data.object_masks([7, 2]), written[[7, 2]] >= 16)
+    halved = SmallImageDataModule(root=str(tmp_path), calibration_length=10, img_size=14).object_masks(range(20))
+    np.testing.assert_array_equal(halved, (written >= 16).reshape(20, 14, 2, 14, 2).any((2, 4)))
+    assert SmallImageDataModule("cifar10").object_masks is None
+
+
 @pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
 def test_cifar_is_read_from_its_binary_version(tmp_path, name, classes):
     rows = write_cifar(tmp_path, name)
