@@ -29,6 +29,10 @@ class ModelArgs:
     checkpoint: str | None = None
     strict: bool = True
 
+    def __post_init__(self) -> None:
+        if self.args is None:  # what YAML makes of `args:` with nothing after it
+            object.__setattr__(self, "args", {})
+
 
 @dataclass(frozen=True)
 class OptimizerArgs:

@@ -20,6 +20,8 @@ from mambascope.models.checkpoint import save_safetensors
 from mambascope.models.configs import with_overrides
 from mambascope.models.cost import CONVENTIONS, stage_macs
 from mambascope.models.losses import ScopeLoss
+from mambascope.training.args import ModelArgs
+from mambascope.training.module import build_model
 from mambascope.utils import flat
 from tests.compare.common import RECIPE
 
@@ -314,6 +316,23 @@ def test_gains_are_paired_by_seed():
     assert "| base | 50.00 | 80.00 | 0.1000 | 75.00 | 75.00 | 75.00 |  | 2 |" in text
     assert "| new | 50.00 | 80.00 | 0.1000 | 77.50 | 77.50 | 77.50 | +2.50 ± 0.50 | 2 |" in text
     assert "| other | 50.00 | 80.00 | 0.1000 | 74.00 | 74.00 | 74.00 | -1.00 ± 0.00 | 2 |" in text
+
+
+@pytest.mark.parametrize("name", shipped_lists())
+def test_every_training_of_a_list_has_a_network(name):
+    """Also where an entry has another network than the config that it takes the rest from."""
+    plan = read_list(name)
+    for entry_name, entry in plan.entries.items():
+        for setting in entry.settings or (Setting(),):
+            source = make_source(plan, entry_name, setting)
+            if source.trained:
+                net = {**source.config["model"]["net"], "checkpoint": None}
+                with torch.device("meta"):
+                    build_model(ModelArgs(**net), verbose=False)
+
+
+def test_no_arguments_in_a_file_are_none():
+    assert ModelArgs(args=None).args == {}
 
 
 @pytest.mark.parametrize("name", ["ablations", "trained_ablations", "selection"])
