@@ -5,8 +5,11 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from mambascope.data.errors import DataError
@@ -160,3 +163,10 @@ class ResumableDataModule(LightningDataModule):
             "mean": list(self.mean),
             "std": list(self.std),
         }
+
+
+def masks_at(masks: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Masks [K, H, W] at the size of resized images: a pixel that holds some of an object is the object's."""
+    if masks.shape[1:] == tuple(size):
+        return masks
+    return F.interpolate(torch.from_numpy(masks)[None].float(), size, mode="area")[0].numpy() > 0

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from mambascope.data.datamodule import ResumableDataModule
+from mambascope.data.datamodule import ResumableDataModule, masks_at
 from mambascope.data.loader import ResumableLoader
 from mambascope.data.scopedigits import CLASS_NAMES, ScopeDigits
 from mambascope.data.scopedigits_config import ScopeDigitsConfig
@@ -92,10 +90,7 @@ class ScopeDigitsDataModule(ResumableDataModule):
 
     def object_masks(self, rows: Sequence[int]) -> NDArray[np.bool_]:
         """Which pixels [K, H, W] of validation images belong to the object that is to be recognised."""
-        masks = np.stack([self.val_digits.object_mask(int(row)) for row in rows])
-        if masks.shape[1:] == self.img_size:
-            return masks
-        return F.interpolate(torch.from_numpy(masks)[None].float(), self.img_size, mode="area")[0].numpy() > 0
+        return masks_at(np.stack([self.val_digits.object_mask(int(row)) for row in rows]), self.img_size)
 
     def _eval_loader(self, length: int, start: int = 0) -> ResumableLoader:
         images = KeyedDigits(self.val_digits, self.mean, self.std, start=start, size=self.img_size[0])

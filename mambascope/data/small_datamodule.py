@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mambascope.data.datamodule import ResumableDataModule
+from mambascope.data.datamodule import ResumableDataModule, masks_at
 from mambascope.data.errors import DataError
 from mambascope.data.loader import Item, Packet, ResumableLoader
 from mambascope.data.sampling import SampleKey
@@ -205,10 +205,7 @@ class SmallImageDataModule(ResumableDataModule):
         return self._bright_pixels if self.dataset == "fashion_mnist" else None
 
     def _bright_pixels(self, rows: Sequence[int]) -> NDArray[np.bool_]:
-        masks = torch.from_numpy(self._part("test")[0][list(rows)] >= 16).any(3)
-        if tuple(masks.shape[1:]) != self.img_size:
-            masks = F.interpolate(masks[None].float(), self.img_size, mode="area")[0] > 0
-        return masks.numpy()
+        return masks_at(np.any(self._part("test")[0][list(rows)] >= 16, axis=3), self.img_size)
 
     def _eval_loader(self, part: str) -> ResumableLoader:
         images = self._keyed(part)
