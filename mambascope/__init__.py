@@ -10,6 +10,7 @@ import mambascope.peers  # noqa: F401
 from mambascope._version import __version__
 from mambascope.models import MambaScope, ScopeConfig, VimConfig, VisionMamba, load_checkpoint, load_model
 from mambascope.models.architectures import ARCHITECTURES as _ARCHITECTURES
+from mambascope.models.frozen import freeze, unfreeze
 
 load = load_model
 
@@ -19,8 +20,10 @@ __all__ = [
     "VimConfig",
     "VisionMamba",
     "__version__",
+    "freeze",
     "load",
     "load_checkpoint",
+    "unfreeze",
 ]
 
 

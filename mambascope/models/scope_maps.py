@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from mambascope.layers import cls_index, remove_cls
 from mambascope.models.cells import children
 from mambascope.models.configs import ScopeConfig
+from mambascope.models.encoded import Intermediates
 from mambascope.models.scores import Presence
 from mambascope.models.states import CoarseState, FineState
-from mambascope.models.vim import Intermediates, VisionMamba
+from mambascope.models.vim import VisionMamba
 
 
 class TwoStageContract(VisionMamba):

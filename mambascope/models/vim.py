@@ -7,7 +7,7 @@ Loads the official checkpoints: state-dict names and shapes are theirs. Shape le
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.layers import resample_patch_embed, trunc_normal_
@@ -29,51 +29,9 @@ from mambascope.layers import (
 )
 from mambascope.layers.plain import is_plain
 from mambascope.models.configs import GLOBAL_POOLS, VimConfig, with_overrides
+from mambascope.models.encoded import Embedded, Encoded, Intermediates
+from mambascope.models.frozen import packed_stack
 from mambascope.models.hub import HubMixin
-
-
-class Embedded(NamedTuple):
-    """What the encoder reads.
-
-    Attributes:
-        tokens: Patches and CLS with positions [B, M + 1, d].
-        grid: Rows and columns of the patches.
-        stem_maps: What a stem made of the images, for dense models; none without a stem.
-    """
-
-    tokens: Tensor
-    grid: tuple[int, int]
-    stem_maps: list[Tensor]
-
-
-class Encoded(NamedTuple):
-    """What the encoder gives.
-
-    Attributes:
-        tokens: Normalised output [B, L, d]; not normalised if the encoder was stopped early.
-        taken: Outputs [B, L, d] of the requested blocks, in ascending order: the residual stream after each.
-        traces: What the requested blocks left for a token score, in ascending order.
-    """
-
-    tokens: Tensor
-    taken: list[Tensor]
-    traces: list[BlockTrace]
-
-
-class Intermediates(NamedTuple):
-    """Outputs of several blocks as maps.
-
-    Attributes:
-        final: Normalised tokens [B, L, d] of the last block that ran.
-        maps: [B, d, h, w] each.
-        cls: CLS rows [B, 1, d] each.
-        stem_maps: What a stem made of the images; none without a stem.
-    """
-
-    final: Tensor
-    maps: list[Tensor]
-    cls: list[Tensor]
-    stem_maps: list[Tensor]
 
 
 class VisionMamba(nn.Module, HubMixin):
@@ -89,6 +47,7 @@ class VisionMamba(nn.Module, HubMixin):
 
     config_class: type[VimConfig] = VimConfig
     two_stage = False  # see mambascope.models.two_stage
+    encodes_all_blocks = True  # whether `encode` runs the blocks: mambascope.models.frozen packs those of such models
 
     def __init__(self, config: VimConfig | None = None, **overrides: Any) -> None:
         super().__init__()
@@ -196,6 +155,10 @@ class VisionMamba(nn.Module, HubMixin):
             trace_layers: Blocks in which it does.
             offsets: What this look adds to the parameters of blocks and final norm.
         """
+        stack = packed_stack(self, tokens, trace, offsets)
+        if stack is not None:
+            packed = stack(tokens, tuple(take), tuple(trace_layers) if trace else (), stop_after)
+            return Encoded(packed.tokens, packed.taken, [BlockTrace(top=top) for top in packed.tops])
         hidden: Tensor = tokens
         residual: Any = None
         taken: list[Tensor] = []

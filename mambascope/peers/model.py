@@ -30,6 +30,7 @@ class ReducedVim(VisionMamba):
     """
 
     config_class = ReducedConfig
+    encodes_all_blocks = False
     config: ReducedConfig
 
     def __init__(self, config: ReducedConfig | None = None, **overrides: Any) -> None:

@@ -2,7 +2,9 @@
 // Built once per instruction-set level; see setup.py.
 
 #include "conv.h"
+#include "gemm.h"
 #include "norm.h"
+#include "program.h"
 #include "scan_backward.h"
 #include "scan_forward.h"
 
@@ -22,7 +24,7 @@ template <class F> int guarded(F f) {
 }
 
 template <class S> void scan_forward(const ForwardArgs &a) {
-  if (BackwardScan<S>::states_per_pass(a.shape.states) == 16)
+  if (states_per_pass(a.shape.states) == 16)
     ForwardScan<S, 16>(a).run();
   else
     ForwardScan<S, 8>(a).run();
@@ -60,14 +62,14 @@ MS_EXPORT int mambascope_lanes() { return W; }
 
 // Sizes of the argument structs: the loader compares them with what it packs.
 MS_EXPORT int mambascope_struct_size(int which) {
-  const size_t sizes[] = {sizeof(ForwardArgs), sizeof(BackwardArgs), sizeof(ConvArgs), sizeof(NormArgs)};
-  return which >= 0 && which < 4 ? (int)sizes[which] : -1;
+  const size_t sizes[] = {sizeof(ForwardArgs), sizeof(BackwardArgs), sizeof(ConvArgs), sizeof(NormArgs),
+                          sizeof(GemmArgs),    sizeof(AddArgs),      sizeof(ProgramArgs)};
+  return which >= 0 && which < 7 ? (int)sizes[which] : -1;
 }
 
 // Floats that one direction and batch entry saves for the backward pass.
 MS_EXPORT int64_t mambascope_states_size(int64_t length, int64_t channels, int64_t states) {
-  const int pass = BackwardScan<float>::states_per_pass(states);
-  return (Chunks(length).count - 1) * round_up(channels, W) * round_up(states, pass);
+  return (Chunks(length).count - 1) * round_up(channels, W) * round_up(states, states_per_pass(states));
 }
 
 MS_EXPORT int mambascope_scan_forward(const ForwardArgs *a) {
@@ -97,5 +99,30 @@ MS_EXPORT int mambascope_norm_forward(const NormArgs *a) {
 
 MS_EXPORT int mambascope_norm_backward(const NormArgs *a) {
   return guarded([&] { a->normed_bfloat16 ? norm_backward<bf16>(*a) : norm_backward<float>(*a); });
+}
+
+// Floats of a packed weight [columns, depth], and its packing.
+MS_EXPORT int64_t mambascope_gemm_size(int64_t columns, int64_t depth) { return gemm_panels(columns) * PANEL * depth; }
+MS_EXPORT void mambascope_gemm_pack(const float *weight, int64_t columns, int64_t depth, float *out) {
+  gemm_pack(weight, columns, depth, out);
+}
+
+// Floats of the packed parameters of a forward scan, and their packing; batch and length do not matter.
+MS_EXPORT int64_t mambascope_scan_packed_size(const ForwardArgs *a) {
+  return PackedParameters::size(a->shape, a->directions) * W;
+}
+MS_EXPORT int mambascope_scan_pack(const ForwardArgs *a, float *out) {
+  return guarded([&] {
+    const PackedParameters packed(a->shape, a->dir, a->directions, 1, out);
+    packed.pack(a->shape, a->dir, a->directions, 1, (vf *)out);
+  });
+}
+
+MS_EXPORT int mambascope_gemm(const GemmArgs *a) {
+  return guarded([&] { gemm(*a); });
+}
+
+MS_EXPORT int mambascope_program(const ProgramArgs *a) {
+  return guarded([&] { run_program(*a); });
 }
 }

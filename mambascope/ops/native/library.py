@@ -12,13 +12,21 @@ import torch  # loads the libgomp whose thread pool the kernels share
 ENV = "MAMBASCOPE_NATIVE_ISA"
 LEVELS = ("v4", "v3", "v1", "base")  # best first; v1, v3, v4 are the x86-64 levels, base is any other machine
 
-# Layouts of the argument structs in scan.h, conv.h and norm.h, in the order in which the library reports their sizes.
-FORWARD = struct.Struct("=46qd4q")
+# Layouts of the argument structs in scan.h, conv.h, norm.h, gemm.h and program.h, in the order in which the library
+# reports their sizes.
+FORWARD = struct.Struct("=46qd5q")
 BACKWARD = struct.Struct("=46qd28q")
 CONV = struct.Struct("=30q")
 NORM = struct.Struct("=5qd10q")
+GEMM = struct.Struct("=9q")
+ADD = struct.Struct("=4q")
+PROGRAM = struct.Struct("=10q")
+_LAYOUTS = (FORWARD, BACKWARD, CONV, NORM, GEMM, ADD, PROGRAM)
 
-_ENTRIES = ("scan_forward", "scan_backward", "conv_forward", "conv_backward", "norm_forward", "norm_backward")
+_ENTRIES = (
+    *("scan_forward", "scan_backward", "conv_forward", "conv_backward", "norm_forward", "norm_backward"),
+    *("gemm", "program"),
+)
 _HERE = Path(__file__).parent
 
 
@@ -35,12 +43,18 @@ class Library:
     def __init__(self, isa: str, path: Path) -> None:
         self.isa, self.path = isa, path
         self._lib = lib = ctypes.CDLL(str(path))
-        for which, layout in enumerate((FORWARD, BACKWARD, CONV, NORM)):
+        for which, layout in enumerate(_LAYOUTS):
             if lib.mambascope_struct_size(which) != layout.size:
                 raise OSError(f"{path.name} was built from another version of the sources: reinstall the package")
         lib.mambascope_states_size.restype = ctypes.c_int64
         lib.mambascope_states_size.argtypes = [ctypes.c_int64] * 3
         self.states_size = lib.mambascope_states_size
+        lib.mambascope_gemm_size.restype, lib.mambascope_gemm_size.argtypes = ctypes.c_int64, [ctypes.c_int64] * 2
+        lib.mambascope_gemm_pack.restype = None
+        lib.mambascope_gemm_pack.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+        lib.mambascope_scan_packed_size.restype = ctypes.c_int64
+        lib.mambascope_scan_packed_size.argtypes = [ctypes.c_char_p]
+        lib.mambascope_scan_pack.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
         self.openmp = bool(lib.mambascope_openmp())
         self.lanes = int(lib.mambascope_lanes())
         self._entries = {}
@@ -52,6 +66,19 @@ class Library:
     def cpu_level(self) -> int:
         """Highest x86-64 level of this machine, 0 on other architectures."""
         return int(self._lib.mambascope_cpu_level())
+
+    def packed_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight [columns, depth] in the order in which the products of ``gemm.h`` read it."""
+        weight = weight.detach().float().contiguous()
+        packed = torch.empty(self._lib.mambascope_gemm_size(*weight.shape))
+        self._lib.mambascope_gemm_pack(weight.data_ptr(), *weight.shape, packed.data_ptr())
+        return packed
+
+    def packed_scan(self, arguments: bytes) -> torch.Tensor:
+        """The parameters that a ``ForwardArgs`` names, as the forward scan reads them."""
+        packed = torch.empty(self._lib.mambascope_scan_packed_size(arguments))
+        self._lib.mambascope_scan_pack(arguments, packed.data_ptr())
+        return packed
 
     def run(self, entry: str, arguments: bytes) -> None:
         """Calls a kernel; the GIL is released meanwhile.

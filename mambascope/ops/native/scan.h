@@ -35,6 +35,7 @@ struct ForwardArgs {
   void *out, *y_sum;  // [B, L, E] contiguous; y_sum (sum of the directions before gate and scale) may be null
   float *score;       // [B, L] or null: max over channels of y_sum
   float *states;      // or null: state at the start of every chunk but the first
+  const float *packed;  // what scan_pack made of the parameters of all directions, or null: packed in the call
 };
 
 struct DirectionGrad {
@@ -74,6 +75,9 @@ struct Chunks {
   }
 };
 
+// The forward and the backward pass pad to the same number of states: saved states have one layout.
+constexpr int states_per_pass(int64_t states) { return W == 16 && states > 8 ? 16 : 8; }
+
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 template <class S> const S *row_at(const void *base, int64_t batch_stride, int64_t row_stride, int64_t b, int64_t l) {
@@ -89,15 +93,24 @@ struct Walk {
 
 // ---- parameters in lane order -------------------------------------------------------------------------------------------
 
-// Per direction and channel block: A * log2(e) as [states][W], dt_weight transposed as [rank][W], D and dt_bias as [W].
-// Missing lanes, states and ranks are zero.
+// Per direction and channel block: A * log2(e) as [states][W], dt_weight transposed as [rank][W], D, dt_bias and the limit
+// of the step sizes as [W].  Missing lanes, states and ranks are zero.
 class PackedParameters {
  public:
-  PackedParameters(const ScanShape &s, int states_per_pass, const Direction *dir, int64_t directions, int threads)
-      : blocks(round_up(s.channels, W) / W), states(round_up(s.states, states_per_pass)), rank(round_up(s.dt_rank, 4)),
-        stride_(states + rank + 2), data_(directions * blocks * stride_), limit_(directions * blocks) {
+  PackedParameters(const ScanShape &s, const Direction *dir, int64_t directions, int threads, const float *packed = nullptr)
+      : blocks(round_up(s.channels, W) / W), states(round_up(s.states, states_per_pass(s.states))),
+        rank(round_up(s.dt_rank, 4)), stride_(states + rank + 3),
+        made_(packed ? 0 : directions * blocks * stride_), data_(packed ? (const vf *)packed : made_.get()) {
+    if (!packed) pack(s, dir, directions, threads, made_.get());
+  }
+  // Vectors that `directions` directions take.
+  static int64_t size(const ScanShape &s, int64_t directions) {
+    return directions * (round_up(s.channels, W) / W) *
+           (round_up(s.states, states_per_pass(s.states)) + round_up(s.dt_rank, 4) + 3);
+  }
+  void pack(const ScanShape &s, const Direction *dir, int64_t directions, int threads, vf *out) const {
     parallel_static(directions * blocks, threads, [&](int, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) pack(s, dir[i / blocks], i % blocks, i);
+      for (int64_t i = begin; i < end; i++) pack_block(s, dir[i / blocks], i % blocks, out + i * stride_);
     });
   }
   const vf *A2(int d, int64_t block) const { return at(d, block); }
@@ -106,15 +119,14 @@ class PackedParameters {
   vf bias(int d, int64_t block) const { return at(d, block)[states + rank + 1]; }
   // Step sizes up to this limit keep |dt * A * log2(e)| <= 126, the range of the unclamped exponential; negative where A is
   // not finite, so that none does.
-  float dt_limit(int d, int64_t block) const { return limit_[d * blocks + block]; }
+  vf dt_limit(int d, int64_t block) const { return at(d, block)[states + rank + 2]; }
 
   const int64_t blocks, states, rank;
 
  private:
-  const vf *at(int d, int64_t block) const { return &data_[(d * blocks + block) * stride_]; }
+  const vf *at(int d, int64_t block) const { return data_ + (d * blocks + block) * stride_; }
 
-  void pack(const ScanShape &s, const Direction &dir, int64_t block, int64_t slot) {
-    vf *out = &data_[slot * stride_];
+  void pack_block(const ScanShape &s, const Direction &dir, int64_t block, vf *out) const {
     memset(out, 0, stride_ * sizeof(vf));
     float *values = (float *)out, largest = 0.f;
     bool finite = true;
@@ -131,12 +143,12 @@ class PackedParameters {
       if (dir.D) values[(states + rank) * W + lane] = dir.D[channel];
       if (dir.dt_bias) values[(states + rank + 1) * W + lane] = dir.dt_bias[channel];
     }
-    limit_[slot] = !finite ? -1.f : largest > 0.f ? 126.f / largest : 1e30f;
+    out[states + rank + 2] = splat(!finite ? -1.f : largest > 0.f ? 126.f / largest : 1e30f);
   }
 
   const int64_t stride_;
-  Buffer<vf> data_;
-  Buffer<float> limit_;
+  const Buffer<vf> made_;
+  const vf *const data_;
 };
 
 // ---- small rows (B, C, low-rank dt) as float32 ----------------------------------------------------------------------------

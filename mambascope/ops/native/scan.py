@@ -177,7 +177,7 @@ def scan_forward(
     args.fields += (*_NO_DIRECTION, 1)
     args.gate(z)
     y = _like(x)
-    args.fields += (1.0, y.data_ptr(), 0, 0, _pointer(states))
+    args.fields += (1.0, y.data_ptr(), 0, 0, _pointer(states), 0)
     library.get().run("scan_forward", library.FORWARD.pack(*args.fields))
     return y
 
@@ -279,7 +279,7 @@ def bidirectional_forward(
     out = _like(x_f)
     y_sum = _like(x_f) if want_sum else None
     score = torch.empty(x_f.shape[:2], dtype=torch.float32) if want_score else None
-    args.fields += (float(scale), out.data_ptr(), _pointer(y_sum), _pointer(score), _pointer(states))
+    args.fields += (float(scale), out.data_ptr(), _pointer(y_sum), _pointer(score), _pointer(states), 0)
     library.get().run("scan_forward", library.FORWARD.pack(*args.fields))
     return out, y_sum, score
 

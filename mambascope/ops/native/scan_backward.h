@@ -73,14 +73,11 @@ template <class S> class BackwardScan {
   explicit BackwardScan(const BackwardArgs &args)
       : a(args), s(args.shape), chunks(s.length), blocks(round_up(s.channels, W) / W),
         threads(usable_threads(s.threads, s.batch * a.directions * blocks)),
-        packed(s, states_per_pass(s.states), args.dir, args.directions, threads), N(packed.states), R(packed.rank),
+        packed(s, args.dir, args.directions, threads), N(packed.states), R(packed.rank),
         groups(choose_groups()), width(s.dt_rank + 2 * s.states), per_block(N + R + 2),
         sums(threads * a.directions * blocks * per_block),
         // One group in float32 writes the rows of dproj where they belong; otherwise the groups' shares are added later.
         partial(direct() ? 0 : a.directions * groups * s.batch * s.length * width) {}
-
-  // The forward pass pads to its own number of states per pass: saved states have its layout.
-  static int states_per_pass(int64_t states) { return W == 16 && states > 8 ? 16 : 8; }
 
   void run() {
     const int64_t tasks = a.directions * s.batch * groups;
@@ -188,7 +185,7 @@ template <class S> class BackwardScan {
       for (int k = 0; k < m; k++) t.raw[k] = load_lanes(p + k * step * dir.dt_row, lanes) + packed.bias(t.d, block);
     }
     const S *x = row_at<S>(dir.x, dir.x_batch, dir.x_row, t.b, l0) + ch;
-    const vf limit = splat(packed.dt_limit(t.d, block));
+    const vf limit = packed.dt_limit(t.d, block);
     vi beyond = (vi){}, odd = (vi){};
     for (int k = 0; k < m; k++) {
       t.x[k] = load_lanes(x + k * step * dir.x_row, lanes);

@@ -53,7 +53,7 @@ template <class S, int NB> class ForwardScan {
  public:
   explicit ForwardScan(const ForwardArgs &args)
       : a(args), s(args.shape), chunks(s.length), threads(usable_threads(s.threads, s.batch * round_up(s.channels, W) / W)),
-        packed(s, NB, args.dir, args.directions, threads) {}
+        packed(s, args.dir, args.directions, threads, args.packed) {}
 
   void run() {
     // Four channel blocks share the rows of a chunk (whole cache lines of B, C, dt_low); fewer when threads would idle.
@@ -121,7 +121,7 @@ template <class S, int NB> class ForwardScan {
             const S *p = row_at<S>(dir.dt, dir.dt_batch, dir.dt_row, b, l0) + ch;
             for (int k = 0; k < m; k++) dt[k] = load_lanes(p + k * step * dir.dt_row, lanes) + packed.bias(d, block);
           }
-          const vf D = packed.D(d, block), limit = splat(packed.dt_limit(d, block));
+          const vf D = packed.D(d, block), limit = packed.dt_limit(d, block);
           vi beyond = (vi){}, odd = (vi){};
           for (int k = 0; k < m; k++) {
             const vf step_size = s.softplus ? softplus(dt[k]) : dt[k], xk = load_lanes(x + k * x_step, lanes);

@@ -1,0 +1,255 @@
+"""Inference form of an encoder on the CPU: parameters packed once, all blocks as one call.
+
+A frozen model is the same module with the same parameters and answers (to rounding). Its blocks run in the packed form
+only where nothing of a layer can be seen from outside: evaluation mode, no gradients, float32 on the CPU, no export or
+tracing, no hooks. Everywhere else they run as before. A parameter that was replaced or changed in place is packed anew.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from mambascope.layers import BidirectionalMamba, LookOffsets, RMSNorm, VimBlock
+from mambascope.layers.look import BlockOffsets
+from mambascope.layers.plain import is_plain
+from mambascope.ops._library import transformed
+from mambascope.ops.native import library
+from mambascope.ops.native.pointwise import supports_conv
+from mambascope.ops.native.scan import supports
+from mambascope.ops.native.stack import BlockWeights, DirectionWeights, PackedStack
+
+if TYPE_CHECKING:
+    from mambascope.models.vim import VisionMamba
+
+
+class NotFreezable(ValueError):
+    """A model, or something in it, that has no packed form."""
+
+
+_MIXER = {
+    **dict.fromkeys(("in_proj", "x_proj", "dt_proj", "x_proj_b", "dt_proj_b", "out_proj"), nn.Linear),
+    **dict.fromkeys(("conv1d", "conv1d_b"), nn.Conv1d),
+}
+
+
+class _Watch:
+    """Sees whether modules and parameters are still those that were packed. Runs before every call: kept flat."""
+
+    def __init__(self) -> None:
+        self.modules: list[tuple[dict, str, nn.Module]] = []
+        self.tensors: list[tuple[dict, str, Tensor, int, int]] = []
+
+    def module(self, parent: nn.Module, name: str, kind: type[nn.Module]) -> Any:
+        """A child of `parent`; raises :class:`NotFreezable` unless it does what its parameters say."""
+        child = parent._modules[name]
+        assert child is not None
+        if not is_plain(child, kind):
+            raise NotFreezable(
+                f"{name} ({type(child).__name__}) cannot be packed: it is no plain {kind.__name__} or has hooks"
+            )
+        self.modules.append((parent._modules, name, child))
+        return child
+
+    def parameter(self, parent: nn.Module, name: str) -> Tensor:
+        """A parameter of `parent`; raises :class:`NotFreezable` unless it is float32 on the CPU."""
+        tensor = parent._parameters[name]
+        assert tensor is not None
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or type(tensor) is not nn.Parameter:
+            kind = f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
+            raise NotFreezable(f"the packed form takes float32 parameters on the CPU; {name} is {kind}")
+        self.tensors.append((parent._parameters, name, tensor, _version(tensor), tensor.data_ptr()))
+        return tensor.detach()
+
+    def unchanged(self) -> bool:
+        for holder, name, child in self.modules:
+            state = child.__dict__
+            if holder.get(name) is not child or state["_forward_hooks"] or state["_forward_pre_hooks"]:
+                return False
+            if "forward" in state:
+                return False
+        for holder, name, tensor, version, pointer in self.tensors:
+            if holder.get(name) is not tensor or _version(tensor) != version or tensor.data_ptr() != pointer:
+                return False
+        return True
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class _PackedLook:
+    """The blocks as one look sees them, with or without offsets of its own."""
+
+    def __init__(self, model: VisionMamba, offsets: LookOffsets | None) -> None:
+        self.watch = watch = _Watch()
+        blocks = []
+        for i in range(len(model.layers)):
+            block = watch.module(model.layers, str(i), VimBlock)
+            blocks.append(
+                self._block(block, None if offsets is None else watch.module(offsets.layers, str(i), BlockOffsets))
+            )
+        final = None
+        if not isinstance(model.norm_f, nn.Identity):
+            norm = watch.module(model, "norm_f", RMSNorm)
+            final = (self._sum(norm, "weight", offsets, "norm_f"), norm.eps)
+        self.layers, self.norm_f, self.offsets = model.layers, model.norm_f, offsets
+        self.stack = PackedStack(blocks, final)
+
+    def fits(self, model: VisionMamba, offsets: LookOffsets | None) -> bool:
+        """Whether this is still what `model` would compute."""
+        same = self.layers is model.layers and self.norm_f is model.norm_f and self.offsets is offsets
+        return same and len(self.stack.blocks) == len(model.layers) and self.watch.unchanged()
+
+    def _sum(self, module: nn.Module, name: str, offsets: nn.Module | None, offset: str) -> Tensor:
+        value = self.watch.parameter(module, name)
+        return value if offsets is None else value + self.watch.parameter(offsets, offset)
+
+    def _block(self, block: VimBlock, offsets: BlockOffsets | None) -> BlockWeights:
+        watch = self.watch
+        norm = watch.module(block, "norm", RMSNorm)
+        if type(block.drop_path) not in (DropPath, nn.Identity):  # both do nothing here
+            raise NotFreezable(f"drop_path is a {type(block.drop_path).__name__}, which cannot be packed")
+        mixer = watch.module(block, "mixer", BidirectionalMamba)
+        layers = {name: watch.module(mixer, name, kind) for name, kind in _MIXER.items()}
+        for name in ("in_proj", "out_proj", "x_proj", "x_proj_b"):
+            if layers[name].bias is not None:
+                raise NotFreezable(f"{name} has a bias, which the packed form has no place for")
+        states, taps = mixer.A_log.shape[1], mixer.conv1d.kernel_size[0]
+        for reason in (supports(torch.float32, None, states), supports_conv(torch.float32, taps)):
+            if reason is not None:
+                raise NotFreezable(f"the native kernel {reason}")
+        return BlockWeights(
+            norm=(self._sum(norm, "weight", offsets, "norm"), norm.eps),
+            in_proj=watch.parameter(layers["in_proj"], "weight"),
+            out_proj=watch.parameter(layers["out_proj"], "weight"),
+            directions=(self._direction(mixer, layers, "", offsets), self._direction(mixer, layers, "_b", offsets)),
+        )
+
+    def _direction(
+        self, mixer: BidirectionalMamba, layers: dict[str, Any], side: str, offsets: BlockOffsets | None
+    ) -> DirectionWeights:
+        conv, steps, watch = layers[f"conv1d{side}"], layers[f"dt_proj{side}"], self.watch
+        return DirectionWeights(
+            conv_weight=watch.parameter(conv, "weight"),
+            conv_bias=None if conv.bias is None else watch.parameter(conv, "bias"),
+            x_proj=watch.parameter(layers[f"x_proj{side}"], "weight"),
+            dt_weight=watch.parameter(steps, "weight").contiguous(),
+            dt_bias=self._sum(steps, "bias", offsets, f"dt_bias{side}"),
+            A=-torch.exp(watch.parameter(mixer, "A_b_log" if side else "A_log")),
+            D=self._sum(mixer, f"D{side}", offsets, f"D{side}"),
+        )
+
+
+class _Frozen:
+    """Packed looks of one model."""
+
+    def __init__(self) -> None:
+        self.looks: dict[int, _PackedLook | None] = {}  # by the identity of the offsets; None: cannot be packed now
+
+    def stack(self, model: VisionMamba, offsets: LookOffsets | None) -> PackedStack | None:
+        look = self.looks.get(id(offsets))
+        if look is None or not look.fits(model, offsets):
+            with torch.inference_mode():
+                try:
+                    look = _PackedLook(model, offsets)
+                except NotFreezable:
+                    return None
+            self.looks[id(offsets)] = look
+        return look.stack
+
+
+_FROZEN: weakref.WeakKeyDictionary[nn.Module, _Frozen] = weakref.WeakKeyDictionary()
+
+
+def _refusal(model: nn.Module) -> str | None:
+    from mambascope.models.vim import VisionMamba
+
+    if not isinstance(model, VisionMamba) or not model.encodes_all_blocks:
+        return f"a {type(model).__name__} has no frozen form; a VisionMamba or a MambaScope has"
+    if library.why_unavailable() is not None:
+        return f"the frozen form needs the compiled kernels: {library.why_unavailable()}"
+    if model.config.scan_backend not in (None, "native"):
+        return f"the frozen form runs on the native kernels, scan_backend is {model.config.scan_backend!r}"
+    return None
+
+
+def freeze(model: Any) -> Any:
+    """Packs the parameters of a Vim or a MambaScope for inference on the CPU.
+
+    The model stays the same object with the same parameters, state dict, methods and answers (to 1e-5); it is put into
+    evaluation mode. Its blocks then run as one call in ``torch.no_grad`` or ``torch.inference_mode``; with gradients,
+    in an export, on another device or in another dtype they run as before. Parameters that are changed are packed
+    again, except through ``parameter.data``, which PyTorch does not record: call :func:`freeze` again after that. A
+    copy of a frozen model is not frozen.
+
+    Args:
+        model: VisionMamba or MambaScope with float32 parameters on the CPU.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: A model that has no such form, or a layer of it that was replaced or given hooks.
+        RuntimeError: The compiled kernels are not available.
+    """
+    reason = _refusal(model)
+    if reason is not None:
+        raise (ValueError if library.why_unavailable() is None else RuntimeError)(reason)
+    frozen = _Frozen()
+    with torch.inference_mode():
+        for offsets in {None, getattr(model, "coarse_offsets", None)}:
+            frozen.looks[id(offsets)] = _PackedLook(model, offsets)
+    model.eval()
+    _FROZEN[model] = frozen
+    return model
+
+
+def freeze_where_possible(model: Any) -> Any:
+    """:func:`freeze`, or `model` as it is."""
+    try:
+        return freeze(model)
+    except (ValueError, RuntimeError):
+        return model
+
+
+def unfreeze(model: Any) -> Any:
+    """Forgets the packed parameters; returns `model`."""
+    _FROZEN.pop(model, None)
+    return model
+
+
+def is_frozen(model: nn.Module) -> bool:
+    """Whether :func:`freeze` was called."""
+    return model in _FROZEN
+
+
+def packed_stack(
+    model: VisionMamba, tokens: Tensor, trace: tuple[str, ...], offsets: LookOffsets | None
+) -> PackedStack | None:
+    """The packed blocks of a frozen model if they may stand for its modules in this call."""
+    frozen = _FROZEN.get(model)
+    if (
+        frozen is None
+        or torch.compiler.is_compiling()
+        or model.training
+        or torch.is_grad_enabled()
+        or type(tokens) is not Tensor
+        or tokens.dtype != torch.float32
+        or tokens.device.type != "cpu"
+        or tokens.numel() == 0
+        or not set(trace) <= {"top"}
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+        or _get_current_dispatch_mode() is not None
+        or transformed()
+        or _has_any_global_hook()
+    ):
+        return None
+    return frozen.stack(model, offsets)
