@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mambascope.models import MambaScope, ScopeConfig
+from mambascope.ops.native import library
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -32,6 +33,20 @@ def pytest_collection_modifyitems(items):
 def _repeatable():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+LEVELS = [level for level in library.LEVELS if (library._HERE / f"_kernels_{level}.so").exists()]
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, monkeypatch):
+    """Every instruction level of the CPU kernels that this machine runs, in one process."""
+    lowest = library.Library(LEVELS[-1], library._HERE / f"_kernels_{LEVELS[-1]}.so")
+    if request.param != "base" and int(request.param[1:]) > lowest.cpu_level():
+        pytest.skip("beyond this CPU")
+    path = library._HERE / f"_kernels_{request.param}.so"
+    monkeypatch.setattr(library, "_library", library.Library(request.param, path))
+    return request.param
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from mambascope.mm.runner import misfit
 from mambascope.mm.scope_backbone import ScopeBackbone
 from mambascope.mm.weights import local_file
 from mambascope.models.checkpoint import CheckpointError
+from mambascope.models.frozen import freeze_where_possible
 
 PLAIN = {"ScopeEncoderDecoder": "VimEncoderDecoder", "ScopeCascadeRCNN": "VimCascadeRCNN"}
 
@@ -91,7 +92,9 @@ def build_model(
         meta = stored if isinstance(stored, Mapping) and stored else meta
     model.dataset_meta = dict(meta or {})
     model.cfg = cfg
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    freeze_where_possible(model)
+    return model
 
 
 def plain_config(cfg: Config) -> Config:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mambascope.models.cells import num_selected
+from mambascope.models.frozen import freeze_where_possible
 from mambascope.models.gate import check_threshold
 from mambascope.models.scope import MambaScope
 from mambascope.models.states import CoarseState, ScopeOutput
@@ -63,7 +64,7 @@ class ScopePredictor:
     """Dynamic inference over a stream of batches with full fine batches.
 
     Args:
-        model: A MambaScope; used in evaluation mode without gradients.
+        model: A MambaScope; used in evaluation mode without gradients, on the CPU in its frozen form.
         threshold: Confidence η; ``None`` for the model's.
         alpha: Share of cells to refine; ``None`` for the model's.
         fine_batch_size: Images per fine pass; only the last one of a stream may be smaller, and those that `max_open`
@@ -92,6 +93,7 @@ class ScopePredictor:
         for name, value in (("fine_batch_size", fine_batch_size), ("max_open", max_open)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        freeze_where_possible(model)
         self.model = model
         self.threshold = check_threshold(model.threshold if threshold is None else threshold)
         self.alpha = share("alpha", model.alpha if alpha is None else alpha)

@@ -7,7 +7,9 @@ tracing, no hooks. Everywhere else they run as before. A parameter that was repl
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,48 +42,61 @@ _MIXER = {
 
 
 class _Watch:
-    """Sees whether modules and parameters are still those that were packed. Runs before every call: kept flat."""
+    """Sees whether modules and parameters are still those that were packed. Runs before every call: plain lists."""
 
     def __init__(self) -> None:
-        self.modules: list[tuple[dict, str, nn.Module]] = []
-        self.tensors: list[tuple[dict, str, Tensor, int, int]] = []
+        self.places: list[dict[str, Any]] = []  # where modules and parameters are looked up, by name
+        self.names: list[str] = []
+        self.objects: list[Any] = []
+        self.states: list[dict[str, Any]] = []  # of the modules
+        self.tensors: list[Tensor] = []
+        self.seen: tuple = ()
+
+    def _add(self, place: dict[str, Any], name: str) -> Any:
+        self.places.append(place)
+        self.names.append(name)
+        self.objects.append(place[name])
+        return place[name]
 
     def module(self, parent: nn.Module, name: str, kind: type[nn.Module]) -> Any:
         """A child of `parent`; raises :class:`NotFreezable` unless it does what its parameters say."""
-        child = parent._modules[name]
-        assert child is not None
+        child = self._add(parent._modules, name)
         if not is_plain(child, kind):
             raise NotFreezable(
                 f"{name} ({type(child).__name__}) cannot be packed: it is no plain {kind.__name__} or has hooks"
             )
-        self.modules.append((parent._modules, name, child))
+        self.states.append(child.__dict__)
         return child
+
+    def idle(self, parent: nn.Module, name: str, kinds: tuple[type[nn.Module], ...]) -> None:
+        """A child that does nothing in evaluation mode; raises :class:`NotFreezable` if it is of another kind."""
+        child = self._add(parent._modules, name)
+        if type(child) not in kinds:
+            raise NotFreezable(f"{name} is a {type(child).__name__}, which cannot be packed")
 
     def parameter(self, parent: nn.Module, name: str) -> Tensor:
         """A parameter of `parent`; raises :class:`NotFreezable` unless it is float32 on the CPU."""
-        tensor = parent._parameters[name]
-        assert tensor is not None
+        tensor = self._add(parent._parameters, name)
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or type(tensor) is not nn.Parameter:
             kind = f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
             raise NotFreezable(f"the packed form takes float32 parameters on the CPU; {name} is {kind}")
-        self.tensors.append((parent._parameters, name, tensor, _version(tensor), tensor.data_ptr()))
+        self.tensors.append(tensor)
         return tensor.detach()
 
+    def remember(self) -> None:
+        """Takes what the parameters hold now for what was packed."""
+        self.seen = self._contents()
+
+    def _contents(self) -> tuple:
+        versions = [] if self.tensors[0].is_inference() else [t._version for t in self.tensors]
+        return versions, [t.data_ptr() for t in self.tensors]
+
     def unchanged(self) -> bool:
-        for holder, name, child in self.modules:
-            state = child.__dict__
-            if holder.get(name) is not child or state["_forward_hooks"] or state["_forward_pre_hooks"]:
-                return False
-            if "forward" in state:
-                return False
-        for holder, name, tensor, version, pointer in self.tensors:
-            if holder.get(name) is not tensor or _version(tensor) != version or tensor.data_ptr() != pointer:
-                return False
-        return True
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+        if not all(map(is_, map(dict.get, self.places, self.names), self.objects)):
+            return False
+        if any(s["_forward_hooks"] or s["_forward_pre_hooks"] or "forward" in s for s in self.states):
+            return False
+        return self._contents() == self.seen
 
 
 class _PackedLook:
@@ -100,6 +115,7 @@ class _PackedLook:
             norm = watch.module(model, "norm_f", RMSNorm)
             final = (self._sum(norm, "weight", offsets, "norm_f"), norm.eps)
         self.layers, self.norm_f, self.offsets = model.layers, model.norm_f, offsets
+        watch.remember()
         self.stack = PackedStack(blocks, final)
 
     def fits(self, model: VisionMamba, offsets: LookOffsets | None) -> bool:
@@ -114,8 +130,7 @@ class _PackedLook:
     def _block(self, block: VimBlock, offsets: BlockOffsets | None) -> BlockWeights:
         watch = self.watch
         norm = watch.module(block, "norm", RMSNorm)
-        if type(block.drop_path) not in (DropPath, nn.Identity):  # both do nothing here
-            raise NotFreezable(f"drop_path is a {type(block.drop_path).__name__}, which cannot be packed")
+        watch.idle(block, "drop_path", (DropPath, nn.Identity))
         mixer = watch.module(block, "mixer", BidirectionalMamba)
         layers = {name: watch.module(mixer, name, kind) for name, kind in _MIXER.items()}
         for name in ("in_proj", "out_proj", "x_proj", "x_proj_b"):
@@ -175,8 +190,8 @@ def _refusal(model: nn.Module) -> str | None:
         return f"a {type(model).__name__} has no frozen form; a VisionMamba or a MambaScope has"
     if library.why_unavailable() is not None:
         return f"the frozen form needs the compiled kernels: {library.why_unavailable()}"
-    if model.config.scan_backend not in (None, "native"):
-        return f"the frozen form runs on the native kernels, scan_backend is {model.config.scan_backend!r}"
+    if model.config.scan_backend not in (None, "cpu"):
+        return f"the frozen form runs on backend 'cpu', scan_backend is {model.config.scan_backend!r}"
     return None
 
 
@@ -199,6 +214,11 @@ def freeze(model: Any) -> Any:
         ValueError: A model that has no such form, or a layer of it that was replaced or given hooks.
         RuntimeError: The compiled kernels are not available.
     """
+    _pack(model)
+    return model.eval()
+
+
+def _pack(model: Any) -> None:
     reason = _refusal(model)
     if reason is not None:
         raise (ValueError if library.why_unavailable() is None else RuntimeError)(reason)
@@ -206,17 +226,15 @@ def freeze(model: Any) -> Any:
     with torch.inference_mode():
         for offsets in {None, getattr(model, "coarse_offsets", None)}:
             frozen.looks[id(offsets)] = _PackedLook(model, offsets)
-    model.eval()
     _FROZEN[model] = frozen
-    return model
 
 
-def freeze_where_possible(model: Any) -> Any:
-    """:func:`freeze`, or `model` as it is."""
-    try:
-        return freeze(model)
-    except (ValueError, RuntimeError):
-        return model
+def freeze_where_possible(model: nn.Module) -> None:
+    """:func:`freeze` for every encoder in `model` that can be, whose mode is left as it is."""
+    for part in model.modules():
+        if _refusal(part) is None:
+            with contextlib.suppress(NotFreezable):
+                _pack(part)
 
 
 def unfreeze(model: Any) -> Any:

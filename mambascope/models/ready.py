@@ -20,6 +20,7 @@ from mambascope.models.checkpoint import (
     read_state_dict,
 )
 from mambascope.models.configs import SCOPE_CONFIGS, VIM_CONFIGS
+from mambascope.models.frozen import freeze_where_possible
 from mambascope.models.gate import check_threshold
 from mambascope.models.pictures import ValueRange
 from mambascope.models.scope import MambaScope
@@ -39,7 +40,7 @@ def ready_model(
     img_size: Sequence[int] | None = None,
     values: ValueRange = None,
 ) -> VisionMamba:
-    """A model in evaluation mode on its device.
+    """A model in evaluation mode on its device; on the CPU in its frozen form where it has one.
 
     Args:
         checkpoint: Weights that describe their model (``.safetensors`` or ``.ckpt`` of ours), a folder with
@@ -69,7 +70,9 @@ def ready_model(
     elif threshold is not None or alpha is not None:
         raise ValueError(f"threshold and alpha need a MambaScope; {path} holds a one-stage {type(model).__name__}")
     use_value_range(model, values)
-    return model.to(target).eval()
+    model = model.to(target).eval()
+    freeze_where_possible(model)
+    return model
 
 
 def _named(name: str, path: Path) -> VisionMamba:

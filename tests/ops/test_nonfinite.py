@@ -9,24 +9,11 @@ import torch
 
 from mambascope.ops import add_rms_norm, bidirectional_conv, causal_conv1d, linear, native, selective_scan
 from mambascope.ops.gemm import ENV, why_not_onednn
-from mambascope.ops.native import library
 from mambascope.ops.ssd import ssd_scan
 from tests.ops.common import bidirectional, scan_inputs, two_directions
 
 # float32 by its bits: the usual NaN, NaNs with every payload bit (what CUDA writes, and memory of all ones), infinities
 ODD = {"nan": 0x7FC00000, "cuda's nan": 0x7FFFFFFF, "ones": -1, "inf": 0x7F800000, "-inf": -0x800000}
-LEVELS = [level for level in library.LEVELS if (library._HERE / f"_kernels_{level}.so").exists()]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    """Every level that this machine runs, in one process."""
-    lowest = library.Library(LEVELS[-1], library._HERE / f"_kernels_{LEVELS[-1]}.so")
-    if request.param != "base" and int(request.param[1:]) > lowest.cpu_level():
-        pytest.skip("beyond this CPU")
-    path = library._HERE / f"_kernels_{request.param}.so"
-    monkeypatch.setattr(library, "_library", library.Library(request.param, path))
-    return request.param
 
 
 def scan(softplus=True):

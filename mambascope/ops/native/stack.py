@@ -190,7 +190,7 @@ class _Plan:
     def __init__(self, stack: PackedStack, shares: tuple[int, int, int], length: int, request: _Request) -> None:
         images, lanes, threads = shares
         self.images = images
-        self.lanes = [_Lane(stack, images, length, 1 if lanes > 1 else threads, request) for _ in range(lanes)]
+        self.lanes = [_Lane(stack, images, length, threads, request) for _ in range(lanes)]
         self.taken = len(request.take)
         steps = [
             value
@@ -275,4 +275,4 @@ def _shares(batch: int, length: int, threads: int) -> tuple[int, int, int]:
         return batch, 1, threads
     images = max(1, min(_ROWS // length, batch // lanes))
     rounds = -(-batch // (lanes * images))
-    return -(-batch // (lanes * rounds)), lanes, threads
+    return -(-batch // (lanes * rounds)), lanes, 1 if lanes > 1 else threads
