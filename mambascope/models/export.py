@@ -117,6 +117,11 @@ class OneStage(nn.Module):
         return self.model(images)
 
 
+def has_stages(model: nn.Module) -> bool:
+    """Whether :func:`stages` takes a model."""
+    return isinstance(model, VisionMamba)
+
+
 def stages(
     model: VisionMamba, images: Tensor, alpha: float | None = None, threshold: float | None = None
 ) -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:

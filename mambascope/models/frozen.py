@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.layers import DropPath
@@ -26,9 +26,6 @@ from mambascope.ops.native import library
 from mambascope.ops.native.pointwise import supports_conv
 from mambascope.ops.native.scan import supports
 from mambascope.ops.native.stack import BlockWeights, DirectionWeights, PackedStack
-
-if TYPE_CHECKING:
-    from mambascope.models.vim import VisionMamba
 
 
 class NotFreezable(ValueError):
@@ -102,7 +99,7 @@ class _Watch:
 class _PackedLook:
     """The blocks as one look sees them, with or without offsets of its own."""
 
-    def __init__(self, model: VisionMamba, offsets: LookOffsets | None) -> None:
+    def __init__(self, model: Any, offsets: LookOffsets | None) -> None:
         self.watch = watch = _Watch()
         blocks = []
         for i in range(len(model.layers)):
@@ -118,7 +115,7 @@ class _PackedLook:
         watch.remember()
         self.stack = PackedStack(blocks, final)
 
-    def fits(self, model: VisionMamba, offsets: LookOffsets | None) -> bool:
+    def fits(self, model: Any, offsets: LookOffsets | None) -> bool:
         """Whether this is still what `model` would compute."""
         same = self.layers is model.layers and self.norm_f is model.norm_f and self.offsets is offsets
         return same and len(self.stack.blocks) == len(model.layers) and self.watch.unchanged()
@@ -168,7 +165,7 @@ class _Frozen:
     def __init__(self) -> None:
         self.looks: dict[int, _PackedLook | None] = {}  # by the identity of the offsets; None: cannot be packed now
 
-    def stack(self, model: VisionMamba, offsets: LookOffsets | None) -> PackedStack | None:
+    def stack(self, model: Any, offsets: LookOffsets | None) -> PackedStack | None:
         look = self.looks.get(id(offsets))
         if look is None or not look.fits(model, offsets):
             with torch.inference_mode():
@@ -183,10 +180,8 @@ class _Frozen:
 _FROZEN: weakref.WeakKeyDictionary[nn.Module, _Frozen] = weakref.WeakKeyDictionary()
 
 
-def _refusal(model: nn.Module) -> str | None:
-    from mambascope.models.vim import VisionMamba
-
-    if not isinstance(model, VisionMamba) or not model.encodes_all_blocks:
+def _refusal(model: Any) -> str | None:
+    if not getattr(model, "encodes_all_blocks", False):
         return f"a {type(model).__name__} has no frozen form; a VisionMamba or a MambaScope has"
     if library.why_unavailable() is not None:
         return f"the frozen form needs the compiled kernels: {library.why_unavailable()}"
@@ -205,7 +200,7 @@ def freeze(model: Any) -> Any:
     copy of a frozen model is not frozen.
 
     Args:
-        model: VisionMamba or MambaScope with float32 parameters on the CPU.
+        model: Any or MambaScope with float32 parameters on the CPU.
 
     Returns:
         `model`.
@@ -248,9 +243,7 @@ def is_frozen(model: nn.Module) -> bool:
     return model in _FROZEN
 
 
-def packed_stack(
-    model: VisionMamba, tokens: Tensor, trace: tuple[str, ...], offsets: LookOffsets | None
-) -> PackedStack | None:
+def packed_stack(model: Any, tokens: Tensor, trace: tuple[str, ...], offsets: LookOffsets | None) -> PackedStack | None:
     """The packed blocks of a frozen model if they may stand for its modules in this call."""
     frozen = _FROZEN.get(model)
     if (

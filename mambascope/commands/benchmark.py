@@ -1,0 +1,207 @@
+"""The command of ``tools/benchmark.py``: time per image of models in every form that this machine can run."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from mambascope._names import as_json
+from mambascope.commands.options import image_size
+from mambascope.evaluation.forms import FORMS, Classifier, Unavailable, shares_of_batches
+from mambascope.evaluation.machine import machine_info
+from mambascope.evaluation.throughput import interleaved, quartiles
+from mambascope.models.checkpoint import load_model
+from mambascope.models.two_stage import is_two_stage
+from mambascope.models.weights import SHIPPED, find_weights
+from mambascope.ops.native import library
+from mambascope.utils import atomic_path, run_command, share
+
+_DEFAULT = ("eager", "frozen")
+
+
+def classifier(name: str, size: tuple[int, int] | None) -> nn.Module:
+    """A classifier in evaluation mode by the name of shipped weights, a path of weights, or a name of timm's registry.
+
+    Raises:
+        ValueError: If there is nothing of that name, or it cannot have the size.
+    """
+    if name in SHIPPED or Path(name).exists():
+        model: Any = load_model(find_weights(name))
+    elif timm.is_model(name):
+        model = timm.create_model(name)
+    else:
+        raise ValueError(f"{name} is neither a file nor a model of timm's registry nor one of {', '.join(SHIPPED)}")
+    if size is not None and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=size)
+    return model.eval()
+
+
+def input_shape(model: nn.Module, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """Channels, height and width of a model's images."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "image_hw"):
+        return (config.in_chans, *(size or config.image_hw))
+    channels, height, width = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
+    return (channels, *(size or (height, width)))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Time per image of classifiers on the CPU, in every form in which they run, in interleaved rounds.",
+        epilog="The images are noise: how many are refined is set, not decided by a threshold. Machines differ and are "
+        "shared: compare the ratios of one run.",
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="shipped weights, a checkpoint, or a name of timm's")
+    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(_DEFAULT), help="default: eager frozen")
+    parser.add_argument("--batch", nargs="+", type=_positive, default=[1, 8, 64], metavar="B", help="default: 1 8 64")
+    parser.add_argument(
+        "--refined",
+        nargs="+",
+        type=float,
+        default=[0.0, 0.5, 1.0],
+        metavar="SHARE",
+        help="shares of the images that a MambaScope refines; default: 0 0.5 1",
+    )
+    parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width, in pixels")
+    parser.add_argument("--rounds", type=_positive, default=15, help="timed rounds; default: 15")
+    parser.add_argument("--seconds", type=float, default=120, help="rough limit for each batch size; default: 120")
+    parser.add_argument("--threads", type=_positive, help="default: what torch takes")
+    parser.add_argument("--out", default="benchmark", metavar="DIR", help="folder of the results; default: benchmark")
+    return parser
+
+
+def _subjects(
+    models: dict[str, nn.Module], forms: Sequence[str], images: dict[str, Tensor]
+) -> tuple[dict[tuple[str, str], Classifier], list[dict[str, Any]]]:
+    """What can be timed, and a row for what cannot, with the reason."""
+    subjects, missing = {}, []
+    for name, model in models.items():
+        for form in forms:
+            print(f"{name}: {form}", flush=True)
+            try:
+                subjects[name, form] = FORMS[form](model, images[name])
+                with torch.inference_mode():
+                    subjects[name, form].run(images[name][:1], 1)
+            except Unavailable as reason:
+                missing.append({"model": name, "form": form, "note": str(reason)})
+            except Exception as error:  # what others' compilers and exporters raise has no common class
+                text = " ".join(str(error).split())[:160]
+                missing.append({"model": name, "form": form, "note": f"failed: {type(error).__name__}: {text}"})
+                subjects.pop((name, form), None)
+    return subjects, missing
+
+
+@torch.inference_mode()
+def _times(
+    models: dict[str, nn.Module],
+    subjects: dict[tuple[str, str], Classifier],
+    images: dict[str, Tensor],
+    batch: int,
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Rows of one batch size."""
+    runs: dict[str, Callable[[], Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for (name, form), subject in subjects.items():
+        for part in args.refined if is_two_stage(models[name]) else [1.0]:
+            counts = shares_of_batches(batch, part)
+            key = f"{name}|{form}|{part}"
+            label = f"{name}, {part:.0%} refined" if is_two_stage(models[name]) else name
+            rows[key] = {"model": label, "form": form, "batch": batch, "refined": sum(counts) / (batch * len(counts))}
+            rows[key]["images"] = batch * len(counts)
+            runs[key] = partial(_each, subject, images[name], counts)
+    limits = {"rounds": args.rounds, "warmup": 2, "max_seconds": args.seconds, "progress": f"batch {batch}"}
+    seconds = interleaved(runs, torch.device("cpu"), **limits)
+    for key, row in rows.items():
+        low, middle, high = (1e3 * value / row["images"] for value in quartiles(seconds[key]))
+        row |= {"ms_per_image": middle, "low": low, "high": high, "rounds": len(seconds[key])}
+        row["ratio"] = row["ms_per_image"] / next(iter(rows.values()))["ms_per_image"]
+        del row["images"]
+    return list(rows.values())
+
+
+def _each(subject: Classifier, images: Tensor, counts: Sequence[int]) -> None:
+    for refined in counts:
+        subject.run(images, refined)
+
+
+def _show(rows: Sequence[dict[str, Any]], missing: Sequence[dict[str, Any]]) -> None:
+    width = max(len(row["model"]) for row in rows)
+    print(f"{'model':<{width}}  {'form':<9} {'batch':>5} {'ms/image':>9} {'ratio':>6}")
+    for row in rows:
+        figures = f"{row['batch']:>5} {row['ms_per_image']:>9.3f} {row['ratio']:>6.2f}"
+        print(f"{row['model']:<{width}}  {row['form']:<9} {figures}")
+    for row in missing:
+        print(f"{row['model']}: {row['form']} was not timed: {row['note']}")
+
+
+def _write(folder: Path, rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> None:
+    from mambascope.plotting.forms import plot_forms
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / "benchmark.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    with atomic_path(folder / "benchmark.json") as temporary:
+        temporary.write_text(as_json(facts, indent=2) + "\n", encoding="utf-8")
+    times: dict[int, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        times.setdefault(row["batch"], {}).setdefault(row["form"], {})[row["model"]] = row["ms_per_image"]
+    level = library.info()["isa"] or "no compiled kernels"
+    title = f"{facts['machine']['cpu']}, {facts['machine']['threads']} threads, instruction level {level}"
+    plot_forms(times, folder / "benchmark.png", title)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    size = image_size(args.img_size)
+    args.refined = [share("--refined", value) for value in args.refined]
+    models = {name: classifier(name, size) for name in dict.fromkeys(args.models)}
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: input_shape(model, size) for name, model in models.items()}
+    largest = max(args.batch)
+    images = {name: torch.randn(largest, *shape, generator=generator) for name, shape in shapes.items()}
+    subjects, missing = _subjects(models, args.forms, images)
+    if not subjects:
+        raise ValueError("; ".join(f"{row['model']}: {row['form']}: {row['note']}" for row in missing))
+    rows: list[dict[str, Any]] = []
+    for batch in args.batch:
+        rows += _times(models, subjects, {name: x[:batch] for name, x in images.items()}, batch, args)
+    facts = {
+        "machine": machine_info(torch.device("cpu")),
+        "native": library.info() | {"path": None},
+        "sizes": {name: list(shape) for name, shape in shapes.items()},
+        "ratio_to": f"{rows[0]['model']}, {rows[0]['form']}, at the same batch size",
+        "not_timed": missing,
+    }
+    _write(Path(args.out), rows, facts)
+    _show(rows, missing)
+    print(f"written to {args.out}: benchmark.csv, benchmark.json, benchmark.png")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; see :func:`mambascope.utils.run_command` for the status."""
+    args = _parser().parse_args(argv)
+    warnings.filterwarnings("ignore", module=r"torch\.")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    return run_command(lambda: _run(args))
