@@ -9,7 +9,7 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
 MIM := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mim
 
-.PHONY: help setup demo compare fashion fashion-compare frontier check test lint format bench clean mm mm-demo mm-demo-one
+.PHONY: help setup demo compare fashion fashion-compare frontier check test lint format bench bench-models clean mm mm-demo mm-demo-one
 
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -64,6 +64,17 @@ bench: $(STAMP)  ## time kernels and models on this CPU against their peers, and
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/scan_cpu.py
 	$(BIN)/python benchmarks/vim_cpu.py
+	$(MAKE) --no-print-directory bench-models
+
+CPU_MODELS = vim_tiny_patch16_224 vim_small_patch16_224 mambascope_tiny_patch16_224 mambascope_small_patch16_224 \
+	deit_tiny_patch16_224 deit_small_patch16_224 levit_128s levit_192 mobilenetv4_conv_medium tf_efficientnet_lite0 \
+	efficientvim_m2 repvit_m0_9
+LEVEL = $$($(BIN)/python -c "from mambascope.ops.native import library; print(library.info()['isa'])")
+
+bench-models: $(STAMP)  ## time the demo's model in every form, and models of ImageNet size beside those of others
+	$(BIN)/python tools/benchmark.py scopedigits vim_nano_patch8_64 --forms eager frozen compiled onnx bf16 int8 \
+		--out benchmarks/results/forms_$(LEVEL)
+	$(BIN)/python tools/benchmark.py $(CPU_MODELS) --batch 1 8 --out benchmarks/results/models_$(LEVEL)
 
 mm: $(MM_STAMP)  ## install the OpenMMLab stack; builds mmcv the first time (about 10 minutes on two cores)
 
