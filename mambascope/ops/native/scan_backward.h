@@ -187,9 +187,9 @@ template <class S> class BackwardScan {
     const S *x = row_at<S>(dir.x, dir.x_batch, dir.x_row, t.b, l0) + ch;
     const vf limit = packed.dt_limit(t.d, block);
     vi beyond = (vi){}, odd = (vi){};
+    for (int k = 0; k < m; k++) t.dt[k] = s.softplus ? softplus(t.raw[k]) : t.raw[k];  // long chains overlap better apart
     for (int k = 0; k < m; k++) {
       t.x[k] = load_lanes(x + k * step * dir.x_row, lanes);
-      t.dt[k] = s.softplus ? softplus(t.raw[k]) : t.raw[k];
       t.dtx[k] = t.dt[k] * t.x[k];
       beyond |= ~(vi)(vabs(t.dt[k]) <= limit);
       if (N != s.states) odd |= not_finite(t.dtx[k]);
@@ -290,13 +290,15 @@ template <class S> class BackwardScan {
       for (int64_t j = 0; j < m * 2 * N; j++) t.dBC[j] += t.edge[j];
     }
 
+    if (s.softplus)
+      for (int k = 0; k < m; k++) t.raw[k] = sigmoid(t.raw[k]);
     vf *ddelta = t.ddelta + i * round_up(chunks.size, 4), dD = state_sums[N + R], dbias = state_sums[N + R + 1];
     for (int k = 0; k < m; k++) {
       if (need_y) store_lanes((S *)a.dz + token_at(k), ddelta[k] * t.y[k], lanes);
       const vf dx = t.dt[k] * t.du[k];
       store_lanes((S *)a.out[t.d].dx + token_at(k), has_D ? t.g[k] * D + dx : dx, lanes);
       vf dd = t.ddt[k] * (1.f / LOG2E) + t.x[k] * t.du[k];
-      if (s.softplus) dd = dd * sigmoid(t.raw[k]);
+      if (s.softplus) dd = dd * t.raw[k];
       dD = t.g[k] * t.x[k] + dD;
       dbias = dbias + dd;
       ddelta[k] = dd;

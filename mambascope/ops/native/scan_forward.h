@@ -123,9 +123,10 @@ template <class S, int NB> class ForwardScan {
           }
           const vf D = packed.D(d, block), limit = packed.dt_limit(d, block);
           vi beyond = (vi){}, odd = (vi){};
+          if (s.softplus)  // apart from what follows: its long chains overlap better
+            for (int k = 0; k < m; k++) dt[k] = softplus(dt[k]);
           for (int k = 0; k < m; k++) {
-            const vf step_size = s.softplus ? softplus(dt[k]) : dt[k], xk = load_lanes(x + k * x_step, lanes);
-            dt[k] = step_size;
+            const vf step_size = dt[k], xk = load_lanes(x + k * x_step, lanes);
             dtx[k] = step_size * xk;
             y[k] = dir.D ? D * xk : (vf){};  // infinity times a missing D is not a NaN
             beyond |= ~(vi)(vabs(step_size) <= limit);
@@ -160,12 +161,15 @@ template <class S, int NB> class ForwardScan {
   // Gate, scale and store the summed output of a chunk.
   void finish(int64_t b, int64_t ch, int lanes, const vf *y, int m, const Walk &walk, int64_t k0) {
     const float scale = (float)a.scale;
+    vf gate[MAX_CHUNK];
+    if (a.z)
+      for (int k = 0; k < m; k++)
+        gate[k] = silu(load_lanes(row_at<S>(a.z, a.z_batch, a.z_row, b, walk.token(k0 + k)) + ch, lanes));
     for (int k = 0; k < m; k++) {
-      const int64_t l = walk.token(k0 + k), at = (b * s.length + l) * s.channels + ch;
+      const int64_t at = (b * s.length + walk.token(k0 + k)) * s.channels + ch;
       if (a.y_sum) store_lanes((S *)a.y_sum + at, y[k], lanes);
-      vf v = y[k] * scale;
-      if (a.z) v = v * silu(load_lanes(row_at<S>(a.z, a.z_batch, a.z_row, b, l) + ch, lanes));
-      store_lanes((S *)a.out + at, v, lanes);
+      const vf v = y[k] * scale;
+      store_lanes((S *)a.out + at, a.z ? v * gate[k] : v, lanes);
     }
   }
 
