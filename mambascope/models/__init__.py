@@ -1,7 +1,8 @@
 """The method, the encoder that it stands on, and what every model needs.
 
 - The method: ``scope`` and, as it is read, ``cells``, ``scores``, ``gate``, ``states``, ``losses``. ``scope_maps``:
-  what timm asks of it. ``two_stage``: whether a model has two stages. The encoder: ``vim``.
+  what timm asks of it. ``two_stage``: whether a model has two stages. The encoder: ``vim``,
+  ``encoded`` (what it gives), ``frozen`` (its inference form on the CPU).
 - Configs: ``configs``, ``meaning`` (what their fields mean to weights), ``retired``. Kinds of models:
   ``architectures``, ``registry`` (timm).
 - Weights: ``checkpoint``, ``description``, ``tables``, ``reading``, ``saving``, ``weights``, ``hub``, ``ready``.
