@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from lightning.pytorch import LightningDataModule
 
 from mambascope.data.datamodule import ResumableDataModule
@@ -81,14 +84,15 @@ def validation_loader(
             raise DataError("there is no run configuration beside the checkpoint: pass --data FOLDER")
         data = DIGITS
     if data == DIGITS:
-        return _module_data(_digits(model, batch_size, length), model, DIGITS)
+        return _module_data(_digits(model, batch_size, length, run_config(checkpoint)), model, DIGITS)
     if is_module_name(data):
         return _module_data(named_module(data, run_config(checkpoint)), model, data)
     rows, where = open_rows(model, data, split, input_key, target_key)
     return EvalData(row_loader(rows, model, batch_size, num_workers, skip_bad_files), str(where))
 
 
-def _digits(model: VisionMamba, batch_size: int, length: int) -> ScopeDigitsDataModule:
+def _digits(model: VisionMamba, batch_size: int, length: int, config: Path | None) -> ScopeDigitsDataModule:
+    """As hard as those that the model was trained on, where its run says so."""
     height, width = model.config.image_hw
     if height != width:
         raise DataError(f"ScopeDigits are square, the model reads {height}x{width}: pass --img-size SIDE")
@@ -97,7 +101,10 @@ def _digits(model: VisionMamba, batch_size: int, length: int) -> ScopeDigitsData
             f"ScopeDigits have {ScopeDigitsDataModule.num_classes} classes and 3 channels, the model has "
             f"{model.num_classes} and {model.in_chans}"
         )
-    digits = ScopeDigitsConfig(size=height)
+    digits = ScopeDigitsConfig()
+    with contextlib.suppress(DataError, ValueError, yaml.YAMLError):  # of a configuration that is not asked for
+        digits = getattr(named_module("ScopeDigitsDataModule", config), "digits", digits)
+    digits = replace(digits, size=height)
     # as many others for the threshold: a promise may need more than a thousand
     return ScopeDigitsDataModule(1, length, digits, calibration_length=length, batch_size=1, val_batch_size=batch_size)
 

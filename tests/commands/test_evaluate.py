@@ -184,3 +184,21 @@ def test_the_tool_itself(digits_run, tmp_path):
     assert "saved by dynamic" in done.stdout
     assert (tmp_path / "report.json").is_file()
     assert (tmp_path / "tradeoff.png").is_file()
+
+
+def test_scopedigits_are_as_hard_as_those_of_the_training(tmp_path):
+    """Shipped weights, and a run's, meet the digits that they were trained on; other weights the usual ones."""
+    from mambascope.data.open import validation_loader
+    from mambascope.data.scopedigits_config import ScopeDigitsConfig
+    from mambascope.models.weights import SHIPPED
+
+    model = load_model(SHIPPED["scopedigits"])
+    for path, expected in (
+        (SHIPPED["scopedigits"], (0.45, 0.85)),
+        (tmp_path / "model.safetensors", ScopeDigitsConfig().easy_size),
+    ):
+        digits = validation_loader(model, path, "scopedigits", length=3).object_masks.__self__.digits
+        assert tuple(digits.easy_size) == tuple(expected)
+        assert digits.size == 64
+    (tmp_path / "config.yaml").write_text("data: [")
+    validation_loader(model, tmp_path / "model.safetensors", "scopedigits", length=3)
