@@ -139,3 +139,42 @@ def test_the_published_systems_are_those_of_the_package():
         f"| {s.label} | {s.backbone} | {s.top1:g} | {s.gflops:g} | {s.means} | {s.source} |" for s in DYNAMIC_SYSTEMS
     ]
     assert "\n".join(rows) in README
+
+
+def test_the_frozen_form_is_as_fast_as_its_rows_say():
+    times = {
+        (folder, level): {
+            (row["model"], row["form"], int(row["batch"])): float(row["ms_per_image"])
+            for row in result(f"{folder}_{level}/benchmark.csv")
+        }
+        for folder in ("forms", "models")
+        for level in ("v3", "v4")
+    }
+    models = {
+        "demo, coarse look": ("forms", "scopedigits, 0% refined"),
+        "demo, everything refined": ("forms", "scopedigits, 100% refined"),
+        "Vim-T": ("models", "vim_tiny_patch16_224"),
+        "MambaScope-T, half refined": ("models", "mambascope_tiny_patch16_224, 50% refined"),
+    }
+    rows = re.findall(r"^\| (.+), batch (\d+) \| (.+ → .+)\|$", README, re.M)
+    assert len(rows) == 8
+    for label, batch, rest in rows:
+        folder, model = models[label]
+        cells = [cell.strip() for cell in rest.split("|")]
+        for level, (pair, ratio) in zip(("v3", "v4"), (cells[:2], cells[2:]), strict=True):
+            measured = times[folder, level]
+            eager, frozen = (measured[model, form, int(batch)] for form in ("eager", "frozen"))
+            assert pair == f"{eager:.3g} → {frozen:.3g}"
+            if folder == "models":
+                assert ratio == f"{frozen / measured['deit_tiny_patch16_224', 'eager', int(batch)]:.2f}"
+    for level in ("v3", "v4"):
+        at = {name: v for (name, form, batch), v in times["models", level].items() if batch == 8 and form == "eager"}
+        vim = times["models", level]["vim_tiny_patch16_224", "frozen", 8]
+        assert all(0.25 <= at[name] / vim <= 0.35 for name in ("levit_128s", "efficientvim_m2"))
+        forms = times["forms", level]
+        slower = {
+            (form, batch)
+            for (model, form, batch), v in forms.items()
+            if form != "eager" and v < forms[model, "frozen", batch]
+        }
+        assert slower <= {("bf16", 64)}
