@@ -30,6 +30,7 @@ from mambascope.evaluation.tables import card_rows, curve_csv, curve_rows, resul
 from mambascope.evaluation.throughput import Timing, measure_all, measure_model
 from mambascope.models.cost import CONVENTIONS, StageCost, format_gflops, plain_vim, stage_macs
 from mambascope.models.flop_count import costs_of
+from mambascope.models.frozen import freeze_where_possible, is_frozen
 from mambascope.models.gate import check_threshold
 from mambascope.models.scope import MambaScope
 from mambascope.models.two_stage import is_two_stage
@@ -81,6 +82,7 @@ def write_report(
     out = Path(out_dir)
     begun = out.exists()
     out.mkdir(parents=True, exist_ok=True)
+    freeze_where_possible(model)  # what is timed is what predictions run
     try:
         return _write(model, data, out, options)
     except BaseException:
@@ -99,6 +101,7 @@ def _write(model: VisionMamba, data: Any, out: Path, options: ReportOptions) -> 
         "images": len(sample.record),
         "config": asdict(model.config),
         "machine": machine_info(model_device(model)),
+        "frozen": is_frozen(model),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     if is_two_stage(model):
