@@ -245,10 +245,11 @@ def is_frozen(model: nn.Module) -> bool:
 
 def packed_stack(model: Any, tokens: Tensor, trace: tuple[str, ...], offsets: LookOffsets | None) -> PackedStack | None:
     """The packed blocks of a frozen model if they may stand for its modules in this call."""
+    if torch.compiler.is_compiling():  # before anything that a graph could not hold
+        return None
     frozen = _FROZEN.get(model)
     if (
         frozen is None
-        or torch.compiler.is_compiling()
         or model.training
         or torch.is_grad_enabled()
         or type(tokens) is not Tensor
