@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,14 +19,15 @@ from torch import Tensor, nn
 
 from mambascope._names import as_json
 from mambascope.commands.options import image_size
-from mambascope.evaluation.forms import FORMS, Classifier, Unavailable, shares_of_batches
+from mambascope.data.open import validation_loader
+from mambascope.evaluation.forms import FORMS, Classifier, Unavailable, logits_of, shares_of_batches
 from mambascope.evaluation.machine import machine_info
 from mambascope.evaluation.throughput import interleaved, quartiles
 from mambascope.models.checkpoint import load_model
 from mambascope.models.two_stage import is_two_stage
 from mambascope.models.weights import SHIPPED, find_weights
 from mambascope.ops.native import library
-from mambascope.utils import atomic_path, run_command, share
+from mambascope.utils import atomic_path, run_command, share, unpack
 
 _DEFAULT = ("eager", "frozen")
 
@@ -80,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="shares of the images that a MambaScope refines; default: 0 0.5 1",
     )
+    parser.add_argument(
+        "--data", metavar="DATA", help="measure the accuracy of every form, too, on data as for eval_cls"
+    )
+    parser.add_argument("--length", type=_positive, default=1000, help="images of --data scopedigits; default: 1000")
     parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="side, or height and width, in pixels")
     parser.add_argument("--rounds", type=_positive, default=15, help="timed rounds; default: 15")
     parser.add_argument("--seconds", type=float, default=120, help="rough limit for each batch size; default: 120")
@@ -130,7 +136,11 @@ def _times(
             calls = _calls(run)
             rows[key]["images"] = batch * len(counts) * calls
             runs[key] = partial(_repeat, run, calls)
-    limits = {"rounds": args.rounds, "warmup": 2, "max_seconds": args.seconds, "progress": f"batch {batch}"}
+    label = f"batch {batch}"
+    if not sys.stderr.isatty():
+        print(label, flush=True)
+    progress = label if sys.stderr.isatty() else None
+    limits = {"rounds": args.rounds, "warmup": 2, "max_seconds": args.seconds, "progress": progress}
     seconds = interleaved(runs, torch.device("cpu"), **limits)
     for key, row in rows.items():
         low, middle, high = (1e3 * value / row["images"] for value in quartiles(seconds[key]))
@@ -160,12 +170,37 @@ def _each(subject: Classifier, images: Tensor, counts: Sequence[int]) -> None:
         subject.run(images, refined)
 
 
+@torch.inference_mode()
+def _accuracies(
+    models: dict[str, Any], subjects: dict[tuple[str, str], Classifier], args: argparse.Namespace
+) -> dict[tuple[str, str, float], float]:
+    """Top-1 in per cent of every form, of two-stage models without and with everything refined."""
+    right: dict[tuple[str, str, float], float] = {}
+    for name, model in models.items():
+        checkpoint = find_weights(name)
+        loader = validation_loader(model, checkpoint, args.data, batch_size=64, length=args.length).loader
+        parts = (0.0, 1.0) if is_two_stage(model) else (1.0,)
+        count = 0
+        for batch in loader:
+            images, labels = unpack(batch)
+            count += len(labels)
+            for (other, form), subject in subjects.items():
+                for part in parts if other == name else ():
+                    answers = logits_of(subject.run(images, len(images) if part else 0)).argmax(1)
+                    key = name, form, part
+                    right[key] = right.get(key, 0.0) + float((answers == labels).sum())
+        right |= {key: 100 * value / count for key, value in right.items() if key[0] == name}
+    return right
+
+
 def _show(rows: Sequence[dict[str, Any]], missing: Sequence[dict[str, Any]]) -> None:
     width = max(len(row["model"]) for row in rows)
-    print(f"{'model':<{width}}  {'form':<9} {'batch':>5} {'ms/image':>9} {'ratio':>6}")
+    accurate = any("top1" in row for row in rows)
+    print(f"{'model':<{width}}  {'form':<9} {'batch':>5} {'ms/image':>9} {'ratio':>6}" + "  top-1" * accurate)
     for row in rows:
         figures = f"{row['batch']:>5} {row['ms_per_image']:>9.3f} {row['ratio']:>6.2f}"
-        print(f"{row['model']:<{width}}  {row['form']:<9} {figures}")
+        top1 = f" {row['top1']:>6.2f}" if row.get("top1") is not None else ""
+        print(f"{row['model']:<{width}}  {row['form']:<9} {figures}{top1}")
     for row in missing:
         print(f"{row['model']}: {row['form']} was not timed: {row['note']}")
 
@@ -204,6 +239,11 @@ def _run(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     for batch in args.batch:
         rows += _times(models, subjects, {name: x[:batch] for name, x in images.items()}, batch, args)
+    if args.data is not None:
+        accuracies = _accuracies(models, subjects, args)
+        for row in rows:
+            name = row["model"].removesuffix(f", {row['refined']:.0%} refined")
+            row["top1"] = accuracies.get((name, row["form"], row["refined"]))
     facts = {
         "machine": machine_info(torch.device("cpu")),
         "native": library.info() | {"path": None},

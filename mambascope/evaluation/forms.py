@@ -53,6 +53,13 @@ class Classifier:
         return self.second(x[:refined], self.choose(first, torch.arange(refined)))
 
 
+def logits_of(result: Any) -> Tensor:
+    """Logits [B, C] float32 of what any form gives."""
+    if isinstance(result, Tensor):
+        return result.float()
+    return result.logits.float() if hasattr(result, "logits") else torch.from_numpy(result[0])
+
+
 def shares_of_batches(batch: int, share: float) -> list[int]:
     """How many images of each of a few batches are refined so that it is `share` of them all.
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mambascope.commands.benchmark import main
-from mambascope.evaluation.forms import FORMS, Unavailable, shares_of_batches
+from mambascope.evaluation.forms import FORMS, Unavailable, logits_of, shares_of_batches
 from mambascope.models import MambaScope, ScopeConfig, VisionMamba, save_safetensors
 from mambascope.ops.native import library
 from tests.conftest import relative_error
@@ -21,15 +21,6 @@ def scope():
     return MambaScope(ScopeConfig(**SMALL, alpha=0.5)).eval()
 
 
-def answers(result):
-    """Logits of what any form gives."""
-    if isinstance(result, torch.Tensor):
-        return result.float()
-    if hasattr(result, "logits"):
-        return result.logits.float()
-    return torch.from_numpy(result[0])
-
-
 @pytest.mark.parametrize("form", ["frozen", "onnx", "bf16", "int8"])
 @pytest.mark.parametrize("make", [scope, lambda: VisionMamba(**SMALL).eval()])
 def test_forms_answer_alike(form, make):
@@ -39,7 +30,7 @@ def test_forms_answer_alike(form, make):
     with torch.inference_mode():
         plain, other = FORMS["eager"](model, x), FORMS[form](model, x)
         for refined in (0, 2, 4):
-            expected, result = answers(plain.run(x, refined)), answers(other.run(x, refined))
+            expected, result = logits_of(plain.run(x, refined)), logits_of(other.run(x, refined))
             assert relative_error(result, expected) < {"bf16": 0.05, "int8": 0.05}.get(form, 1e-4)
 
 
@@ -48,7 +39,7 @@ def test_models_of_timm_have_their_forms():
     with torch.inference_mode():
         expected = model(x)
         for form in ("eager", "onnx", "int8"):
-            assert relative_error(answers(FORMS[form](model, x).run(x, 3)), expected) < 0.05
+            assert relative_error(logits_of(FORMS[form](model, x).run(x, 3)), expected) < 0.05
     with pytest.raises(Unavailable, match="a Sequential has no frozen form"):
         FORMS["frozen"](model, x)
     with pytest.raises(Unavailable, match="no linear layers but the head"):
@@ -82,6 +73,18 @@ def test_the_command(here, capsys):
     assert facts["native"]["isa"] == library.info()["isa"]
     assert (here / "result" / "benchmark.png").stat().st_size > 10_000
     assert "model.safetensors, 50% refined" in capsys.readouterr().out
+
+
+def test_accuracy_of_every_form(here):
+    words = ["scopedigits", "--data", "scopedigits", "--length", "128", "--forms", "eager", "int8", "--batch", "1"]
+    assert main([*words, "--rounds", "3"]) == 0
+    rows = list(csv.DictReader((here / "benchmark" / "benchmark.csv").open()))
+    assert [(r["form"], r["refined"], bool(r["top1"])) for r in rows] == [
+        (form, refined, refined != "0.5") for form in ("eager", "int8") for refined in ("0", "0.5", "1")
+    ]
+    values = {(r["form"], r["refined"]): float(r["top1"]) for r in rows if r["top1"]}
+    assert 85 < values["eager", "0"] < values["eager", "1"]
+    assert abs(values["eager", "1"] - values["int8", "1"]) < 8
 
 
 @pytest.mark.parametrize(
