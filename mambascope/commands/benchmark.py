@@ -24,6 +24,7 @@ from mambascope.evaluation.forms import FORMS, Classifier, Unavailable, logits_o
 from mambascope.evaluation.machine import machine_info
 from mambascope.evaluation.throughput import interleaved, quartiles
 from mambascope.models.checkpoint import load_model
+from mambascope.models.export import has_stages
 from mambascope.models.two_stage import is_two_stage
 from mambascope.models.weights import SHIPPED, find_weights
 from mambascope.ops.native import library
@@ -229,6 +230,8 @@ def _run(args: argparse.Namespace) -> int:
     size = image_size(args.img_size)
     args.refined = [share("--refined", value) for value in args.refined]
     models = {name: classifier(name, size) for name in dict.fromkeys(args.models)}
+    if args.data is not None and (foreign := [name for name, model in models.items() if not has_stages(model)]):
+        raise ValueError(f"--data takes models of this package, {foreign[0]} is none")
     generator = torch.Generator().manual_seed(0)
     shapes = {name: input_shape(model, size) for name, model in models.items()}
     largest = max(args.batch)

@@ -92,6 +92,7 @@ def test_accuracy_of_every_form(here):
     [
         (["no_such_model"], "no_such_model is neither a file nor a model of timm's registry nor one of scopedigits,"),
         (["scopedigits", "--refined", "1.5"], "--refined must lie in [0, 1], got 1.5"),
+        (["resnet18", "--data", "scopedigits"], "--data takes models of this package, resnet18 is none"),
         (["vit_tiny_patch16_224", "--forms", "frozen", "--batch", "1"], "a VisionTransformer has no frozen form"),
     ],
 )
