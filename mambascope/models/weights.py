@@ -28,6 +28,7 @@ SHIPPED = {
     "scopedigits": _FOLDER / "scopedigits_nano.safetensors",
     "scopedigits_published": _FOLDER / "scopedigits_published_nano.safetensors",
     "scopedigits_dense": _FOLDER / "scopedigits_dense_nano.safetensors",
+    "fashion_mambascope": _FOLDER / "fashion_pico.safetensors",
 }
 """File of each model that is shipped, by the name that stands for it, which is also its training configuration's."""
 

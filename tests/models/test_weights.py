@@ -15,8 +15,10 @@ import yaml
 from PIL import Image
 
 import mambascope
+from mambascope.data import SmallImageDataModule
 from mambascope.data.scopedigits import ScopeDigits
 from mambascope.data.scopedigits_config import ScopeDigitsConfig
+from mambascope.data.small_images import DEBIAN_FASHION
 from mambascope.models.checkpoint import CheckpointError, save_safetensors
 from mambascope.models.weights import PRETRAINED, SHIPPED
 
@@ -125,3 +127,25 @@ def test_the_tool_predicts_at_once(tmp_path):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [Path(row["file"]).name for row in rows] == ["0.png", "1.png", "2.png"]
     assert all(row["label"] in "0123456789" for row in rows)
+
+
+def test_the_shipped_model_of_fashion_is_ready():
+    model = mambascope.load("fashion_mambascope")
+    assert model.labels[0] == "T-shirt/top"
+    assert len(model.labels) == model.num_classes == 10
+    assert (model.in_chans, model.alpha) == (1, 1.0)
+    assert 0 < model.threshold == model.description["report"]["threshold"] < 1
+    recipe = yaml.safe_load((CONFIGS / "fashion_mambascope.yaml").read_text())["model"]["net"]
+    assert all(getattr(model.config, field) == value for field, value in recipe["args"].items())
+    assert model.transform()(Image.new("L", (28, 28))).shape == (1, 28, 28)
+
+
+@pytest.mark.skipif(not DEBIAN_FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
+@torch.no_grad()
+def test_the_shipped_model_of_fashion_knows_clothes():
+    model, data = mambascope.load("fashion_mambascope"), SmallImageDataModule(dataset="fashion_mnist", shift=0)
+    data.setup("fit")
+    images, labels = next(iter(data.val_dataloader()))[:2]
+    out = model.forward_scope(images)
+    assert (out.logits.argmax(1) == labels).double().mean() > 0.8
+    assert 0.6 < out.exited.double().mean() < 1
