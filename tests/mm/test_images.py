@@ -16,6 +16,9 @@ from mambascope.mm import loading
 from mambascope.mm.predict_cli import main as predict_dense
 from mambascope.mm.predict_cli import picture
 from mambascope.mm.runner import ScopeRunner, one_line
+from mambascope.models.frozen import is_frozen, unfreeze
+from mambascope.ops.native import library
+from mambascope.ops.native.stack import PackedStack
 from tests.mm import common
 from tests.mm.common import runner
 
@@ -273,3 +276,28 @@ def test_a_training_ends_in_that_line(source, tmp_path):
         DataError, match=r"^image .* is 64×64 pixels and its mask .* is 32×64: they must be of one size$"
     ):
         runner("seg", root, tmp_path / "w").train()
+
+
+@pytest.mark.skipif(library.why_unavailable() is not None, reason="kernels were not compiled")
+@pytest.mark.parametrize("kind", ["seg", "det"])
+def test_loaded_models_run_frozen_and_answer_the_same(kind, odd, monkeypatch):
+    cfg = common.demo_config(kind)
+    model = loading.build_model(cfg)
+    assert is_frozen(model.backbone.encoder)
+    count, call = [0], PackedStack.__call__
+
+    def counted(self, *args, **kwargs):
+        count[0] += 1
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(PackedStack, "__call__", counted)
+    images = torch.randn(2, 3, *model.backbone.encoder.config.image_hw)
+    with torch.no_grad():
+        model.backbone.threshold = 1.0
+        frozen = model.backbone(images)
+        assert count == [2]
+        unfreeze(model.backbone.encoder)
+        plain = model.backbone(images)
+    assert count == [2]
+    for a, b in zip(frozen, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
