@@ -8,6 +8,7 @@ tracing, no hooks. Everywhere else they run as before. A parameter that was repl
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
 from operator import is_
 from typing import Any
@@ -22,6 +23,7 @@ from mambascope.layers import BidirectionalMamba, LookOffsets, RMSNorm, VimBlock
 from mambascope.layers.look import BlockOffsets
 from mambascope.layers.plain import is_plain
 from mambascope.ops._library import transformed
+from mambascope.ops.backends import ENV as BACKEND_ENV
 from mambascope.ops.native import library
 from mambascope.ops.native.pointwise import supports_conv
 from mambascope.ops.native.scan import supports
@@ -180,6 +182,10 @@ class _Frozen:
 _FROZEN: weakref.WeakKeyDictionary[nn.Module, _Frozen] = weakref.WeakKeyDictionary()
 
 
+def _other_backend() -> bool:
+    return os.environ.get(BACKEND_ENV) not in (None, "", "cpu")
+
+
 def _refusal(model: Any) -> str | None:
     if not getattr(model, "encodes_all_blocks", False):
         return f"a {type(model).__name__} has no frozen form; a VisionMamba or a MambaScope has"
@@ -187,6 +193,8 @@ def _refusal(model: Any) -> str | None:
         return f"the frozen form needs the compiled kernels: {library.why_unavailable()}"
     if model.config.scan_backend not in (None, "cpu"):
         return f"the frozen form runs on backend 'cpu', scan_backend is {model.config.scan_backend!r}"
+    if _other_backend():
+        return f"the frozen form runs on backend 'cpu', {BACKEND_ENV} is {os.environ[BACKEND_ENV]!r}"
     return None
 
 
@@ -250,6 +258,7 @@ def packed_stack(model: Any, tokens: Tensor, trace: tuple[str, ...], offsets: Lo
     frozen = _FROZEN.get(model)
     if (
         frozen is None
+        or _other_backend()
         or model.training
         or torch.is_grad_enabled()
         or type(tokens) is not Tensor

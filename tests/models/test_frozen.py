@@ -224,6 +224,23 @@ def test_what_cannot_be_frozen_is_named(model, message):
     assert not is_frozen(model)
 
 
+def test_a_backend_that_was_asked_for_is_used(monkeypatch):
+    model, x, count = mambascope.freeze(vim()), torch.randn(2, 3, 32, 32), calls(monkeypatch)
+    with torch.no_grad():
+        expected = model(x)
+        monkeypatch.setenv("MAMBASCOPE_SCAN_BACKEND", "reference")
+        assert relative_error(model(x), expected) < 1e-5
+        assert count == [1]
+        with pytest.raises(ValueError, match="MAMBASCOPE_SCAN_BACKEND is 'reference'"):
+            mambascope.freeze(model)
+        monkeypatch.setenv("MAMBASCOPE_SCAN_BACKEND", "cuda")
+        with pytest.raises(ValueError, match="MAMBASCOPE_SCAN_BACKEND must be one of reference, torch, cpu"):
+            model(x)
+        monkeypatch.setenv("MAMBASCOPE_SCAN_BACKEND", "cpu")
+        model(x)
+        assert count == [2]
+
+
 def test_without_kernels():
     program = """
 import torch, mambascope
