@@ -121,7 +121,7 @@ def _export(model: VisionMamba, report: Report, target: Path) -> None:
     assert is_two_stage(model)
     assert report.threshold is not None
     model.threshold = report.threshold
-    figures = {key: report.data[key] for key in ("table", "choice", "images", "machine", "date")}
+    figures = {key: report.data[key] for key in ("threshold", "table", "choice", "images", "machine", "date")}
     save_safetensors(model.cpu(), target, {"report": figures})
 
 

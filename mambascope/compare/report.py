@@ -128,7 +128,9 @@ def _plot(plan: Comparison, rows: Sequence[Row], curves: dict[str, Curve], path:
         )
     models = [row for row in IMAGENET_ROWS if row.size in plan.published]
     published = [PublishedPoint(row.label, row.top1, row.gflops) for row in models]
-    plot_methods(methods, panels, path, published=published, title=plan.title)
+    count = len(plan.seeds)
+    title = f"{plan.title} ({count} {'seed' if count == 1 else 'seeds'})"
+    plot_methods(methods, panels, path, published=published, title=title)
 
 
 def _ranges(values: Sequence[Spread]) -> np.ndarray:
