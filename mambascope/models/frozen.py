@@ -11,12 +11,13 @@ import contextlib
 import os
 import weakref
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mambascope.layers import BidirectionalMamba, LookOffsets, RMSNorm, VimBlock
@@ -40,6 +41,16 @@ _MIXER = {
 }
 
 
+_STEPS = [0]  # optimizer steps of this process: fused ones change parameters without raising their version
+
+
+def _count_step(*_: Any) -> None:
+    _STEPS[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 class _Watch:
     """Sees whether modules and parameters are still those that were packed. Runs before every call: plain lists."""
 
@@ -48,54 +59,85 @@ class _Watch:
         self.names: list[str] = []
         self.objects: list[Any] = []
         self.states: list[dict[str, Any]] = []  # of the modules
+        self.norms: list[tuple[RMSNorm, float]] = []
         self.tensors: list[Tensor] = []
         self.seen: tuple = ()
 
     def _add(self, place: dict[str, Any], name: str) -> Any:
+        thing = place.get(name)
         self.places.append(place)
         self.names.append(name)
-        self.objects.append(place[name])
-        return place[name]
+        self.objects.append(thing)
+        return thing
 
-    def module(self, parent: nn.Module, name: str, kind: type[nn.Module]) -> Any:
+    def module(self, parent: nn.Module, name: str, *kinds: type[nn.Module]) -> Any:
         """A child of `parent`; raises :class:`NotFreezable` unless it does what its parameters say."""
         child = self._add(parent._modules, name)
-        if not is_plain(child, kind):
+        if not any(is_plain(child, kind) for kind in kinds):
             raise NotFreezable(
-                f"{name} ({type(child).__name__}) cannot be packed: it is no plain {kind.__name__} or has hooks"
+                f"{name} ({type(child).__name__}) cannot be packed: it is no plain {kinds[0].__name__} or has hooks"
             )
         self.states.append(child.__dict__)
         return child
 
-    def idle(self, parent: nn.Module, name: str, kinds: tuple[type[nn.Module], ...]) -> None:
-        """A child that does nothing in evaluation mode; raises :class:`NotFreezable` if it is of another kind."""
-        child = self._add(parent._modules, name)
-        if type(child) not in kinds:
-            raise NotFreezable(f"{name} is a {type(child).__name__}, which cannot be packed")
+    def norm(self, parent: nn.Module, name: str) -> RMSNorm:
+        """A norm, whose epsilon is watched too."""
+        norm = self.module(parent, name, RMSNorm)
+        self.norms.append((norm, norm.eps))
+        return norm
 
-    def parameter(self, parent: nn.Module, name: str) -> Tensor:
-        """A parameter of `parent`; raises :class:`NotFreezable` unless it is float32 on the CPU."""
+    def parameter(self, parent: nn.Module, name: str, *shape: int) -> Tensor:
+        """A parameter of `parent`; raises :class:`NotFreezable` unless it is float32 on the CPU and of that shape."""
         tensor = self._add(parent._parameters, name)
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or type(tensor) is not nn.Parameter:
+        if type(tensor) is not nn.Parameter or tensor.is_inference():
+            raise NotFreezable(f"{name} is no parameter whose changes can be seen")
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             kind = f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
             raise NotFreezable(f"the packed form takes float32 parameters on the CPU; {name} is {kind}")
+        if tensor.shape != shape:
+            raise NotFreezable(
+                f"{name} must be {list(shape)} to be packed, as in the first block, got {list(tensor.shape)}"
+            )
         self.tensors.append(tensor)
-        return tensor.detach()
+        return tensor.detach().contiguous()
 
     def remember(self) -> None:
         """Takes what the parameters hold now for what was packed."""
         self.seen = self._contents()
 
     def _contents(self) -> tuple:
-        versions = [] if self.tensors[0].is_inference() else [t._version for t in self.tensors]
-        return versions, [t.data_ptr() for t in self.tensors]
+        return _STEPS[0], [t._version for t in self.tensors], [t.data_ptr() for t in self.tensors]
 
     def unchanged(self) -> bool:
         if not all(map(is_, map(dict.get, self.places, self.names), self.objects)):
             return False
-        if any(s["_forward_hooks"] or s["_forward_pre_hooks"] or "forward" in s for s in self.states):
+        if any(s["_forward_hooks"] or s["_forward_pre_hooks"] or "forward" in s or s["training"] for s in self.states):
             return False
-        return self._contents() == self.seen
+        return all(norm.eps == eps for norm, eps in self.norms) and self._contents() == self.seen
+
+
+class _Sizes(NamedTuple):
+    """Sizes that all blocks share, those of the first."""
+
+    dim: int
+    inner: int
+    states: int
+    rank: int
+    taps: int
+
+    @classmethod
+    def of(cls, block: Any) -> _Sizes:
+        try:
+            inner, states = block.mixer.A_log.shape
+            return cls(
+                block.norm.weight.shape[0],
+                inner,
+                states,
+                block.mixer.dt_proj.weight.shape[1],
+                block.mixer.conv1d.weight.shape[-1],
+            )
+        except (AttributeError, ValueError, IndexError):
+            raise NotFreezable("the first block is no plain VimBlock") from None
 
 
 class _PackedLook:
@@ -103,16 +145,21 @@ class _PackedLook:
 
     def __init__(self, model: Any, offsets: LookOffsets | None) -> None:
         self.watch = watch = _Watch()
+        if len(model.layers) == 0:
+            raise NotFreezable("the model has no blocks")
+        sizes = _Sizes.of(model.layers[0])
+        for reason in (supports(torch.float32, None, sizes.states), supports_conv(torch.float32, sizes.taps)):
+            if reason is not None:
+                raise NotFreezable(f"the native kernel {reason}")
         blocks = []
         for i in range(len(model.layers)):
             block = watch.module(model.layers, str(i), VimBlock)
-            blocks.append(
-                self._block(block, None if offsets is None else watch.module(offsets.layers, str(i), BlockOffsets))
-            )
+            more = None if offsets is None else watch.module(offsets.layers, str(i), BlockOffsets)
+            blocks.append(self._block(block, more, sizes))
         final = None
         if not isinstance(model.norm_f, nn.Identity):
-            norm = watch.module(model, "norm_f", RMSNorm)
-            final = (self._sum(norm, "weight", offsets, "norm_f"), norm.eps)
+            norm = watch.norm(model, "norm_f")
+            final = (self._sum(norm, "weight", offsets, "norm_f", sizes.dim), norm.eps)
         self.layers, self.norm_f, self.offsets = model.layers, model.norm_f, offsets
         watch.remember()
         self.stack = PackedStack(blocks, final)
@@ -122,42 +169,46 @@ class _PackedLook:
         same = self.layers is model.layers and self.norm_f is model.norm_f and self.offsets is offsets
         return same and len(self.stack.blocks) == len(model.layers) and self.watch.unchanged()
 
-    def _sum(self, module: nn.Module, name: str, offsets: nn.Module | None, offset: str) -> Tensor:
-        value = self.watch.parameter(module, name)
-        return value if offsets is None else value + self.watch.parameter(offsets, offset)
+    def _sum(self, module: nn.Module, name: str, offsets: nn.Module | None, offset: str, size: int) -> Tensor:
+        value = self.watch.parameter(module, name, size)
+        return value if offsets is None else value + self.watch.parameter(offsets, offset, size)
 
-    def _block(self, block: VimBlock, offsets: BlockOffsets | None) -> BlockWeights:
+    def _block(self, block: VimBlock, offsets: BlockOffsets | None, sizes: _Sizes) -> BlockWeights:
         watch = self.watch
-        norm = watch.module(block, "norm", RMSNorm)
-        watch.idle(block, "drop_path", (DropPath, nn.Identity))
+        norm = watch.norm(block, "norm")
+        drop = watch.module(block, "drop_path", DropPath, nn.Identity)  # does nothing in evaluation mode
+        if drop.training and not block.training and isinstance(drop, DropPath):
+            raise NotFreezable("drop_path is in training mode")
         mixer = watch.module(block, "mixer", BidirectionalMamba)
         layers = {name: watch.module(mixer, name, kind) for name, kind in _MIXER.items()}
         for name in ("in_proj", "out_proj", "x_proj", "x_proj_b"):
             if layers[name].bias is not None:
                 raise NotFreezable(f"{name} has a bias, which the packed form has no place for")
-        states, taps = mixer.A_log.shape[1], mixer.conv1d.kernel_size[0]
-        for reason in (supports(torch.float32, None, states), supports_conv(torch.float32, taps)):
-            if reason is not None:
-                raise NotFreezable(f"the native kernel {reason}")
         return BlockWeights(
-            norm=(self._sum(norm, "weight", offsets, "norm"), norm.eps),
-            in_proj=watch.parameter(layers["in_proj"], "weight"),
-            out_proj=watch.parameter(layers["out_proj"], "weight"),
-            directions=(self._direction(mixer, layers, "", offsets), self._direction(mixer, layers, "_b", offsets)),
+            norm=(self._sum(norm, "weight", offsets, "norm", sizes.dim), norm.eps),
+            in_proj=watch.parameter(layers["in_proj"], "weight", 2 * sizes.inner, sizes.dim),
+            out_proj=watch.parameter(layers["out_proj"], "weight", sizes.dim, sizes.inner),
+            directions=(
+                self._direction(mixer, layers, "", offsets, sizes),
+                self._direction(mixer, layers, "_b", offsets, sizes),
+            ),
         )
 
     def _direction(
-        self, mixer: BidirectionalMamba, layers: dict[str, Any], side: str, offsets: BlockOffsets | None
+        self, mixer: BidirectionalMamba, layers: dict[str, Any], side: str, offsets: BlockOffsets | None, sizes: _Sizes
     ) -> DirectionWeights:
         conv, steps, watch = layers[f"conv1d{side}"], layers[f"dt_proj{side}"], self.watch
+        _, inner, states, rank, taps = sizes
+        if (conv.padding, conv.stride, conv.dilation, conv.groups) != ((taps - 1,), (1,), (1,), inner):
+            raise NotFreezable(f"conv1d{side} is not the causal depthwise convolution of a mixer")
         return DirectionWeights(
-            conv_weight=watch.parameter(conv, "weight"),
-            conv_bias=None if conv.bias is None else watch.parameter(conv, "bias"),
-            x_proj=watch.parameter(layers[f"x_proj{side}"], "weight"),
-            dt_weight=watch.parameter(steps, "weight").contiguous(),
-            dt_bias=self._sum(steps, "bias", offsets, f"dt_bias{side}"),
-            A=-torch.exp(watch.parameter(mixer, "A_b_log" if side else "A_log")),
-            D=self._sum(mixer, f"D{side}", offsets, f"D{side}"),
+            conv_weight=watch.parameter(conv, "weight", inner, 1, taps),
+            conv_bias=None if conv.bias is None else watch.parameter(conv, "bias", inner),
+            x_proj=watch.parameter(layers[f"x_proj{side}"], "weight", rank + 2 * states, inner),
+            dt_weight=watch.parameter(steps, "weight", inner, rank),
+            dt_bias=self._sum(steps, "bias", offsets, f"dt_bias{side}", inner),
+            A=-torch.exp(watch.parameter(mixer, "A_b_log" if side else "A_log", inner, states)),
+            D=self._sum(mixer, f"D{side}", offsets, f"D{side}", inner),
         )
 
 
@@ -208,7 +259,7 @@ def freeze(model: Any) -> Any:
     copy of a frozen model is not frozen.
 
     Args:
-        model: Any or MambaScope with float32 parameters on the CPU.
+        model: VisionMamba or MambaScope with float32 parameters on the CPU.
 
     Returns:
         `model`.
@@ -235,7 +286,7 @@ def _pack(model: Any) -> None:
 def freeze_where_possible(model: nn.Module) -> None:
     """:func:`freeze` for every encoder in `model` that can be, whose mode is left as it is."""
     for part in model.modules():
-        if _refusal(part) is None:
+        if _refusal(part) is None and part not in _FROZEN:
             with contextlib.suppress(NotFreezable):
                 _pack(part)
 

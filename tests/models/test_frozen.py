@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import mambascope
+from mambascope.layers import BidirectionalMamba
 from mambascope.models import MambaScope, ScopeConfig, VisionMamba
 from mambascope.models.flop_count import count_macs
 from mambascope.models.frozen import _FROZEN, freeze_where_possible, is_frozen
@@ -115,6 +116,12 @@ def replace_layer(model):
     return model.layers[1].mixer.in_proj[0]
 
 
+def plain_tensor(model):
+    weight = model.layers[1].mixer.x_proj.weight
+    del model.layers[1].mixer.x_proj.weight
+    model.layers[1].mixer.x_proj.weight = weight.detach() * 2
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -130,6 +137,15 @@ def replace_layer(model):
         lambda m: setattr(m.layers[0], "drop_path", nn.Tanh()),
         lambda m: nn.utils.parametrizations.weight_norm(m.layers[0].mixer.in_proj),
         lambda m: m.layers[0].mixer.in_proj.to(torch.float64).to(torch.float32),
+        lambda m: setattr(m.layers[1], "mixer", BidirectionalMamba(24, d_state=8, expand=1)),
+        lambda m: setattr(m.layers[1], "mixer", BidirectionalMamba(24, d_state=16, expand=3)),
+        lambda m: setattr(m.layers[1].mixer, "dt_proj", nn.Linear(2, 48, bias=False)),
+        lambda m: setattr(m.layers[0].norm, "weight", nn.Parameter(torch.randn(24, 3)[:, 1])),
+        lambda m: setattr(m.layers[0].mixer.conv1d, "bias", nn.Parameter(torch.randn(48, 3)[:, 1])),
+        lambda m: m.layers[0].drop_path.register_forward_hook(lambda module, args, out: out * 2),
+        lambda m: setattr(m.layers[0].drop_path, "forward", lambda x: x * 2),
+        lambda m: setattr(m.norm_f, "eps", 1.0),
+        plain_tensor,
         replace_layer,
     ],
 )
@@ -144,9 +160,11 @@ def test_changes_are_seen(change):
     del before
 
 
-def test_an_optimizer_step_is_seen():
+@pytest.mark.parametrize("how", ["fused", "foreach"])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_step_is_seen(kind, how):
     model, x = mambascope.freeze(vim()), torch.randn(2, 3, 32, 32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    optimizer = kind(model.parameters(), lr=0.05, **{how: True})
     with torch.no_grad():
         before = model(x)
     model(x).square().sum().backward()
@@ -239,6 +257,53 @@ def test_a_backend_that_was_asked_for_is_used(monkeypatch):
         monkeypatch.setenv("MAMBASCOPE_SCAN_BACKEND", "cpu")
         model(x)
         assert count == [2]
+
+
+def test_stochastic_depth_in_an_evaluation_is_seen():
+    model, x = mambascope.freeze(vim(drop_path_rate=0.9)), torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        first = model(x)
+        for block in model.layers:
+            block.drop_path.train()
+        assert relative_error(model(x), first) > 1e-3
+
+
+def test_parameters_made_in_inference_mode_run_as_before():
+    model, x = vim(), torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        model.layers[1].mixer.out_proj = nn.Linear(48, 24, bias=False)
+    with pytest.raises(ValueError, match="weight is no parameter whose changes can be seen"):
+        mambascope.freeze(model)
+    freeze_where_possible(model)
+    with torch.inference_mode():
+        assert model(x).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "setting", ["torch.set_default_dtype(torch.float64)", "torch.set_default_dtype(torch.bfloat16)"]
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_other_defaults_of_pytorch(setting, when):
+    program = f"""
+import torch, mambascope
+model = mambascope.VisionMamba(img_size=32, patch_size=8, embed_dim=24, depth=2, num_classes=5).eval()
+x = torch.randn(3, 3, 32, 32)
+with torch.no_grad():
+    expected = model(x)
+    {setting if when == "before" else ""}
+    mambascope.freeze(model)
+    {setting if when == "after" else ""}
+    for count in (1, 3):
+        torch.testing.assert_close(model(x[:count]), expected[:count])
+    torch.set_default_dtype(torch.float32)
+    stack = mambascope.models.frozen.packed_stack(model, torch.randn(1, 4, 24), (), None)
+    tokens = torch.randn(1, 4, 24)
+    with torch.device("meta"):
+        stack(tokens)
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "done\n", done.stderr
 
 
 def test_without_kernels():

@@ -70,13 +70,13 @@ class Library:
     def packed_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight [columns, depth] in the order in which the products of ``gemm.h`` read it."""
         weight = weight.detach().float().contiguous()
-        packed = torch.empty(self._lib.mambascope_gemm_size(*weight.shape))
+        packed = torch.empty(self._lib.mambascope_gemm_size(*weight.shape), dtype=torch.float32, device="cpu")
         self._lib.mambascope_gemm_pack(weight.data_ptr(), *weight.shape, packed.data_ptr())
         return packed
 
     def packed_scan(self, arguments: bytes) -> torch.Tensor:
         """The parameters that a ``ForwardArgs`` names, as the forward scan reads them."""
-        packed = torch.empty(self._lib.mambascope_scan_packed_size(arguments))
+        packed = torch.empty(self._lib.mambascope_scan_packed_size(arguments), dtype=torch.float32, device="cpu")
         self._lib.mambascope_scan_pack(arguments, packed.data_ptr())
         return packed
 

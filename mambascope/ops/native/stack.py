@@ -21,6 +21,14 @@ _ROWS = 256  # tokens that one pass of several images takes through the stack: t
 _KEPT = 2**28  # bytes of buffers that are kept for the latest shapes
 
 
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")  # whatever the caller's defaults are
+
+
+def _addresses(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
 @dataclass(frozen=True)
 class DirectionWeights:
     """Parameters of one direction of a mixer: convolution, projection, scan; all float32."""
@@ -78,8 +86,8 @@ class _PackedBlock:
         first = weights.directions[0]
         self.inner, self.taps = self.conv[0][0].shape
         self.states, self.rank, self.width = first.A.shape[1], first.dt_weight.shape[1], first.x_proj.shape[0]
-        nothing = torch.empty(1, 1, self.inner)
-        proj = torch.empty(1, 1, self.width)
+        nothing = _zeros(1, 1, self.inner)
+        proj = _zeros(1, 1, self.width)
         self.scan = lib.packed_scan(self.scan_arguments(nothing, nothing, proj, proj, nothing, nothing, None, 1, 0))
 
     def scan_arguments(
@@ -114,7 +122,7 @@ class _Lane:
         self.shape, self.bytes = (images, length), 0
         self.steps: list[tuple[int, bytes]] = []
         self.hidden = self._buffer(dim)
-        self.residual, self.normed, self.rstd = self._buffer(dim), self._buffer(dim), torch.zeros(self.rows)
+        self.residual, self.normed, self.rstd = self._buffer(dim), self._buffer(dim), _zeros(self.rows)
         self.taken: list[Tensor] = []
         self.tops: list[Tensor] = []
         inner, width = blocks[0].inner, blocks[0].width
@@ -137,7 +145,7 @@ class _Lane:
 
     def _buffer(self, width: int) -> Tensor:
         self.bytes += 4 * self.rows * width
-        return torch.zeros(*self.shape, width)
+        return _zeros(*self.shape, width)
 
     def _norm(self, gain: Tensor, eps: float, first: bool) -> None:
         residual = 0 if first else self.residual.data_ptr()
@@ -167,7 +175,7 @@ class _Lane:
         for x_one, packed, proj in zip(self.x, block.x_proj, self.proj, strict=True):
             self._product(x_one, packed, proj)
         if top:
-            self.tops.append(torch.zeros(*self.shape))
+            self.tops.append(_zeros(*self.shape))
         score = self.tops[-1] if top else None
         (x_f, x_b), (proj_f, proj_b) = self.x, self.proj
         streams = (x_f, x_b, proj_f, proj_b, z, self.y)
@@ -202,7 +210,7 @@ class _Plan:
         exits = [value for lane in self.lanes for out in lane.outputs for value in self._port(out)]
         self.bytes = sum(lane.bytes for lane in self.lanes)
         self.count = (lanes, len(self.lanes[0].steps), len(self.lanes[0].outputs))
-        self.tables = [self._keep(torch.tensor(table)) for table in (steps, entrances, exits)]
+        self.tables = [self._keep(_addresses(table)) for table in (steps, entrances, exits)]
 
     def _keep(self, memory: Tensor) -> int:
         self.__dict__.setdefault("kept", []).append(memory)
@@ -214,7 +222,7 @@ class _Plan:
 
     def run(self, tokens: Tensor) -> StackOutput:
         outputs = [tokens.new_empty(len(tokens), *out.shape[1:]) for out in self.lanes[0].outputs]
-        pointers = torch.tensor([out.data_ptr() for out in outputs])
+        pointers = _addresses([out.data_ptr() for out in outputs])
         lanes, steps, count = self.count
         sizes = (len(tokens), self.images, lanes, steps, count)
         library.get().run("program", library.PROGRAM.pack(*sizes, tokens.data_ptr(), *self.tables, pointers.data_ptr()))
@@ -246,8 +254,8 @@ class PackedStack:
 
         Args:
             tokens: [B, L, D] float32 on the CPU, with at least one image and token.
-            take: Blocks after which the residual stream is request.
-            top: Blocks whose token scores are request.
+            take: Blocks after which the residual stream is returned.
+            top: Blocks whose token scores are returned.
             stop_after: Last block to run; the final norm is then skipped.
         """
         batch, length, _ = tokens.shape
