@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,17 @@ def classifier(name: str, size: tuple[int, int] | None) -> nn.Module:
     if name in SHIPPED or Path(name).exists():
         model: Any = load_model(find_weights(name))
     elif timm.is_model(name):
-        model = timm.create_model(name)
+        try:
+            model = timm.create_model(name)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"timm does not make {name}: {error}") from None
     else:
         raise ValueError(f"{name} is neither a file nor a model of timm's registry nor one of {', '.join(SHIPPED)}")
     if size is not None and hasattr(model, "set_input_size"):
-        model.set_input_size(img_size=size)
+        try:
+            model.set_input_size(img_size=size)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ValueError(f"{name} does not take images of {size[0]} x {size[1]} pixels: {error}") from None
     return model.eval()
 
 
@@ -131,8 +137,9 @@ def _times(
         for part in args.refined if is_two_stage(models[name]) else [1.0]:
             counts = shares_of_batches(batch, part)
             key = f"{name}|{form}|{part}"
-            label = f"{name}, {part:.0%} refined" if is_two_stage(models[name]) else name
-            rows[key] = {"model": label, "form": form, "batch": batch, "refined": sum(counts) / (batch * len(counts))}
+            refined = sum(counts) / (batch * len(counts))
+            label = f"{name}, {refined:.0%} refined" if is_two_stage(models[name]) else name
+            rows[key] = {"model": label, "form": form, "batch": batch, "refined": refined}
             run = partial(_each, subject, images[name], counts)
             calls = _calls(run)
             rows[key]["images"] = batch * len(counts) * calls
@@ -171,18 +178,20 @@ def _each(subject: Classifier, images: Tensor, counts: Sequence[int]) -> None:
         subject.run(images, refined)
 
 
+def _data(name: str, model: Any, args: argparse.Namespace) -> Iterable[Any]:
+    return validation_loader(model, find_weights(name), args.data, batch_size=64, length=args.length).loader
+
+
 @torch.inference_mode()
 def _accuracies(
-    models: dict[str, Any], subjects: dict[tuple[str, str], Classifier], args: argparse.Namespace
+    models: dict[str, Any], subjects: dict[tuple[str, str], Classifier], loaders: dict[str, Iterable[Any]]
 ) -> dict[tuple[str, str, float], float]:
     """Top-1 in per cent of every form, of two-stage models without and with everything refined."""
     right: dict[tuple[str, str, float], float] = {}
     for name, model in models.items():
-        checkpoint = find_weights(name)
-        loader = validation_loader(model, checkpoint, args.data, batch_size=64, length=args.length).loader
         parts = (0.0, 1.0) if is_two_stage(model) else (1.0,)
         count = 0
-        for batch in loader:
+        for batch in loaders[name]:
             images, labels = unpack(batch)
             count += len(labels)
             for (other, form), subject in subjects.items():
@@ -232,6 +241,7 @@ def _run(args: argparse.Namespace) -> int:
     models = {name: classifier(name, size) for name in dict.fromkeys(args.models)}
     if args.data is not None and (foreign := [name for name, model in models.items() if not has_stages(model)]):
         raise ValueError(f"--data takes models of this package, {foreign[0]} is none")
+    loaders = {} if args.data is None else {name: _data(name, model, args) for name, model in models.items()}
     generator = torch.Generator().manual_seed(0)
     shapes = {name: input_shape(model, size) for name, model in models.items()}
     largest = max(args.batch)
@@ -243,7 +253,7 @@ def _run(args: argparse.Namespace) -> int:
     for batch in args.batch:
         rows += _times(models, subjects, {name: x[:batch] for name, x in images.items()}, batch, args)
     if args.data is not None:
-        accuracies = _accuracies(models, subjects, args)
+        accuracies = _accuracies(models, subjects, loaders)
         for row in rows:
             name = row["model"].removesuffix(f", {row['refined']:.0%} refined")
             row["top1"] = accuracies.get((name, row["form"], row["refined"]))

@@ -86,6 +86,17 @@ def named_module(name: str, config: Path | None) -> LightningDataModule:
     return open_data({"class_path": path, "init_args": arguments}, name, LightningDataModule)
 
 
+def trained_on(config: Path | None, kind: type) -> bool:
+    """Whether a run's configuration names a data module of this class; False where it cannot be read."""
+    if config is None:
+        return False
+    try:
+        section = _run_section(config)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return False
+    return isinstance(section, Mapping) and _imported(section.get("class_path")) is kind
+
+
 def _imported(path: Any) -> Any:
     """What ``package.module.name`` is, if that module is imported already or of this package's data."""
     module, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from lightning.pytorch import LightningDataModule
 
 from mambascope.data.datamodule import ResumableDataModule
 from mambascope.data.digits_datamodule import ScopeDigitsDataModule
 from mambascope.data.errors import DataError
-from mambascope.data.modules import fit_data, is_module_name, named_module, run_config, run_module
+from mambascope.data.modules import fit_data, is_module_name, named_module, run_config, run_module, trained_on
 from mambascope.data.rows import open_rows, row_loader
 from mambascope.data.scopedigits_config import ScopeDigitsConfig
 from mambascope.models.vim import VisionMamba
@@ -102,7 +100,7 @@ def _digits(model: VisionMamba, batch_size: int, length: int, config: Path | Non
             f"{model.num_classes} and {model.in_chans}"
         )
     digits = ScopeDigitsConfig()
-    with contextlib.suppress(DataError, ValueError, yaml.YAMLError):  # of a configuration that is not asked for
+    if trained_on(config, ScopeDigitsDataModule):
         digits = getattr(named_module("ScopeDigitsDataModule", config), "digits", digits)
     digits = replace(digits, size=height)
     # as many others for the threshold: a promise may need more than a thousand

@@ -97,6 +97,8 @@ def frozen(model: nn.Module, images: Tensor) -> Classifier:
 def compiled(model: nn.Module, images: Tensor) -> Classifier:
     """By ``torch.compile``."""
     torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64  # every batch size is a graph of its own
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than eager times under this name
     return _classifier(_copy(model), lambda call: torch.compile(call, dynamic=False))
 
 

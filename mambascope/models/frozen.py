@@ -292,7 +292,7 @@ def freeze_where_possible(model: nn.Module) -> None:
 
 
 def unfreeze(model: Any) -> Any:
-    """Forgets the packed parameters; returns `model`."""
+    """Forgets the packed parameters; returns `model`. Commands, reports and the engine freeze it again."""
     _FROZEN.pop(model, None)
     return model
 

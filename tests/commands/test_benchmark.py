@@ -27,8 +27,8 @@ def test_forms_answer_alike(form, make):
     if form == "frozen" and not NATIVE:
         pytest.skip("kernels were not compiled")
     model, x = make(), torch.randn(4, 3, 32, 32)
+    plain, other = FORMS["eager"](model, x), FORMS[form](model, x)
     with torch.inference_mode():
-        plain, other = FORMS["eager"](model, x), FORMS[form](model, x)
         for refined in (0, 2, 4):
             expected, result = logits_of(plain.run(x, refined)), logits_of(other.run(x, refined))
             assert relative_error(result, expected) < {"bf16": 0.05, "int8": 0.05}.get(form, 1e-4)
@@ -92,6 +92,8 @@ def test_accuracy_of_every_form(here):
     [
         (["no_such_model"], "no_such_model is neither a file nor a model of timm's registry nor one of scopedigits,"),
         (["scopedigits", "--refined", "1.5"], "--refined must lie in [0, 1], got 1.5"),
+        (["scopedigits", "--data", "no/such/folder"], "no/such/folder"),
+        (["vgg11_bn.nosuchtag"], "timm does not make vgg11_bn.nosuchtag: "),
         (["resnet18", "--data", "scopedigits"], "--data takes models of this package, resnet18 is none"),
         (["vit_tiny_patch16_224", "--forms", "frozen", "--batch", "1"], "a VisionTransformer has no frozen form"),
     ],

@@ -188,6 +188,7 @@ def test_the_tool_itself(digits_run, tmp_path):
 
 def test_scopedigits_are_as_hard_as_those_of_the_training(tmp_path):
     """Shipped weights, and a run's, meet the digits that they were trained on; other weights the usual ones."""
+    from mambascope.data.errors import DataError
     from mambascope.data.open import validation_loader
     from mambascope.data.scopedigits_config import ScopeDigitsConfig
     from mambascope.models.weights import SHIPPED
@@ -202,3 +203,8 @@ def test_scopedigits_are_as_hard_as_those_of_the_training(tmp_path):
         assert digits.size == 64
     (tmp_path / "config.yaml").write_text("data: [")
     validation_loader(model, tmp_path / "model.safetensors", "scopedigits", length=3)
+    (tmp_path / "config.yaml").write_text(
+        "data: {class_path: mambascope.data.ScopeDigitsDataModule, init_args: {no_such_argument: 1}}"
+    )
+    with pytest.raises(DataError, match="no_such_argument"):  # not the usual digits without a word
+        validation_loader(model, tmp_path / "model.safetensors", "scopedigits", length=3)
