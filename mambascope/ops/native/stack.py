@@ -18,6 +18,7 @@ from mambascope.ops.native.scan import _Arguments
 
 _SCAN, _CONV, _NORM, _GEMM, _ADD = range(5)  # StepKind in program.h
 _ROWS = 256  # tokens that one pass of several images takes through the stack: their buffers stay in the second cache
+_SHARED_ROWS = 4096  # the same where all threads share each step
 _KEPT = 2**28  # bytes of buffers that are kept for the latest shapes
 
 
@@ -279,8 +280,7 @@ class PackedStack:
 def _shares(batch: int, length: int, threads: int) -> tuple[int, int, int]:
     """Images of a pass, lanes, and threads of a step: whole images for each thread where they are enough to share."""
     lanes = threads if batch % threads == 0 or batch >= 4 * threads else 1
-    if lanes == 1 and threads > 1:
-        return batch, 1, threads
-    images = max(1, min(_ROWS // length, batch // lanes))
+    together = lanes == 1 and threads > 1  # all threads in every step: more rows, for each to have enough
+    images = max(1, min((_SHARED_ROWS if together else _ROWS) // length, batch // lanes))
     rounds = -(-batch // (lanes * images))
     return -(-batch // (lanes * rounds)), lanes, 1 if lanes > 1 else threads
