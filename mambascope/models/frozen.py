@@ -60,6 +60,7 @@ class _Watch:
         self.objects: list[Any] = []
         self.states: list[dict[str, Any]] = []  # of the modules
         self.norms: list[tuple[RMSNorm, float]] = []
+        self.drops: list[DropPath] = []
         self.tensors: list[Tensor] = []
         self.seen: tuple = ()
 
@@ -111,7 +112,9 @@ class _Watch:
     def unchanged(self) -> bool:
         if not all(map(is_, map(dict.get, self.places, self.names), self.objects)):
             return False
-        if any(s["_forward_hooks"] or s["_forward_pre_hooks"] or "forward" in s or s["training"] for s in self.states):
+        if any(s["_forward_hooks"] or s["_forward_pre_hooks"] or "forward" in s for s in self.states):
+            return False
+        if any(drop.training for drop in self.drops):
             return False
         return all(norm.eps == eps for norm, eps in self.norms) and self._contents() == self.seen
 
@@ -145,6 +148,7 @@ class _PackedLook:
 
     def __init__(self, model: Any, offsets: LookOffsets | None) -> None:
         self.watch = watch = _Watch()
+        self.training = model.training
         if len(model.layers) == 0:
             raise NotFreezable("the model has no blocks")
         sizes = _Sizes.of(model.layers[0])
@@ -177,8 +181,10 @@ class _PackedLook:
         watch = self.watch
         norm = watch.norm(block, "norm")
         drop = watch.module(block, "drop_path", DropPath, nn.Identity)  # does nothing in evaluation mode
-        if drop.training and not block.training and isinstance(drop, DropPath):
-            raise NotFreezable("drop_path is in training mode")
+        if isinstance(drop, DropPath):
+            watch.drops.append(drop)
+            if drop.training and not self.training:
+                raise NotFreezable("drop_path is in training mode")
         mixer = watch.module(block, "mixer", BidirectionalMamba)
         layers = {name: watch.module(mixer, name, kind) for name, kind in _MIXER.items()}
         for name in ("in_proj", "out_proj", "x_proj", "x_proj_b"):
@@ -216,7 +222,7 @@ class _Frozen:
     """Packed looks of one model."""
 
     def __init__(self) -> None:
-        self.looks: dict[int, _PackedLook | None] = {}  # by the identity of the offsets; None: cannot be packed now
+        self.looks: dict[int, _PackedLook] = {}  # by the identity of the offsets
 
     def stack(self, model: Any, offsets: LookOffsets | None) -> PackedStack | None:
         look = self.looks.get(id(offsets))

@@ -268,6 +268,18 @@ def test_stochastic_depth_in_an_evaluation_is_seen():
         assert relative_error(model(x), first) > 1e-3
 
 
+def test_a_block_in_training_mode_is_seen_and_costs_no_packing():
+    model, x = mambascope.freeze(vim(drop_path_rate=0.9)), torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        first = model(x)
+        model.layers[0].mixer.train()  # nothing in it depends on the mode
+        look = next(iter(_FROZEN[model].looks.values()))
+        assert torch.equal(model(x), first)
+        assert next(iter(_FROZEN[model].looks.values())) is look
+        model.layers[2].train()
+        assert relative_error(model(x), first) > 1e-3
+
+
 def test_parameters_made_in_inference_mode_run_as_before():
     model, x = vim(), torch.randn(2, 3, 32, 32)
     with torch.inference_mode():

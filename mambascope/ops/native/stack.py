@@ -199,6 +199,7 @@ class _Plan:
     def __init__(self, stack: PackedStack, shares: tuple[int, int, int], length: int, request: _Request) -> None:
         images, lanes, threads = shares
         self.images = images
+        self.kept: list[Tensor] = []
         self.lanes = [_Lane(stack, images, length, threads, request) for _ in range(lanes)]
         self.taken = len(request.take)
         steps = [
@@ -214,7 +215,7 @@ class _Plan:
         self.tables = [self._keep(_addresses(table)) for table in (steps, entrances, exits)]
 
     def _keep(self, memory: Tensor) -> int:
-        self.__dict__.setdefault("kept", []).append(memory)
+        self.kept.append(memory)
         return memory.data_ptr()
 
     @staticmethod
