@@ -69,12 +69,16 @@ bench: $(STAMP)  ## time kernels and models on this CPU against their peers, and
 CPU_MODELS = vim_tiny_patch16_224 vim_small_patch16_224 mambascope_tiny_patch16_224 mambascope_small_patch16_224 \
 	deit_tiny_patch16_224 deit_small_patch16_224 levit_128s levit_192 mobilenetv4_conv_medium tf_efficientnet_lite0 \
 	efficientvim_m2 repvit_m0_9
+LARGE_MODELS = vim_tiny_patch16_224 mambascope_tiny_patch16_224 deit_tiny_patch16_224 mobilenetv4_conv_medium \
+	tf_efficientnet_lite0 efficientvim_m2 repvit_m0_9
 LEVEL = $$($(BIN)/python -c "from mambascope.ops.native import library; print(library.info()['isa'])")
 
 bench-models: $(STAMP)  ## time the demo's model in every form, and models of ImageNet size beside those of others
 	$(BIN)/python tools/benchmark.py scopedigits vim_nano_patch8_64 --forms eager frozen compiled onnx bf16 int8 \
 		--out benchmarks/results/forms_$(LEVEL)
 	$(BIN)/python tools/benchmark.py $(CPU_MODELS) --batch 1 8 --out benchmarks/results/models_$(LEVEL)
+	for side in 512 1024; do $(BIN)/python tools/benchmark.py $(LARGE_MODELS) --img-size $$side --batch 1 --rounds 7 \
+		--out benchmarks/results/models_$(LEVEL)_$$side || exit 1; done
 
 mm: $(MM_STAMP)  ## install the OpenMMLab stack; builds mmcv the first time (about 10 minutes on two cores)
 

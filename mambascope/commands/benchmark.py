@@ -22,6 +22,7 @@ from mambascope.commands.options import image_size
 from mambascope.data.open import validation_loader
 from mambascope.evaluation.forms import FORMS, Classifier, Unavailable, logits_of, shares_of_batches
 from mambascope.evaluation.machine import machine_info
+from mambascope.evaluation.memory import peak_memory
 from mambascope.evaluation.throughput import interleaved, quartiles
 from mambascope.models.checkpoint import load_model
 from mambascope.models.export import has_stages
@@ -74,9 +75,10 @@ def _positive(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Time per image of classifiers on the CPU, in every form in which they run, in interleaved rounds.",
+        description="Time per image and memory of classifiers on the CPU, in every form in which they run, in "
+        "interleaved rounds.",
         epilog="The images are noise: how many are refined is set, not decided by a threshold. Machines differ and are "
-        "shared: compare the ratios of one run.",
+        "shared: compare the ratios of one run. Memory is what the largest batch takes on top of the loaded model.",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="shipped weights, a checkpoint, or a name of timm's")
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(_DEFAULT), help="default: eager frozen")
@@ -120,6 +122,19 @@ def _subjects(
                 missing.append({"model": name, "form": form, "note": f"failed: {type(error).__name__}: {text}"})
                 subjects.pop((name, form), None)
     return subjects, missing
+
+
+@torch.inference_mode()
+def _memory(
+    models: dict[str, nn.Module], subjects: dict[tuple[str, str], Classifier], images: dict[str, Tensor], part: float
+) -> dict[tuple[str, str], float | None]:
+    """MiB that every form takes for a batch, on top of the loaded model; a share `part` is refined."""
+    memory = {}
+    for (name, form), subject in subjects.items():
+        x = images[name]
+        refined = round(len(x) * part) if is_two_stage(models[name]) else 0
+        memory[name, form] = peak_memory(partial(_each, subject, x, [refined]))
+    return memory
 
 
 @torch.inference_mode()
@@ -203,12 +218,18 @@ def _accuracies(
     return right
 
 
+def _model_of(row: dict[str, Any]) -> str:
+    return row["model"].removesuffix(f", {row['refined']:.0%} refined")
+
+
 def _show(rows: Sequence[dict[str, Any]], missing: Sequence[dict[str, Any]]) -> None:
     width = max(len(row["model"]) for row in rows)
     accurate = any("top1" in row for row in rows)
-    print(f"{'model':<{width}}  {'form':<9} {'batch':>5} {'ms/image':>9} {'ratio':>6}" + "  top-1" * accurate)
+    heads = f"{'batch':>5} {'ms/image':>9} {'ratio':>6} {'peak MiB':>9}"
+    print(f"{'model':<{width}}  {'form':<9} {heads}" + "  top-1" * accurate)
     for row in rows:
-        figures = f"{row['batch']:>5} {row['ms_per_image']:>9.3f} {row['ratio']:>6.2f}"
+        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        figures = f"{row['batch']:>5} {row['ms_per_image']:>9.3f} {row['ratio']:>6.2f} {peak:>9}"
         top1 = f" {row['top1']:>6.2f}" if row.get("top1") is not None else ""
         print(f"{row['model']:<{width}}  {row['form']:<9} {figures}{top1}")
     for row in missing:
@@ -249,14 +270,20 @@ def _run(args: argparse.Namespace) -> int:
     subjects, missing = _subjects(models, args.forms, images)
     if not subjects:
         raise ValueError("; ".join(f"{row['model']}: {row['form']}: {row['note']}" for row in missing))
+    most = max(args.refined)
+    print(f"memory of batch {largest}", flush=True)
+    memory = _memory(models, subjects, images, most)  # before smaller batches leave buffers
     rows: list[dict[str, Any]] = []
     for batch in args.batch:
         rows += _times(models, subjects, {name: x[:batch] for name, x in images.items()}, batch, args)
+    for row in rows:
+        name = _model_of(row)
+        measured = row["batch"] == largest and row["refined"] == max(r["refined"] for r in rows if _model_of(r) == name)
+        row["peak_mib"] = memory[name, row["form"]] if measured else None
     if args.data is not None:
         accuracies = _accuracies(models, subjects, loaders)
         for row in rows:
-            name = row["model"].removesuffix(f", {row['refined']:.0%} refined")
-            row["top1"] = accuracies.get((name, row["form"], row["refined"]))
+            row["top1"] = accuracies.get((_model_of(row), row["form"], row["refined"]))
     facts = {
         "machine": machine_info(torch.device("cpu")),
         "native": library.info() | {"path": None},

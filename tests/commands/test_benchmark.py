@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mambascope.ops.native import library
 from tests.conftest import relative_error
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_classes": 5, "d_state": 8}
+LINUX = sys.platform == "linux"
 NATIVE = library.why_unavailable() is None
 
 
@@ -68,6 +70,7 @@ def test_the_command(here, capsys):
     ]
     assert all(0 < float(r["low"]) <= float(r["ms_per_image"]) <= float(r["high"]) for r in rows)
     assert float(rows[0]["ratio"]) == 1
+    assert [bool(r["peak_mib"]) for r in rows] == [LINUX and (r["batch"], r["refined"]) == ("2", "0.5") for r in rows]
     facts = json.loads((here / "result" / "benchmark.json").read_text())
     assert facts["machine"]["cpu"]
     assert facts["native"]["isa"] == library.info()["isa"]
