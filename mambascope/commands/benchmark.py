@@ -104,37 +104,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _subjects(
-    models: dict[str, nn.Module], forms: Sequence[str], images: dict[str, Tensor]
-) -> tuple[dict[tuple[str, str], Classifier], list[dict[str, Any]]]:
-    """What can be timed, and a row for what cannot, with the reason."""
-    subjects, missing = {}, []
+    models: dict[str, nn.Module], forms: Sequence[str], images: dict[str, Tensor], part: float
+) -> tuple[dict[tuple[str, str], Classifier], list[dict[str, Any]], dict[tuple[str, str], float | None]]:
+    """What can be timed, a row for what cannot, with the reason, and the MiB that a batch takes in every form.
+
+    Two-stage models refine a share `part` of it.
+    """
+    subjects, missing, memory = {}, [], {}
     for name, model in models.items():
         for form in forms:
             print(f"{name}: {form}", flush=True)
             try:
-                subjects[name, form] = FORMS[form](model, images[name])
-                with torch.inference_mode():
-                    subjects[name, form].run(images[name][:1], 1)
+                subject = FORMS[form](model, images[name])
+                x = images[name]
+                refined = round(len(x) * part) if is_two_stage(model) else 0
+                with torch.inference_mode():  # its first run: nothing of it is held yet
+                    memory[name, form] = peak_memory(partial(_each, subject, x, [refined]))
+                subjects[name, form] = subject
             except Unavailable as reason:
                 missing.append({"model": name, "form": form, "note": str(reason)})
             except Exception as error:  # what others' compilers and exporters raise has no common class
                 text = " ".join(str(error).split())[:160]
                 missing.append({"model": name, "form": form, "note": f"failed: {type(error).__name__}: {text}"})
-                subjects.pop((name, form), None)
-    return subjects, missing
-
-
-@torch.inference_mode()
-def _memory(
-    models: dict[str, nn.Module], subjects: dict[tuple[str, str], Classifier], images: dict[str, Tensor], part: float
-) -> dict[tuple[str, str], float | None]:
-    """MiB that every form takes for a batch, on top of the loaded model; a share `part` is refined."""
-    memory = {}
-    for (name, form), subject in subjects.items():
-        x = images[name]
-        refined = round(len(x) * part) if is_two_stage(models[name]) else 0
-        memory[name, form] = peak_memory(partial(_each, subject, x, [refined]))
-    return memory
+    return subjects, missing, memory
 
 
 @torch.inference_mode()
@@ -267,12 +259,9 @@ def _run(args: argparse.Namespace) -> int:
     shapes = {name: input_shape(model, size) for name, model in models.items()}
     largest = max(args.batch)
     images = {name: torch.randn(largest, *shape, generator=generator) for name, shape in shapes.items()}
-    subjects, missing = _subjects(models, args.forms, images)
+    subjects, missing, memory = _subjects(models, args.forms, images, max(args.refined))
     if not subjects:
         raise ValueError("; ".join(f"{row['model']}: {row['form']}: {row['note']}" for row in missing))
-    most = max(args.refined)
-    print(f"memory of batch {largest}", flush=True)
-    memory = _memory(models, subjects, images, most)  # before smaller batches leave buffers
     rows: list[dict[str, Any]] = []
     for batch in args.batch:
         rows += _times(models, subjects, {name: x[:batch] for name, x in images.items()}, batch, args)

@@ -34,7 +34,7 @@ def plot_forms(
                 values = [by_form.get(form, {}).get(model, np.nan) for model in models]
                 step = 0.8 / len(forms)
                 bars = axis.barh(places + (i + 0.5) * step - 0.4, values, step, label=form, color=colours[i % 7])
-                axis.bar_label(bars, [f" {v:.3g}" if v == v else "" for v in values], fontsize=7)
+                axis.bar_label(bars, [f" {v:.0f}" if v >= 100 else f" {v:.3g}" if v == v else "" for v in values], fontsize=7)
             axis.set(title=f"batch {batch}", xlabel="ms per image", yticks=places)
             axis.set_yticklabels(models)
             axis.grid(visible=False, axis="y")
