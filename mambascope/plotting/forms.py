@@ -11,6 +11,12 @@ import numpy as np
 from mambascope.plotting import style
 
 
+def _label(ms: float) -> str:
+    if ms != ms:  # not timed
+        return ""
+    return f" {ms:.0f}" if ms >= 100 else f" {ms:.3g}"
+
+
 def plot_forms(
     times: Mapping[int, Mapping[str, Mapping[str, float]]], path: str | os.PathLike[str], title: str
 ) -> Path:
@@ -34,7 +40,7 @@ def plot_forms(
                 values = [by_form.get(form, {}).get(model, np.nan) for model in models]
                 step = 0.8 / len(forms)
                 bars = axis.barh(places + (i + 0.5) * step - 0.4, values, step, label=form, color=colours[i % 7])
-                axis.bar_label(bars, [f" {v:.0f}" if v >= 100 else f" {v:.3g}" if v == v else "" for v in values], fontsize=7)
+                axis.bar_label(bars, [_label(v) for v in values], fontsize=7)
             axis.set(title=f"batch {batch}", xlabel="ms per image", yticks=places)
             axis.set_yticklabels(models)
             axis.grid(visible=False, axis="y")
