@@ -68,9 +68,9 @@ bench: $(STAMP)  ## time kernels and models on this CPU against their peers, and
 
 CPU_MODELS = vim_tiny_patch16_224 vim_small_patch16_224 mambascope_tiny_patch16_224 mambascope_small_patch16_224 \
 	deit_tiny_patch16_224 deit_small_patch16_224 levit_128s levit_192 mobilenetv4_conv_medium tf_efficientnet_lite0 \
-	efficientvim_m2 repvit_m0_9
+	efficientvim_m2 repvit_m0_9 cpubone_b0_bfrobust
 LARGE_MODELS = vim_tiny_patch16_224 mambascope_tiny_patch16_224 deit_tiny_patch16_224 mobilenetv4_conv_medium \
-	tf_efficientnet_lite0 efficientvim_m2 repvit_m0_9
+	tf_efficientnet_lite0 efficientvim_m2 repvit_m0_9 cpubone_b0_bfrobust
 LEVEL = $$($(BIN)/python -c "from mambascope.ops.native import library; print(library.info()['isa'])")
 
 bench-models: $(STAMP)  ## time the demo's model in every form, and models of ImageNet size beside those of others

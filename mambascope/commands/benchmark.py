@@ -117,9 +117,10 @@ def _subjects(
             try:
                 subject = FORMS[form](model, images[name])
                 x = images[name]
-                refined = round(len(x) * part) if is_two_stage(model) else 0
+                refined = max(shares_of_batches(len(x), part)) if is_two_stage(model) else 0
                 with torch.inference_mode():  # its first run: nothing of it is held yet
                     memory[name, form] = peak_memory(partial(_each, subject, x, [refined]))
+                    subject.run(x[:1], 1)  # a second look that fails shall fail here
                 subjects[name, form] = subject
             except Unavailable as reason:
                 missing.append({"model": name, "form": form, "note": str(reason)})
@@ -267,7 +268,8 @@ def _run(args: argparse.Namespace) -> int:
         rows += _times(models, subjects, {name: x[:batch] for name, x in images.items()}, batch, args)
     for row in rows:
         name = _model_of(row)
-        measured = row["batch"] == largest and row["refined"] == max(r["refined"] for r in rows if _model_of(r) == name)
+        same = [r["refined"] for r in rows if _model_of(r) == name and r["batch"] == largest]
+        measured = row["batch"] == largest and row["refined"] == max(same)
         row["peak_mib"] = memory[name, row["form"]] if measured else None
     if args.data is not None:
         accuracies = _accuracies(models, subjects, loaders)

@@ -78,6 +78,14 @@ def test_the_command(here, capsys):
     assert "model.safetensors, 50% refined" in capsys.readouterr().out
 
 
+def test_memory_of_the_largest_batch(here):
+    save_safetensors(scope(), here / "model.safetensors")
+    words = ["model.safetensors", "--forms", "eager", "--batch", "1", "8", "--refined", "0.3", "--rounds", "3"]
+    assert main([*words, "--out", "result"]) == 0  # a third of single images, a quarter of eight
+    rows = list(csv.DictReader((here / "result" / "benchmark.csv").open()))
+    assert [(r["batch"], bool(r["peak_mib"])) for r in rows] == [("1", False), ("8", LINUX)]
+
+
 def test_accuracy_of_every_form(here):
     words = ["scopedigits", "--data", "scopedigits", "--length", "128", "--forms", "eager", "int8", "--batch", "1"]
     assert main([*words, "--rounds", "3"]) == 0

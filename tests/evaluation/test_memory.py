@@ -30,4 +30,11 @@ def test_what_a_call_keeps_counts_once():
 
 def test_a_system_that_does_not_tell(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "none")
-    assert peak_memory(dict) is None
+    calls = []
+    assert peak_memory(lambda: calls.append(1)) is None
+    assert len(calls) == 2  # whoever measures sees that it works
+
+
+def test_an_error_of_the_call_is_raised():
+    with pytest.raises(ValueError, match="invalid literal"):
+        peak_memory(lambda: int("x"))

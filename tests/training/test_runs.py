@@ -346,6 +346,7 @@ def test_a_lost_connection_is_saved(here):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
         os.execve(sys.executable, [sys.executable, str(TOOL), *tiny(**changes)], environment)
     seen = b""
     while not Path("runs/mine/checkpoints/last.ckpt").exists():
