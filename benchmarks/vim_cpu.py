@@ -22,6 +22,7 @@ from cpu_peers import use_official_formulas
 from measure import RESULTS, medians, show, write
 from torch import Tensor, nn
 
+from mambascope.evaluation.memory import peak_memory
 from mambascope.models import MambaScope, VisionMamba
 from mambascope.ops import linear
 from mambascope.utils import atomic_path
@@ -147,23 +148,13 @@ def training_rows(size: str, batch: int, rounds: int, seconds: float, plain: Seq
     return rows_of(medians(subjects, rounds, seconds=seconds), f"Vim-{size}", batch, 224, "training step")
 
 
-def _high_water(reset: bool = False) -> float:
-    """Peak memory of this process in MiB since the last reset (Linux)."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
-
-
 def _peak(family: str, size: str, pixels: int, train: bool, queue: Any) -> None:
     model, x = make(family, size, pixels), torch.randn(1, 3, pixels, pixels)
-    before = _high_water(reset=True)
     if train:
-        model(x).sum().backward()
+        queue.put(peak_memory(lambda: model(x).sum().backward()))
     else:
         with torch.inference_mode():
-            model.eval()(x)
-    queue.put(_high_water() - before)
+            queue.put(peak_memory(lambda: model.eval()(x)))
 
 
 def memory_rows(size: str) -> list[dict[str, Any]]:

@@ -135,6 +135,7 @@ def _times(
     models: dict[str, nn.Module],
     subjects: dict[tuple[str, str], Classifier],
     images: dict[str, Tensor],
+    memory: dict[tuple[str, str], float | None],
     batch: int,
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
@@ -142,15 +143,18 @@ def _times(
     runs: dict[str, Callable[[], Any]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for (name, form), subject in subjects.items():
-        for part in args.refined if is_two_stage(models[name]) else [1.0]:
+        parts = args.refined if is_two_stage(models[name]) else [1.0]
+        for part in parts:
             counts = shares_of_batches(batch, part)
             key = f"{name}|{form}|{part}"
             refined = sum(counts) / (batch * len(counts))
             label = f"{name}, {refined:.0%} refined" if is_two_stage(models[name]) else name
             rows[key] = {"model": label, "form": form, "batch": batch, "refined": refined}
+            measured = batch == max(args.batch) and part == max(parts)
             run = partial(_each, subject, images[name], counts)
             calls = _calls(run)
             rows[key]["images"] = batch * len(counts) * calls
+            rows[key]["peak_mib"] = memory[name, form] if measured else None
             runs[key] = partial(_repeat, run, calls)
     label = f"batch {batch}"
     if not sys.stderr.isatty():
@@ -211,10 +215,6 @@ def _accuracies(
     return right
 
 
-def _model_of(row: dict[str, Any]) -> str:
-    return row["model"].removesuffix(f", {row['refined']:.0%} refined")
-
-
 def _show(rows: Sequence[dict[str, Any]], missing: Sequence[dict[str, Any]]) -> None:
     width = max(len(row["model"]) for row in rows)
     accurate = any("top1" in row for row in rows)
@@ -265,16 +265,12 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("; ".join(f"{row['model']}: {row['form']}: {row['note']}" for row in missing))
     rows: list[dict[str, Any]] = []
     for batch in args.batch:
-        rows += _times(models, subjects, {name: x[:batch] for name, x in images.items()}, batch, args)
-    for row in rows:
-        name = _model_of(row)
-        same = [r["refined"] for r in rows if _model_of(r) == name and r["batch"] == largest]
-        measured = row["batch"] == largest and row["refined"] == max(same)
-        row["peak_mib"] = memory[name, row["form"]] if measured else None
+        rows += _times(models, subjects, {name: x[:batch] for name, x in images.items()}, memory, batch, args)
     if args.data is not None:
         accuracies = _accuracies(models, subjects, loaders)
         for row in rows:
-            row["top1"] = accuracies.get((_model_of(row), row["form"], row["refined"]))
+            name = row["model"].removesuffix(f", {row['refined']:.0%} refined")
+            row["top1"] = accuracies.get((name, row["form"], row["refined"]))
     facts = {
         "machine": machine_info(torch.device("cpu")),
         "native": library.info() | {"path": None},
